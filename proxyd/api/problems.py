@@ -1,0 +1,35 @@
+"""What is wrong with an object: one line each."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Severity(enum.StrEnum):
+    """How bad a problem is. An object with an error is left out; one with a warning is served."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class Problem(msgspec.Struct, frozen=True, order=True, kw_only=True):
+    """One thing that is wrong.
+
+    `path` is the field path (`spec.ports[0].port`), "" for the object as a whole. `file`, `line` and `column` (from 1;
+    0 unknown) say where it was read.
+    """
+
+    file: str = ""
+    line: int = 0
+    column: int = 0
+    severity: Severity = Severity.ERROR
+    subject: str = ""  # "Service prod/web"; "" where the document could not be read as an object
+    path: str = ""
+    message: str = ""
+
+    def __str__(self) -> str:
+        where = ":".join([self.file, *(str(n) for n in (self.line, self.column) if n)]) if self.file else ""
+        what = ": ".join(part for part in (self.subject, self.path, self.message) if part)
+        return f"{where}: {self.severity}: {what}" if where else f"{self.severity}: {what}"

@@ -1,0 +1,1 @@
+"""The control process: settings, reconciler, supervisor of workers, admin API, logs."""

@@ -1,0 +1,111 @@
+"""What control and a worker say to each other: msgpack over a Unix SOCK_SEQPACKET pair, one message a datagram.
+
+Descriptors travel as SCM_RIGHTS beside the message that names them, in the order of its `listeners`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+# A datagram carries at most this many descriptors (the kernel's SCM_MAX_FD is 253) ...
+MAX_DESCRIPTORS = 200
+# ... and at most this many bytes, well below the default socket buffer of 212,992.
+MAX_BYTES = 128 * 1024
+
+
+class BalancerConfig(msgspec.Struct, frozen=True, array_like=True):
+    """One balancer: `id` is its round-robin slot and its counter slot."""
+
+    id: int
+    name: str  # of the service port, for logs and connection records
+    endpoints: list[tuple[str, int, int]]  # ip, port, counter slot
+    affinity_seconds: int = 0
+    udp_idle_seconds: float | None = None
+
+
+class ListenerConfig(msgspec.Struct, frozen=True, array_like=True):
+    """One listener. Its descriptor, a listening socket, comes with the message."""
+
+    id: int
+    balancer: int
+    protocol: str  # TCP, UDP, SCTP
+    address: str  # ip:port, for connection records
+    source_ranges: list[str] = []
+
+
+class CloseListener(msgspec.Struct, frozen=True, array_like=True):
+    """Stop accepting. With `drain`, relays that are still alive after that many seconds are ended."""
+
+    id: int
+    drain: float | None = None
+
+
+class Apply(msgspec.Struct, frozen=True, tag="apply"):
+    """A part of an update. The part with `last` is answered by an Acknowledged with the same generation.
+
+    Order within a part: balancers, listeners, retarget, close, drop_balancers.
+    """
+
+    generation: int
+    last: bool
+    balancers: list[BalancerConfig] = []  # new or changed
+    listeners: list[ListenerConfig] = []
+    retarget: list[tuple[int, int]] = []  # listener, its new balancer
+    close: list[CloseListener] = []
+    drop_balancers: list[int] = []
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Stop accepting, end what is still alive after `drain` seconds, then exit."""
+
+    drain: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The worker runs."""
+
+    pid: int
+
+
+class Acknowledged(msgspec.Struct, frozen=True, tag="ack"):
+    """Every part of this generation is in force."""
+
+    generation: int
+
+
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """The last relay of these closed listeners has ended in this worker."""
+
+    listeners: list[int]
+
+
+class Connection(msgspec.Struct, frozen=True, array_like=True):
+    """A finished connection."""
+
+    client: str  # ip:port
+    frontend: str  # ip:port
+    service: str
+    endpoint: str  # ip:port; "" where none could be reached
+    attempts: int
+    bytes_in: int  # client to endpoint
+    bytes_out: int  # endpoint to client
+    seconds: float
+    reason: str  # closed, reset by client, reset by endpoint, no endpoint, idle, drained
+    finished: float  # Unix time
+
+
+class Connections(msgspec.Struct, frozen=True, tag="connections"):
+    """Finished connections since the last message; `dropped` more did not fit."""
+
+    records: list[Connection]
+    dropped: int = 0
+
+
+class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
+    """Something an operator should know, counted since the last message: one text for each kind."""
+
+    counts: dict[str, int]
+
+
+ToWorker = Apply | Shutdown
+FromWorker = Ready | Acknowledged | Drained | Connections | Trouble

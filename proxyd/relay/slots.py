@@ -1,0 +1,77 @@
+"""Round-robin positions and counters in memory shared by control and its workers.
+
+One sparse memfd of 64-bit slots; pages that nobody touches cost nothing. Layout:
+
+    [0, MAX_SLOTS)                        round-robin position of each balancer, written by every worker without a lock:
+                                          a lost increment repeats an endpoint, nothing worse
+    then for each worker, MAX_SLOTS rows of FIELDS counters, written by that worker alone, summed by control
+
+A balancer and an endpoint each own one row; control hands the numbers out. Row 0 is the spare that is used when all
+are taken: its figures are a sum of everything that did not get a row of its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+MAX_SLOTS = 1 << 17
+MAX_WORKERS = 16
+
+# Counters of a row.
+OPENED = 0  # relays begun (balancer: accepted; endpoint: connected)
+CLOSED = 1  # relays ended; opened - closed is what is active
+FAILED = 2  # balancer: no endpoint could be reached; endpoint: attempts that failed
+ATTEMPTS = 3  # connects begun
+BYTES_IN = 4  # client to endpoint
+BYTES_OUT = 5  # endpoint to client
+CONNECT_US = 6  # microseconds from connect to connected, added up
+REFUSED = 7  # balancer: turned away (source range, no endpoint left)
+FIELDS = 8
+
+SIZE = 8 * MAX_SLOTS * (1 + MAX_WORKERS * FIELDS)
+
+
+class Slots:
+    """The shared slots, as seen by one process. `view[i]` is slot i."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._map = mmap.mmap(fd, SIZE)
+        self.view = memoryview(self._map).cast("Q")
+
+    @classmethod
+    def create(cls) -> Slots:
+        """Make new slots, all zero. The descriptor is inheritable only where a child is given it.
+
+        Raises:
+            OSError: no memory or descriptors.
+        """
+        fd = os.memfd_create("proxyd-slots", os.MFD_CLOEXEC)
+        os.ftruncate(fd, SIZE)
+        return cls(fd)
+
+    def row(self, worker: int, slot: int) -> int:
+        """Index in `view` of the first counter of a row."""
+        return MAX_SLOTS + (worker * MAX_SLOTS + slot) * FIELDS
+
+    def total(self, slot: int, field: int, workers: int = MAX_WORKERS) -> int:
+        """One counter, summed over the workers."""
+        first = MAX_SLOTS + slot * FIELDS + field
+        step = MAX_SLOTS * FIELDS
+        return sum(self.view[first + worker * step] for worker in range(workers))
+
+    def clear(self, slot: int) -> None:
+        """Set a row and its round-robin position to zero, before it is given to another owner."""
+        self.view[slot] = 0
+        for worker in range(MAX_WORKERS):
+            first = self.row(worker, slot)
+            for field in range(FIELDS):
+                if self.view[first + field]:
+                    self.view[first + field] = 0
+
+    def close(self) -> None:
+        """Unmap and close."""
+        self.view.release()
+        self._map.close()
+        os.close(self.fd)

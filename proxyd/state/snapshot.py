@@ -1,0 +1,52 @@
+"""A snapshot: every object known at one moment, and the node it is seen from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from proxyd.api.discovery import EndpointSlice
+from proxyd.api.meta import ObjectName
+from proxyd.api.service import Service
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Services, and the slices of each. Endpoints objects and Pods have become slices before they get here."""
+
+    services: Mapping[ObjectName, Service] = {}
+    slices: Mapping[ObjectName, tuple[EndpointSlice, ...]] = {}  # by Service
+
+
+class NodeAddress(msgspec.Struct, frozen=True, order=True, kw_only=True):
+    """One address of this node."""
+
+    ip: str
+    interface: str = ""
+    primary: bool = False  # an address of an interface with a default route, the first of its family
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """The node as planning sees it. VIPs that proxyd itself made local are not among `addresses`."""
+
+    name: str = ""
+    zone: str = ""
+    addresses: tuple[NodeAddress, ...] = ()
+
+
+class VipMode(msgspec.Struct, frozen=True):
+    """How VIPs become reachable; see the --vip-mode flag. `auto` has been resolved before planning."""
+
+    route: bool = False  # make them local by a route
+    loopback: bool = False  # serve a.b.c.d at 127.b.c.d
+    serve: bool = True  # False: NodePorts and externalIPs only
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator decided that planning depends on."""
+
+    vip_mode: VipMode = VipMode(route=True)
+    nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all
+    bind_addresses: tuple[str, ...] = ()  # NodePorts are opened on these only; () = all
+    steer_external_ips: bool = True  # policy rules for foreign addresses may be made
+    protocols: frozenset[str] = frozenset({"TCP"})  # that this build relays with the gates given
