@@ -125,3 +125,15 @@ class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         return f"{self.state}: {self.detail}" if self.detail else str(self.state)
+
+
+def status_of(listener: ListenerSpec, state: ListenerState, detail: str = "") -> ListenerStatus:
+    """A listener's status."""
+    return ListenerStatus(
+        key=listener.key,
+        service_port=listener.service_port,
+        role=listener.role,
+        state=state,
+        detail=detail,
+        mapped_from=listener.mapped_from,
+    )

@@ -1,0 +1,134 @@
+"""Which endpoints of a service port take traffic.
+
+The contract, as in kubernetes pkg/proxy/topology.go, for one service port and one address family:
+
+- The candidates are the endpoints of every slice of the Service that has a port of the same *name* and protocol; only
+  `addresses[0]` counts, and the same ip:port in several slices is one candidate, as usable as the most usable of them.
+- Policy Cluster: the ready ones. If hints may be used, and all of them have node hints and one names this node: those;
+  else if all have zone hints and one names this node's zone: those; else all. No ready one at all: those that still
+  serve while they terminate.
+- Policy Local: the same among the endpoints on this node, without hints.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+
+import msgspec
+
+from proxyd.api.discovery import EndpointSlice, SliceEndpoint
+from proxyd.api.service import ServicePort, TrafficPolicy
+from proxyd.state.spec import Endpoint
+
+_FAMILIES = {"IPv4": 4, "IPv6": 6}
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint of a service port, and what is known of it."""
+
+    endpoint: Endpoint
+    ready: bool
+    serving: bool
+    terminating: bool
+    node: str = ""
+    zones: frozenset[str] = frozenset()  # hinted
+    nodes: frozenset[str] = frozenset()  # hinted
+
+    @property
+    def rank(self) -> int:
+        """How usable it is: ready, or else serving while it terminates, or else neither."""
+        return 2 if self.ready else 1 if self.serving and self.terminating else 0
+
+
+def candidates(port: ServicePort, slices: Iterable[EndpointSlice], family: int) -> tuple[Candidate, ...]:
+    """Every endpoint that the slices name for a service port, in order of address.
+
+    Args:
+        port: the service port; matched by name and protocol.
+        slices: the slices of its Service.
+        family: 4 or 6.
+    """
+    found: dict[Endpoint, Candidate] = {}
+    for one in slices:
+        if _FAMILIES.get(one.address_type) != family:
+            continue
+        for slice_port in one.ports:
+            if (
+                slice_port.port is None
+                or slice_port.name != port.name
+                or slice_port.protocol != port.protocol
+            ):
+                continue
+            for item in one.endpoints:
+                if not item.addresses:
+                    continue
+                new = _candidate(item, slice_port.port)
+                old = found.get(new.endpoint)
+                if old is None or (new.rank, bool(new.node), new.node) > (old.rank, bool(old.node), old.node):
+                    found[new.endpoint] = new
+    if len(found) < 2:
+        return tuple(found.values())
+    return tuple(sorted(found.values(), key=_address_order))
+
+
+def select(
+    all_candidates: Iterable[Candidate],
+    policy: TrafficPolicy,
+    *,
+    node: str = "",
+    zone: str = "",
+    hints: bool = True,
+) -> tuple[Endpoint, ...]:
+    """The endpoints to use, in the order of the candidates; () where there are none.
+
+    Args:
+        all_candidates: as from `candidates`.
+        policy: the traffic policy of the listener.
+        node: this node's name.
+        zone: this node's zone, "" where unknown.
+        hints: whether topology hints may be used; not where a Service has a Local policy.
+    """
+    if policy is TrafficPolicy.LOCAL:
+        pool = [c for c in all_candidates if c.node and c.node == node]
+    else:
+        pool = list(all_candidates)
+    ready = [c for c in pool if c.ready]
+    if ready:
+        if policy is TrafficPolicy.CLUSTER and hints:
+            ready = _hinted(ready, node, zone)
+        return tuple(c.endpoint for c in ready)
+    return tuple(c.endpoint for c in pool if c.rank == 1)
+
+
+def _hinted(ready: list[Candidate], node: str, zone: str) -> list[Candidate]:
+    if node and all(c.nodes for c in ready):
+        mine = [c for c in ready if node in c.nodes]
+        if mine:
+            return mine
+    if zone and all(c.zones for c in ready):
+        mine = [c for c in ready if zone in c.zones]
+        if mine:
+            return mine
+    return ready
+
+
+def _candidate(item: SliceEndpoint, port: int) -> Candidate:
+    conditions = item.conditions
+    ready = conditions.ready is not False
+    serving = conditions.serving is not False if conditions.serving is not None else ready
+    hints = item.hints
+    return Candidate(
+        endpoint=Endpoint(item.addresses[0], port),
+        ready=ready,
+        serving=serving,
+        terminating=bool(conditions.terminating),
+        node=item.node_name,
+        zones=frozenset(z.name for z in hints.for_zones) if hints else frozenset(),
+        nodes=frozenset(n.name for n in hints.for_nodes) if hints else frozenset(),
+    )
+
+
+def _address_order(candidate: Candidate) -> tuple[int, int]:
+    ip, port = candidate.endpoint
+    return int(ipaddress.ip_address(ip)), port

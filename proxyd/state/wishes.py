@@ -1,0 +1,198 @@
+"""What one Service wishes for, regardless of all others: listeners, balancers, VIPs."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+from proxyd.api.discovery import EndpointSlice
+from proxyd.api.service import Protocol, Service, ServicePort, ServiceType, TrafficPolicy
+from proxyd.state.endpoints import candidates, select
+from proxyd.state.snapshot import NodeView, Options
+from proxyd.state.spec import (
+    BalancerKey,
+    BalancerSpec,
+    ListenerKey,
+    ListenerSpec,
+    ListenerState,
+    ListenerStatus,
+    Role,
+    ServicePortName,
+    status_of,
+)
+
+_GATES = {Protocol.SCTP: "SCTPSupport"}
+
+
+class ServiceWishes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a Service wishes for.
+
+    `listeners` whose balancer is not in `balancers` have no endpoint. `order` sorts Services by who may take an
+    address first: by creation, then by name.
+    """
+
+    order: tuple[bool, str, str, str]
+    listeners: tuple[ListenerSpec, ...] = ()
+    balancers: Mapping[BalancerKey, BalancerSpec] = {}
+    vips: frozenset[str] = frozenset()
+    unopened: tuple[ListenerStatus, ...] = ()
+
+
+class Frontend(msgspec.Struct, frozen=True):
+    """One address and port that clients of a service port use."""
+
+    ip: str
+    port: int
+    role: Role
+
+
+def service_wishes(
+    service: Service, slices: tuple[EndpointSlice, ...], node: NodeView, options: Options
+) -> ServiceWishes:
+    """What a Service wishes for on a node.
+
+    ExternalName and headless Services wish for nothing: there is nothing to proxy.
+    """
+    meta, spec = service.metadata, service.spec
+    order = (not meta.creation_timestamp, meta.creation_timestamp, meta.namespace, meta.name)
+    if spec.type is ServiceType.EXTERNAL_NAME or spec.headless:
+        return ServiceWishes(order=order)
+    local_ips = {address.ip for address in node.addresses}
+    listeners: list[ListenerSpec] = []
+    unopened: list[ListenerStatus] = []
+    balancers: dict[BalancerKey, BalancerSpec] = {}
+    vips: set[str] = set()
+    for port in spec.ports:
+        name = ServicePortName(meta.namespace, meta.name, port.name, port.protocol)
+        for frontend in _frontends(service, port, node, options):
+            listener, refusal = _listener(service, name, frontend, local_ips, options)
+            if refusal is not None:
+                unopened.append(status_of(listener, *refusal))
+                continue
+            listeners.append(listener)
+            if listener.balancer not in balancers:
+                balancer = _balancer(service, port, slices, node, listener.balancer)
+                if balancer.endpoints:
+                    balancers[listener.balancer] = balancer
+            if (
+                frontend.role is Role.CLUSTER_IP
+                and options.vip_mode.route
+                and not _is_loopback(listener.key.ip)
+            ):
+                vips.add(listener.key.ip)
+    return ServiceWishes(
+        order=order,
+        listeners=tuple(listeners),
+        balancers=balancers,
+        vips=frozenset(vips),
+        unopened=tuple(unopened),
+    )
+
+
+def _frontends(service: Service, port: ServicePort, node: NodeView, options: Options) -> Iterator[Frontend]:
+    spec = service.spec
+    for ip in spec.all_cluster_ips:
+        yield Frontend(ip, port.port, Role.CLUSTER_IP)
+    for ip in spec.external_ips:
+        yield Frontend(ip, port.port, Role.EXTERNAL_IP)
+    if spec.type is ServiceType.LOAD_BALANCER:
+        for ingress in service.status.load_balancer.ingress:
+            if ingress.ip and ingress.ip_mode != "Proxy":
+                yield Frontend(ingress.ip, port.port, Role.LOAD_BALANCER)
+    if port.node_port and spec.type in (ServiceType.NODE_PORT, ServiceType.LOAD_BALANCER):
+        families = _families(service)
+        for ip in nodeport_addresses(node, options):
+            if _family(ip) in families:
+                yield Frontend(ip, port.node_port, Role.NODE_PORT)
+
+
+def nodeport_addresses(node: NodeView, options: Options) -> tuple[str, ...]:
+    """The node addresses that NodePorts are opened on: those that --nodeport-addresses and --bind-address admit."""
+    wanted = options.nodeport_addresses
+    networks = [ipaddress.ip_network(cidr, strict=False) for cidr in wanted if cidr != "primary"]
+    chosen = []
+    for address in node.addresses:
+        ip = ipaddress.ip_address(address.ip)
+        if options.bind_addresses and address.ip not in options.bind_addresses:
+            continue
+        if (
+            wanted
+            and not ("primary" in wanted and address.primary)
+            and not any(ip in net for net in networks)
+        ):
+            continue
+        chosen.append(address.ip)
+    return tuple(chosen)
+
+
+def _listener(
+    service: Service, name: ServicePortName, frontend: Frontend, local_ips: set[str], options: Options
+) -> tuple[ListenerSpec, tuple[ListenerState, str] | None]:
+    """The wish for one frontend, and the reason it can't be granted, if there is one."""
+    spec = service.spec
+    internal = frontend.role is Role.CLUSTER_IP
+    policy = spec.internal_traffic_policy if internal else spec.external_traffic_policy
+    family = _family(frontend.ip)
+    ip, mapped_from, refusal = frontend.ip, "", None
+    ours = ip in local_ips or _is_loopback(ip)
+    if options.vip_mode.loopback and not ours:
+        if family == 4:
+            ip, mapped_from = "127." + ip.split(".", 1)[1], ip
+        else:
+            refusal = (
+                ListenerState.FAILED,
+                f"--vip-mode=loopback has no loopback address for {ip}; use --vip-mode=route",
+            )
+    listener = ListenerSpec(
+        key=ListenerKey(ip, frontend.port, name.protocol),
+        balancer=BalancerKey(name, policy, family),
+        role=frontend.role,
+        steered=not internal and not ours and not mapped_from and options.steer_external_ips,
+        mapped_from=mapped_from,
+        source_ranges=_source_ranges(service, family) if frontend.role is Role.LOAD_BALANCER else (),
+    )
+    if internal and not options.vip_mode.serve:
+        refusal = (ListenerState.DISABLED, "--vip-mode=none")
+    if name.protocol not in options.protocols:
+        gate = _GATES.get(name.protocol, f"{name.protocol} is not relayed by this version")
+        refusal = (ListenerState.DISABLED, gate)
+    return listener, refusal
+
+
+def _balancer(
+    service: Service, port: ServicePort, slices: tuple[EndpointSlice, ...], node: NodeView, key: BalancerKey
+) -> BalancerSpec:
+    spec = service.spec
+    both = (spec.internal_traffic_policy, spec.external_traffic_policy)
+    endpoints = select(
+        candidates(port, slices, key.family),
+        key.policy,
+        node=node.name,
+        zone=node.zone,
+        hints=TrafficPolicy.LOCAL not in both,
+    )
+    return BalancerSpec(key=key, endpoints=endpoints, affinity_seconds=spec.affinity_seconds)
+
+
+def _source_ranges(service: Service, family: int) -> tuple[str, ...]:
+    """The ranges of one family. Ranges of the other family alone still mean that not everybody may connect."""
+    ranges = tuple(text.strip() for text in service.spec.load_balancer_source_ranges)
+    mine = tuple(text for text in ranges if (":" in text) == (family == 6))
+    return mine or ranges
+
+
+def _families(service: Service) -> frozenset[int]:
+    """The address families of a Service: of its clusterIPs, or else as `ipFamilies` says, or else IPv4."""
+    spec = service.spec
+    given = frozenset(_family(ip) for ip in spec.all_cluster_ips)
+    return given or frozenset(6 if f == "IPv6" else 4 for f in spec.ip_families) or frozenset({4})
+
+
+def _family(ip: str) -> int:
+    return 6 if ":" in ip else 4
+
+
+def _is_loopback(ip: str) -> bool:
+    return ip.startswith("127.") or ip == "::1"
