@@ -1,0 +1,285 @@
+"""The control process from start to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import structlog
+import uvloop
+
+from proxyd.control.accesslog import AccessLog
+from proxyd.control.admin import AdminServer
+from proxyd.control.feed import Feed
+from proxyd.control.logs import Summariser
+from proxyd.control.picture import draw
+from proxyd.control.publication import Publication
+from proxyd.control.reconciler import Reconciler
+from proxyd.control.settings import Settings
+from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
+from proxyd.control.tasks import spawn
+from proxyd.control.views import Picture
+from proxyd.host import limits
+from proxyd.host.addresses import AddressMonitor, node_addresses
+from proxyd.host.guard import VipGuard
+from proxyd.host.routes import VipRoutes
+from proxyd.host.steering import Steering
+from proxyd.relay.messages import Connections
+from proxyd.relay.slots import Slots
+from proxyd.state.desired import Planner
+from proxyd.state.snapshot import NodeView, Options, Snapshot, VipMode
+from proxyd.state.spec import ListenerState
+
+log = structlog.get_logger("proxyd")
+
+
+class StartError(Exception):
+    """The daemon can't start: one line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def run(settings: Settings, on_serving: Callable[[Picture], None] | None = None) -> int:
+    """Run the daemon until a signal ends it.
+
+    Args:
+        settings: what to do.
+        on_serving: called once, when everything that can be open is open and every worker knows it.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        StartError: it can't start.
+    """
+    return uvloop.run(_run(settings, on_serving))
+
+
+async def _run(settings: Settings, on_serving: Callable[[Picture], None] | None) -> int:
+    daemon = Daemon(settings, on_serving)
+    return await daemon.run()
+
+
+class Daemon:
+    """Joins the feed, the planner, the reconciler, the workers and the admin API."""
+
+    def __init__(self, settings: Settings, on_serving: Callable[[Picture], None] | None = None) -> None:
+        self.settings = settings
+        self.started = time.time()
+        self._on_serving = on_serving
+        self._snapshot: Snapshot | None = None
+        self._dirty = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._drain = 0.0
+        self._fatal = ""
+        self._resources = contextlib.ExitStack()
+        self._said = Summariser()
+        self._node = NodeView(name=settings.hostname_override)
+        self._planner = Planner()
+
+    async def run(self) -> int:
+        """Start, serve until told to stop, take everything back."""
+        with self._resources:
+            self._loop = asyncio.get_running_loop()
+            limits.raise_nofile()
+            self._options = self._decide_vip_mode()
+            self._claim_addresses()
+            await self._start_admin()
+            try:
+                self._start_data_plane()
+                self._start_feed()
+                await self._serve()
+            finally:
+                await self._end()
+        if self._fatal:
+            log.error(self._fatal)
+            return 1
+        return 0
+
+    def picture(self) -> Picture:
+        """What the daemon is and does at this moment."""
+        return draw(self)
+
+    # Start
+
+    def _decide_vip_mode(self) -> Options:
+        mode = self.settings.vip_mode
+        may_route = limits.can_route()
+        if mode == "route" and not may_route:
+            raise StartError("--vip-mode=route needs CAP_NET_ADMIN; run as root, or use --vip-mode=loopback")
+        route = mode == "route" or (mode == "auto" and may_route)
+        self._may_route = may_route
+        return Options(
+            vip_mode=VipMode(route=route, loopback=mode == "loopback", serve=mode != "none"),
+            nodeport_addresses=self.settings.nodeport_addresses,
+            bind_addresses=() if self.settings.bind_address in ("0.0.0.0", "::", "") else (self.settings.bind_address,),
+            steer_external_ips=may_route and mode in ("auto", "route", "none"),
+            protocols=frozenset({"TCP"}),
+        )
+
+    def _claim_addresses(self) -> None:
+        """One daemon at most may manage routes and rules in a network namespace."""
+        if not (self._options.vip_mode.route or self._options.steer_external_ips):
+            return
+        claim = self._resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        try:
+            # An abstract name: it belongs to the network namespace, and goes with the process.
+            claim.bind("\0proxyd-addresses")
+        except OSError as error:
+            raise StartError(
+                "another proxyd manages VIPs on this node: stop it first, or use --vip-mode=bind"
+            ) from error
+
+    async def _start_admin(self) -> None:
+        self._admin = AdminServer(self.settings.admin_socket, self.picture)
+        await self._admin.start()
+
+    def _start_data_plane(self) -> None:
+        settings, options = self.settings, self._options
+        slots = Slots.create()
+        self._resources.callback(slots.close)
+        self.publication = Publication(slots, settings.workers)
+        routes = VipRoutes() if options.vip_mode.route else None
+        rules = Steering() if options.steer_external_ips else None
+        guard = None
+        if options.vip_mode.route:
+            guard = VipGuard()
+            if reason := guard.available():
+                log.warning("no VIP guard: other ports of VIPs reach this node's own daemons", reason=reason)
+                guard = None
+        self.reconciler = Reconciler(
+            self.publication, routes=routes, rules=rules, guard=guard, drain_seconds=settings.drain_timeout
+        )
+        self._access = AccessLog(settings.access_log)
+        self._resources.callback(self._access.close)
+        self.supervisor = Supervisor(
+            settings.workers,
+            slots,
+            self.publication,
+            WorkerOptions(settings.tcp_idle_timeout, records=bool(settings.access_log)),
+            Events(
+                acknowledged=self._acknowledged,
+                drained=self._drained,
+                died=self._died,
+                connections=self._connections,
+                trouble=self._trouble,
+            ),
+        )
+
+    def _start_feed(self) -> None:
+        self._monitor = AddressMonitor()
+        self._resources.callback(self._monitor.close)
+        self._read_addresses()
+        self.feed = Feed(self.settings, self._snapshot_changed)
+        missing = [p for p in self.feed.first() if p.message.startswith("no such file or folder")]
+        if missing:
+            raise StartError(f"{missing[0].file}: no such file or folder (--manifests)", 3)
+
+    # Serve
+
+    async def _serve(self) -> None:
+        loop = self._loop
+        loop.add_signal_handler(signal.SIGTERM, self._stop_after, self.settings.drain_timeout)
+        loop.add_signal_handler(signal.SIGINT, self._stop_after, 0.0)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_reader(self._monitor.fileno(), self._addresses_changed)
+        self.supervisor.start()
+        following = spawn(self.feed.follow(), name="manifests", on_failure=self._failed)
+        try:
+            await self._reconcile_forever()
+        finally:
+            following.cancel()
+            loop.remove_reader(self._monitor.fileno())
+
+    async def _reconcile_forever(self) -> None:
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            while not self._stop.is_set():
+                self._dirty.clear()
+                self._reconcile()
+                changed = asyncio.ensure_future(self._dirty.wait())
+                retry = self.reconciler.next_retry()
+                timeout = None if retry is None else max(0.0, retry - time.monotonic())
+                await asyncio.wait({stopped, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+        finally:
+            stopped.cancel()
+
+    def _reconcile(self) -> None:
+        assert self._snapshot is not None
+        desired = self._planner.desired(self._snapshot, self._node, self._options)
+        update = self.reconciler.reconcile(desired, self.supervisor.workers)
+        if update:
+            self.supervisor.publish(update)
+        self._acknowledged()
+
+    def _acknowledged(self) -> None:
+        if self._on_serving is None or self.supervisor.lagging():
+            return
+        on_serving, self._on_serving = self._on_serving, None
+        on_serving(self.picture())
+
+    def _snapshot_changed(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._dirty.set()
+
+    def _addresses_changed(self) -> None:
+        if self._monitor.drain():
+            self._read_addresses()
+            self._dirty.set()
+
+    def _read_addresses(self) -> None:
+        self._node = NodeView(name=self.settings.hostname_override, addresses=node_addresses())
+
+    def _drained(self, worker: int, numbers: list[int]) -> None:
+        if self.reconciler.drained(worker, numbers):
+            self._dirty.set()
+
+    def _died(self, worker: int) -> None:
+        if self.reconciler.worker_died(worker):
+            self._dirty.set()
+
+    def _connections(self, message: Connections) -> None:
+        self._access.write(message.records, message.dropped)
+
+    def _trouble(self, worker: int, counts: dict[str, int]) -> None:
+        for text, count in counts.items():
+            self._said.warning(log, text, count=count, worker=worker)
+
+    def _reload(self) -> None:
+        log.info("reloading")
+        self._access.reopen()
+        spawn(self.feed.rescan(), name="reload")
+
+    # End
+
+    def _stop_after(self, drain: float) -> None:
+        if self._stop.is_set():
+            log.warning("stopping at once")
+            self.supervisor.kill()
+            return
+        log.info("stopping", drain_seconds=drain)
+        self._drain = drain
+        self._stop.set()
+
+    def _failed(self, error: BaseException) -> None:
+        self._fatal = f"stopped by an internal error: {error!r}"
+        self._stop_after(0.0)
+
+    async def _end(self) -> None:
+        """Take back what was done to the node, also when the start failed half-way."""
+        if hasattr(self, "reconciler"):
+            self.reconciler.close_listeners()
+            await self.supervisor.stop(self._drain)
+            self.reconciler.remove_addresses()
+        await self._admin.stop()
+
+    def serving(self) -> int:
+        """How many listeners serve."""
+        return sum(status.state is ListenerState.SERVING for status in self.reconciler.statuses())

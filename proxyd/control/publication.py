@@ -1,0 +1,224 @@
+"""What the workers are told: balancers and listeners by number, and the updates that lead from one state to the next."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from proxyd.api.service import Protocol
+from proxyd.control.slotbook import SlotBook
+from proxyd.relay.messages import MAX_DESCRIPTORS, Apply, BalancerConfig, CloseListener, ListenerConfig
+from proxyd.relay.slots import Slots
+from proxyd.state.spec import BalancerKey, BalancerSpec, ListenerKey, ListenerSpec, ServicePortName
+
+_T = TypeVar("_T")
+
+# More endpoints of one service port than fit into one message are left out; Kubernetes caps Endpoints at 1,000.
+MAX_ENDPOINTS = 4000
+# Endpoints in one part of an update: about 60 KB.
+_PART_ENDPOINTS = 2000
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """One open listener: its number among the workers, its socket, and the one worker that has it (None: all)."""
+
+    id: int
+    socket: socket.socket
+    spec: ListenerSpec
+    owner: int | None
+
+
+@dataclass(slots=True)
+class Update:
+    """What changed since the last generation. `owner` None: for all workers."""
+
+    generation: int
+    balancers: list[BalancerConfig] = field(default_factory=list)
+    listeners: list[Held] = field(default_factory=list)
+    close: list[tuple[CloseListener, int | None]] = field(default_factory=list)
+    drop_balancers: list[int] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.balancers or self.listeners or self.close or self.drop_balancers)
+
+
+class Publication:
+    """The listeners and balancers in force, and the update that is being put together.
+
+    Not a process, no I/O but closing sockets: the supervisor carries updates to the workers.
+    """
+
+    def __init__(self, slots: Slots, workers: int) -> None:
+        self._slots = slots
+        self._workers = max(workers, 1)
+        self._book = SlotBook(slots)
+        self._ids = itertools.count(1)
+        self._configs: dict[BalancerKey, BalancerConfig] = {}
+        self._specs: dict[BalancerKey, BalancerSpec] = {}
+        self.held: dict[ListenerKey, Held] = {}
+        self.generation = 0
+        self._update = Update(1)
+
+    def set_balancer(self, spec: BalancerSpec) -> None:
+        """Add a balancer, or change its endpoints and affinity."""
+        key = spec.key
+        old = self._specs.get(key)
+        if old is not None:
+            for endpoint in set(old.endpoints).difference(spec.endpoints):
+                self._book.give_back((key, endpoint))
+        config = BalancerConfig(
+            id=self._book.take(key),
+            name=str(key.service_port),
+            endpoints=[(e.ip, e.port, self._book.take((key, e))) for e in spec.endpoints[:MAX_ENDPOINTS]],
+            affinity_seconds=spec.affinity_seconds,
+            udp_idle_seconds=spec.udp_idle_seconds,
+        )
+        self._specs[key] = spec
+        self._configs[key] = config
+        self._update.balancers.append(config)
+        if old is not None and bool(old.affinity_seconds) != bool(spec.affinity_seconds):
+            # Whoever may have the listener has changed.
+            for held in [held for held in self.held.values() if held.spec.balancer == key]:
+                self._reissue(held, held.spec, None)
+
+    def drop_balancer(self, key: BalancerKey) -> None:
+        """Remove a balancer. Its counters and position stay with its key until `forget`."""
+        config, spec = self._configs.pop(key), self._specs.pop(key)
+        for endpoint in spec.endpoints:
+            self._book.give_back((key, endpoint))
+        self._update.drop_balancers.append(config.id)
+
+    def forget(self, key: BalancerKey) -> None:
+        """Give up the counters of a balancer whose service port is gone."""
+        self._book.give_back(key)
+
+    def open(self, spec: ListenerSpec, sock: socket.socket) -> None:
+        """Publish a listener. The socket is owned by the publication from now on."""
+        held = Held(next(self._ids), sock, spec, self._owner(spec))
+        self.held[spec.key] = held
+        self._update.listeners.append(held)
+
+    def change(self, spec: ListenerSpec, drain: float | None) -> int | None:
+        """Give an open listener another spec; the socket stays.
+
+        Args:
+            spec: of the same key.
+            drain: what is left of the relays begun under the old spec ends after that many seconds; None: they stay.
+
+        Returns:
+            The number under which the old relays drain; None where no worker had heard of the listener yet.
+        """
+        return self._reissue(self.held[spec.key], spec, drain)
+
+    def close(self, key: ListenerKey, drain: float | None) -> int | None:
+        """Close a listener. Returns the number under which its relays drain, as `change` does."""
+        held = self.held.pop(key)
+        number = self._retire(held, drain)
+        held.socket.close()
+        return number
+
+    def close_all(self) -> None:
+        """Close every socket, without telling the workers."""
+        for held in self.held.values():
+            held.socket.close()
+        self.held.clear()
+
+    def take_update(self) -> Update:
+        """The update put together since the last call; a new generation begins where there is anything in it."""
+        update = self._update
+        if update:
+            self.generation = update.generation
+            self._update = Update(update.generation + 1)
+        return update
+
+    def full(self) -> Update:
+        """Everything in force, for a worker that knows nothing yet. Call when no update is under construction."""
+        return Update(
+            self.generation, balancers=list(self._configs.values()), listeners=list(self.held.values())
+        )
+
+    def counters(self, owner: BalancerKey | tuple[BalancerKey, object], fields: Iterable[int]) -> list[int]:
+        """Counters of a balancer, or of a (balancer, endpoint), summed over the workers; zeros where it has none."""
+        slot = self._book.get(owner)
+        if slot is None:
+            return [0 for _ in fields]
+        return [self._slots.total(slot, one, self._workers) for one in fields]
+
+    def balancer_keys(self, service_port: ServicePortName) -> list[BalancerKey]:
+        """The balancers of a service port that are in force."""
+        return [key for key in self._configs if key.service_port == service_port]
+
+    def rows(self) -> range:
+        """Every row of the slots that may have been counted in."""
+        return self._book.rows()
+
+    def listener_config(self, held: Held) -> ListenerConfig:
+        """How a worker is told of a listener."""
+        spec = held.spec
+        host = f"[{spec.key.ip}]" if ":" in spec.key.ip else spec.key.ip
+        return ListenerConfig(
+            id=held.id,
+            balancer=self._configs[spec.balancer].id,
+            protocol=str(spec.key.protocol),
+            address=f"{host}:{spec.key.port}",
+            source_ranges=list(spec.source_ranges),
+        )
+
+    def parts(self, update: Update, worker: int) -> Iterator[tuple[Apply, list[socket.socket]]]:
+        """An update as messages for one worker, each with its descriptors, small enough for one datagram."""
+        listeners = [held for held in update.listeners if held.owner in (None, worker)]
+        close = [one for one, owner in update.close if owner in (None, worker)]
+        for chunk in _by_endpoints(update.balancers):
+            yield Apply(update.generation, last=False, balancers=chunk), []
+        for some in _chunks(listeners, MAX_DESCRIPTORS):
+            configs = [self.listener_config(held) for held in some]
+            yield Apply(update.generation, last=False, listeners=configs), [held.socket for held in some]
+        for closing in _chunks(close, 2000):
+            yield Apply(update.generation, last=False, close=closing), []
+        for ids in _chunks(update.drop_balancers, 2000):
+            yield Apply(update.generation, last=False, drop_balancers=ids), []
+        yield Apply(update.generation, last=True), []
+
+    def _reissue(self, held: Held, spec: ListenerSpec, drain: float | None) -> int | None:
+        # A new number with the same socket: the backlog is kept, and old relays can be told from new ones.
+        number = self._retire(held, drain)
+        new = Held(next(self._ids), held.socket, spec, self._owner(spec))
+        self.held[spec.key] = new
+        self._update.listeners.append(new)
+        return number
+
+    def _retire(self, held: Held, drain: float | None) -> int | None:
+        if held in self._update.listeners:
+            self._update.listeners.remove(held)
+            return None
+        self._update.close.append((CloseListener(held.id, drain), held.owner))
+        return held.id
+
+    def _owner(self, spec: ListenerSpec) -> int | None:
+        balancer = self._specs[spec.balancer]
+        if spec.key.protocol is Protocol.UDP or balancer.affinity_seconds:
+            return zlib.crc32(str(spec.service_port).encode()) % self._workers
+        return None
+
+
+def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def _by_endpoints(configs: list[BalancerConfig]) -> Iterator[list[BalancerConfig]]:
+    chunk: list[BalancerConfig] = []
+    count = 0
+    for config in configs:
+        if chunk and count + len(config.endpoints) + 1 > _PART_ENDPOINTS:
+            yield chunk
+            chunk, count = [], 0
+        chunk.append(config)
+        count += len(config.endpoints) + 1
+    if chunk:
+        yield chunk

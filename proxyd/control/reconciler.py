@@ -1,0 +1,266 @@
+"""Carries out plans: routes, rules, listening sockets, and what the workers are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from proxyd.control.publication import Publication, Update
+from proxyd.host.guard import VipGuard
+from proxyd.host.routes import VipRoutes
+from proxyd.host.sockets import BindFailed, open_listener
+from proxyd.host.steering import Steering as Rules
+from proxyd.state.desired import DesiredState
+from proxyd.state.plan import Plan, plan
+from proxyd.state.spec import (
+    BalancerKey,
+    BalancerSpec,
+    HostState,
+    ListenerKey,
+    ListenerSpec,
+    ListenerState,
+    ListenerStatus,
+    Steering,
+    status_of,
+)
+
+log = structlog.get_logger("reconciler")
+
+_FIRST_RETRY = 0.1
+_LAST_RETRY = 5.0
+_BACKLOG = 4096
+
+
+@dataclass(slots=True)
+class Failure:
+    """A listener that could not be opened."""
+
+    spec: ListenerSpec
+    message: str
+    attempts: int
+    retry_at: float  # monotonic
+
+
+class Reconciler:
+    """Turns desired states into what the node holds. One owner for every address and listening socket.
+
+    Observed is what was really done: what failed is missing there, so the next plan has it again.
+    """
+
+    def __init__(
+        self,
+        publication: Publication,
+        *,
+        routes: VipRoutes | None,
+        rules: Rules | None,
+        guard: VipGuard | None,
+        drain_seconds: float,
+    ) -> None:
+        self.desired = DesiredState()
+        self.failures: dict[ListenerKey, Failure] = {}
+        self._publication = publication
+        self._routes = routes
+        self._rules = rules
+        self._guard = guard
+        self._drain = drain_seconds
+        self._balancers: dict[BalancerKey, BalancerSpec] = {}
+        self._listeners: dict[ListenerKey, ListenerSpec] = {}
+        self._vips: set[str] = set()
+        self._vip_errors: dict[str, str] = {}
+        self._steering: dict[ListenerKey, Steering] = {}
+        # Listener numbers whose relays drain: the key, and the workers that still have some.
+        self._draining: dict[int, tuple[ListenerKey, set[int]]] = {}
+        self._guarded: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
+        self._guard_error = ""
+
+    @property
+    def observed(self) -> HostState:
+        """What the node holds now."""
+        return HostState(
+            balancers=self._balancers,
+            listeners=self._listeners,
+            vips=frozenset(self._vips),
+            steering=self._steering,
+        )
+
+    def reconcile(self, desired: DesiredState, workers: Iterable[int]) -> Update:
+        """Do what leads to `desired`, and return the update to publish.
+
+        Errors stay with the listener they belong to: see `failures` and `statuses`.
+
+        Args:
+            desired: the state to reach.
+            workers: numbers of the workers that may hold relays.
+        """
+        self.desired = desired
+        todo = plan(self.observed, desired.host)
+        crew = set(workers)
+        self._add_addresses(todo)
+        for spec in todo.set_balancers:
+            self._publication.set_balancer(spec)
+            self._balancers[spec.key] = spec
+        wished = {(status.key, status.service_port) for status in desired.unopened} if todo.close else set()
+        for key in todo.close:
+            # Where a Service still wants the address, only its endpoints have gone: its relays stay.
+            gone = (key, self._listeners[key].service_port) not in wished
+            self._close(key, self._drain if gone else None, crew)
+        for spec in todo.open:
+            self._open(spec)
+        for spec in todo.change:
+            self._change(spec, crew)
+        for balancer in todo.drop_balancers:
+            self._publication.drop_balancer(balancer)
+            del self._balancers[balancer]
+        self._forget(todo)
+        self._remove_addresses(todo)
+        self._sync_guard()
+        for key in [key for key in self.failures if key not in desired.host.listeners]:
+            del self.failures[key]
+        return self._publication.take_update()
+
+    def next_retry(self) -> float | None:
+        """When the next failed listener is tried again (monotonic), None where none failed."""
+        return min((failure.retry_at for failure in self.failures.values()), default=None)
+
+    def drained(self, worker: int, numbers: Iterable[int]) -> bool:
+        """A worker has no relays left of these closed listeners. Returns whether an address may be free now."""
+        return any([self._one_drained(worker, number) for number in numbers])
+
+    def worker_died(self, worker: int) -> bool:
+        """A worker's relays are gone. Returns whether an address may be free now."""
+        return any([self._one_drained(worker, number) for number in list(self._draining)])
+
+    def statuses(self) -> tuple[ListenerStatus, ...]:
+        """The status of every listener that is wished for."""
+        open_or_failed = [
+            status_of(spec, ListenerState.FAILED, failure.message)
+            if (failure := self.failures.get(key))
+            else status_of(spec, ListenerState.SERVING)
+            for key, spec in self.desired.host.listeners.items()
+        ]
+        return (*open_or_failed, *self.desired.unopened)
+
+    def close_listeners(self) -> None:
+        """Close every listening socket; addresses stay, for the relays that drain."""
+        self._publication.close_all()
+        self._listeners.clear()
+
+    def remove_addresses(self) -> None:
+        """Take back every route, rule and table."""
+        if self._rules and self._steering:
+            _report("policy rule can't be removed", self._rules.remove(list(self._steering)))
+        if self._routes and self._vips:
+            _report("VIP route can't be removed", self._routes.remove(self._vips))
+        if self._guard and self._guarded is not None:
+            self._guard.remove()
+        self._steering.clear()
+        self._vips.clear()
+        self._guarded = None
+
+    def _add_addresses(self, todo: Plan) -> None:
+        if self._routes and todo.add_vips:
+            failed = self._routes.add(todo.add_vips)
+            _report("VIP route can't be added", {ip: e for ip, e in failed.items() if ip not in self._vip_errors})
+            self._vip_errors = failed
+            self._vips |= todo.add_vips.difference(failed)
+        if self._rules and todo.steer:
+            held = self._held_keys()
+            # Relays that are still alive need their rule: it turns to `unreachable` when they have ended.
+            steer = {k: how for k, how in todo.steer.items() if how is Steering.LOCAL or k not in held}
+            failed_rules = self._rules.set(steer)
+            _report("policy rule can't be added", {str(k): e for k, e in failed_rules.items()})
+            self._steering |= {k: how for k, how in steer.items() if k not in failed_rules}
+
+    def _remove_addresses(self, todo: Plan) -> None:
+        held = self._held_keys()
+        if self._rules and (unsteer := [key for key in todo.unsteer if key not in held]):
+            _report("policy rule can't be removed", {str(k): e for k, e in self._rules.remove(unsteer).items()})
+            for key in unsteer:
+                del self._steering[key]
+        if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
+            _report("VIP route can't be removed", self._routes.remove(free))
+            self._vips -= free
+
+    def _open(self, spec: ListenerSpec) -> None:
+        failure = self.failures.get(spec.key)
+        now = time.monotonic()
+        if failure and failure.spec == spec and now < failure.retry_at:
+            return
+        attempts = failure.attempts + 1 if failure and failure.spec == spec else 1
+        try:
+            sock = open_listener(spec, backlog=_BACKLOG)
+        except BindFailed as error:
+            message = self._vip_errors.get(spec.key.ip) or str(error)
+            if failure is None or failure.message != message:
+                log.warning("listener failed", listener=str(spec.key), service=str(spec.service_port), error=message)
+            pause = min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
+            self.failures[spec.key] = Failure(spec, message, attempts, now + pause)
+            return
+        if self.failures.pop(spec.key, None):
+            log.info("listener opened after failures", listener=str(spec.key), service=str(spec.service_port))
+        self._publication.open(spec, sock)
+        self._listeners[spec.key] = spec
+
+    def _change(self, spec: ListenerSpec, crew: set[int]) -> None:
+        # Relays of a Service that lost the address drain; a new spec of the same service port leaves its relays alone.
+        same = self._listeners[spec.key].service_port == spec.service_port
+        number = self._publication.change(spec, None if same else self._drain)
+        if not same:
+            self._keep(number, spec.key, crew)
+        self._listeners[spec.key] = spec
+
+    def _close(self, key: ListenerKey, drain: float | None, crew: set[int]) -> None:
+        self._keep(self._publication.close(key, drain), key, crew)
+        del self._listeners[key]
+
+    def _keep(self, number: int | None, key: ListenerKey, crew: set[int]) -> None:
+        if number is not None and crew and (key.ip in self._vips or key in self._steering):
+            self._draining[number] = (key, set(crew))
+
+    def _one_drained(self, worker: int, number: int) -> bool:
+        entry = self._draining.get(number)
+        if entry is None:
+            return False
+        entry[1].discard(worker)
+        if entry[1]:
+            return False
+        del self._draining[number]
+        return True
+
+    def _held_keys(self) -> set[ListenerKey]:
+        return {key for key, _ in self._draining.values()}
+
+    def _forget(self, todo: Plan) -> None:
+        if not todo.drop_balancers:
+            return
+        wished = {status.service_port for status in self.desired.unopened}
+        wished |= {spec.service_port for spec in self._listeners.values()}
+        for key in todo.drop_balancers:
+            if key.service_port not in wished:
+                self._publication.forget(key)
+
+    def _sync_guard(self) -> None:
+        if self._guard is None:
+            return
+        vips = frozenset(self._vips)
+        ports = frozenset(key for key in self._listeners if key.ip in vips)
+        if not vips and self._guarded is None:
+            return
+        if self._guarded == (vips, ports):
+            return
+        error = self._guard.sync(vips, ports) or ""
+        if error and error != self._guard_error:
+            log.warning("VIP guard failed: other ports of VIPs reach this node's own daemons", error=error)
+        self._guard_error = error
+        self._guarded = (vips, ports)
+
+
+def _report(what: str, errors: Mapping[str, str]) -> None:
+    """Log the first few of many errors of one kind, and count the rest."""
+    for subject, error in list(errors.items())[:3]:
+        log.warning(what, address=subject, error=error)
+    if len(errors) > 3:
+        log.warning(what, more=len(errors) - 3)

@@ -1,0 +1,296 @@
+"""Starts the workers, tells them every update, starts them again when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import structlog
+
+from proxyd.control.publication import Publication, Update
+from proxyd.relay.channel import Channel
+from proxyd.relay.messages import Acknowledged, Connections, Drained, Ready, Shutdown, Trouble
+from proxyd.relay.slots import CLOSED, FIELDS, MAX_SLOTS, OPENED, Slots
+
+log = structlog.get_logger("supervisor")
+
+# A worker that has this many messages unread is not reading: it is replaced.
+MAX_QUEUED = 20_000
+# A worker that lived this long is started again at once; one that keeps dying, after a growing pause.
+STEADY_SECONDS = 10.0
+MAX_PAUSE_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class WorkerOptions:
+    """What every worker is started with; see `proxyd.relay.worker`."""
+
+    tcp_idle_timeout: float = 0.0
+    records: bool = False
+
+    def arguments(self) -> list[str]:
+        """As command-line arguments."""
+        return [f"--tcp-idle-timeout={self.tcp_idle_timeout}", *(["--records"] if self.records else [])]
+
+
+@dataclass(slots=True)
+class Events:
+    """What the supervisor reports, each from within the event loop."""
+
+    acknowledged: Callable[[], None]
+    drained: Callable[[int, list[int]], None]  # worker, listener numbers
+    died: Callable[[int], None]  # worker
+    connections: Callable[[Connections], None]
+    trouble: Callable[[int, dict[str, int]], None]
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker process, as control sees it."""
+
+    index: int
+    process: subprocess.Popen[bytes] | None
+    pidfd: int
+    channel: Channel
+    started: float
+    ready: bool = False
+    acknowledged: int = 0
+    outgoing: deque[tuple[object, list[socket.socket]]] = field(default_factory=deque)
+    writing: bool = False
+
+    @property
+    def pid(self) -> int:
+        """Its process; control's own with --workers=0."""
+        return self.process.pid if self.process else os.getpid()
+
+
+class Supervisor:
+    """Owns the worker processes and the channels to them."""
+
+    def __init__(
+        self, count: int, slots: Slots, publication: Publication, options: WorkerOptions, events: Events
+    ) -> None:
+        self.count = count
+        self.restarts = 0
+        self.workers: dict[int, Worker] = {}
+        self._slots = slots
+        self._publication = publication
+        self._options = options
+        self._events = events
+        self._deaths: dict[int, int] = {}
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._stopping = False
+        self._gone = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def start(self) -> None:
+        """Start every worker.
+
+        Raises:
+            OSError: a process or a channel could not be made.
+        """
+        for index in range(max(self.count, 1)):
+            self._spawn(index)
+
+    def publish(self, update: Update) -> None:
+        """Tell every worker an update."""
+        for worker in list(self.workers.values()):
+            self._tell(worker, update)
+
+    def lagging(self) -> bool:
+        """Whether a worker has not acknowledged the newest generation, or is missing."""
+        newest = self._publication.generation
+        return len(self.workers) < max(self.count, 1) or any(
+            not worker.ready or worker.acknowledged < newest for worker in self.workers.values()
+        )
+
+    async def stop(self, drain: float) -> None:
+        """Let the workers finish what they relay, for at most `drain` seconds; then they are gone."""
+        self._stopping = True
+        for timer in self._timers:
+            timer.cancel()
+        for worker in self.workers.values():
+            worker.outgoing.append((Shutdown(drain), []))
+            self._flush(worker)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain + 2.0):
+                while self.workers:
+                    self._gone.clear()
+                    await self._gone.wait()
+        self.kill()
+
+    def kill(self) -> None:
+        """End every worker at once."""
+        self._stopping = True
+        for worker in list(self.workers.values()):
+            self._remove(worker)
+
+    def _spawn(self, index: int) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        with theirs:
+            if self.count == 0:
+                worker = self._in_process(index, ours, theirs.dup())
+            else:
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                    [
+                        sys.executable,
+                        "-m",
+                        "proxyd.relay.worker",
+                        f"--channel-fd={theirs.fileno()}",
+                        f"--slots-fd={self._slots.fd}",
+                        f"--index={index}",
+                        *self._options.arguments(),
+                    ],
+                    pass_fds=(theirs.fileno(), self._slots.fd),
+                    stdin=subprocess.DEVNULL,
+                )
+                pidfd = os.pidfd_open(process.pid)
+                worker = Worker(index, process, pidfd, Channel(ours), time.monotonic())
+                self._loop.add_reader(pidfd, self._exited, worker)
+        self.workers[index] = worker
+        self._loop.add_reader(worker.channel.fileno(), self._readable, worker)
+        self._tell(worker, self._publication.full())
+
+    def _in_process(self, index: int, ours: socket.socket, theirs: socket.socket) -> Worker:
+        # Only for --workers=0: control is otherwise free of the data plane.
+        from proxyd.relay.worker import Options, Worker as Relays  # noqa: PLC0415
+
+        options = Options(tcp_idle_timeout=self._options.tcp_idle_timeout, records=self._options.records)
+        Relays(self._loop, Channel(theirs), self._slots, index, options).start()
+        return Worker(index, None, -1, Channel(ours), time.monotonic())
+
+    def _tell(self, worker: Worker, update: Update) -> None:
+        for message, sockets in self._publication.parts(update, worker.index):
+            # Duplicates, so that closing a listener does not pull a descriptor from under a waiting message.
+            worker.outgoing.append((message, [sock.dup() for sock in sockets]))
+        self._flush(worker)
+
+    def _flush(self, worker: Worker) -> None:
+        outgoing = worker.outgoing
+        while outgoing:
+            message, sockets = outgoing[0]
+            try:
+                sent = worker.channel.send(message, [sock.fileno() for sock in sockets])
+            except OSError:
+                # It died; its end is noticed by the pidfd.
+                self._discard(worker)
+                break
+            if not sent:
+                break
+            outgoing.popleft()
+            for sock in sockets:
+                sock.close()
+        if len(outgoing) > MAX_QUEUED:
+            log.error("worker does not read its updates: it is replaced", worker=worker.index, pid=worker.pid)
+            self._remove(worker)
+            return
+        if bool(outgoing) != worker.writing:
+            worker.writing = bool(outgoing)
+            if worker.writing:
+                self._loop.add_writer(worker.channel.fileno(), self._flush, worker)
+            else:
+                self._loop.remove_writer(worker.channel.fileno())
+
+    def _discard(self, worker: Worker) -> None:
+        for _, sockets in worker.outgoing:
+            for sock in sockets:
+                sock.close()
+        worker.outgoing.clear()
+
+    def _readable(self, worker: Worker) -> None:
+        try:
+            for message in self._messages(worker):
+                self._heard(worker, message)
+        except (OSError, EOFError):
+            self._loop.remove_reader(worker.channel.fileno())
+            if worker.process is None:
+                self._remove(worker)
+
+    def _messages(self, worker: Worker) -> Iterator[object]:
+        for _ in range(64):
+            received = worker.channel.receive()
+            if received is None:
+                return
+            yield received[0]
+
+    def _heard(self, worker: Worker, message: object) -> None:
+        match message:
+            case Ready():
+                worker.ready = True
+                log.debug("worker runs", worker=worker.index, pid=worker.pid)
+            case Acknowledged(generation=generation):
+                worker.acknowledged = generation
+                self._events.acknowledged()
+            case Drained(listeners=listeners):
+                self._events.drained(worker.index, listeners)
+            case Connections():
+                self._events.connections(message)
+            case Trouble(counts=counts):
+                self._events.trouble(worker.index, counts)
+            case _:
+                log.error("unexpected message from a worker", worker=worker.index)
+
+    def _exited(self, worker: Worker) -> None:
+        assert worker.process is not None
+        code = worker.process.wait()
+        if not self._stopping:
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            log.error("worker died: it is started again, its relays are lost", worker=worker.index, how=how)
+        self._remove(worker)
+
+    def _remove(self, worker: Worker) -> None:
+        """Take a worker out, ended if it still runs, and start it again unless everything stops."""
+        if self.workers.get(worker.index) is not worker:
+            return
+        del self.workers[worker.index]
+        self._discard(worker)
+        self._loop.remove_reader(worker.channel.fileno())
+        self._loop.remove_writer(worker.channel.fileno())
+        worker.channel.close()
+        if worker.process is not None:
+            self._loop.remove_reader(worker.pidfd)
+            os.close(worker.pidfd)
+            if worker.process.poll() is None:
+                worker.process.kill()
+                worker.process.wait()
+        self._settle_counters(worker.index)
+        self._events.died(worker.index)
+        self._gone.set()
+        if self._stopping:
+            return
+        self.restarts += 1
+        steady = time.monotonic() - worker.started > STEADY_SECONDS
+        deaths = self._deaths[worker.index] = 0 if steady else self._deaths.get(worker.index, 0) + 1
+        pause = 0.0 if deaths <= 1 else min(0.1 * 2**deaths, MAX_PAUSE_SECONDS)
+        timer: asyncio.TimerHandle
+
+        def again() -> None:
+            self._timers.discard(timer)
+            try:
+                self._spawn(worker.index)
+            except OSError as error:
+                log.error("worker can't be started: tried again in 5 s", worker=worker.index, error=str(error))  # noqa: TRY400 - one line is enough
+                later = self._loop.call_later(MAX_PAUSE_SECONDS, again)
+                self._timers.add(later)
+
+        timer = self._loop.call_later(pause, again)
+        self._timers.add(timer)
+
+    def _settle_counters(self, index: int) -> None:
+        """What a dead worker had open is closed."""
+        view = self._slots.view
+        first = MAX_SLOTS + index * MAX_SLOTS * FIELDS
+        for row in self._publication.rows():
+            base = first + row * FIELDS
+            if view[base + CLOSED] != view[base + OPENED]:
+                view[base + CLOSED] = view[base + OPENED]
+

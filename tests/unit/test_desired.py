@@ -1,0 +1,209 @@
+"""What the node should hold for a snapshot."""
+
+from __future__ import annotations
+
+from proxyd.api.discovery import EndpointPort, EndpointSlice, SliceEndpoint
+from proxyd.api.meta import ObjectMeta, ObjectName
+from proxyd.api.service import (
+    LoadBalancerIngress,
+    LoadBalancerStatus,
+    Protocol,
+    Service,
+    ServicePort,
+    ServiceSpec,
+    ServiceStatus,
+    ServiceType,
+    SessionAffinity,
+)
+from proxyd.state.desired import DesiredState, desired_state
+from proxyd.state.snapshot import NodeAddress, NodeView, Options, Snapshot, VipMode
+from proxyd.state.spec import ListenerKey, Role, Steering
+
+NODE = NodeView(
+    name="n1",
+    addresses=(
+        NodeAddress(ip="127.0.0.1", interface="lo"),
+        NodeAddress(ip="::1", interface="lo"),
+        NodeAddress(ip="192.0.2.1", interface="eth0", primary=True),
+        NodeAddress(ip="198.51.100.1", interface="eth1"),
+    ),
+)
+
+
+def service(name="web", created="", status=None, **spec) -> Service:
+    spec.setdefault("ports", (ServicePort(port=80),))
+    spec.setdefault("cluster_ip", "10.96.0.10")
+    return Service(
+        metadata=ObjectMeta(name=name, creation_timestamp=created),
+        spec=ServiceSpec(**spec),
+        status=status or ServiceStatus(),
+    )
+
+
+def desired(*services: Service, endpoints=True, options=Options(), node=NODE) -> DesiredState:  # noqa: B008 - frozen
+    slices = {}
+    for one in services:
+        ports = tuple(EndpointPort(name=p.name, protocol=p.protocol, port=9376) for p in one.spec.ports)
+        found = (SliceEndpoint(addresses=("10.0.0.1",), node_name="n1"),) if endpoints else ()
+        slices[one.metadata.key] = (
+            EndpointSlice(metadata=ObjectMeta(name="s"), endpoints=found, ports=ports),
+        )
+    snapshot = Snapshot(services={one.metadata.key: one for one in services}, slices=slices)
+    return desired_state(snapshot, node, options)
+
+
+def keys(state: DesiredState) -> set[str]:
+    return {str(key) for key in state.host.listeners}
+
+
+def reasons(state: DesiredState) -> dict[str, str]:
+    return {str(status.key): str(status) for status in state.unopened}
+
+
+def test_a_cluster_ip_service_gets_its_vip() -> None:
+    state = desired(service())
+    assert keys(state) == {"10.96.0.10:80/TCP"}
+    assert state.host.vips == {"10.96.0.10"}
+
+
+def test_a_node_port_is_opened_on_every_admitted_address_of_its_family() -> None:
+    one = service(type=ServiceType.NODE_PORT, ports=(ServicePort(port=80, node_port=30036),))
+    assert keys(desired(one)) == {
+        "10.96.0.10:80/TCP",
+        "127.0.0.1:30036/TCP",
+        "192.0.2.1:30036/TCP",
+        "198.51.100.1:30036/TCP",
+    }
+    loopback = Options(nodeport_addresses=("127.0.0.0/8",))
+    assert keys(desired(one, options=loopback)) == {"10.96.0.10:80/TCP", "127.0.0.1:30036/TCP"}
+    primary = Options(nodeport_addresses=("primary",))
+    assert keys(desired(one, options=primary)) == {"10.96.0.10:80/TCP", "192.0.2.1:30036/TCP"}
+    bound = Options(bind_addresses=("198.51.100.1",))
+    assert keys(desired(one, options=bound)) == {"10.96.0.10:80/TCP", "198.51.100.1:30036/TCP"}
+
+
+def test_external_ips_are_steered_unless_they_are_the_nodes_own() -> None:
+    state = desired(service(external_ips=("80.11.12.10", "192.0.2.1")))
+    assert keys(state) == {"10.96.0.10:80/TCP", "80.11.12.10:80/TCP", "192.0.2.1:80/TCP"}
+    assert state.host.steering == {ListenerKey("80.11.12.10", 80, Protocol.TCP): Steering.LOCAL}
+    without = desired(service(external_ips=("80.11.12.10",)), endpoints=False)
+    assert without.host.steering == {ListenerKey("80.11.12.10", 80, Protocol.TCP): Steering.UNREACHABLE}
+
+
+def test_load_balancer_addresses_with_their_source_ranges() -> None:
+    ingress = (
+        LoadBalancerIngress(ip="203.0.113.5"),
+        LoadBalancerIngress(hostname="lb.example.com"),
+        LoadBalancerIngress(ip="203.0.113.6", ip_mode="Proxy"),
+    )
+    state = desired(
+        service(
+            type=ServiceType.LOAD_BALANCER,
+            load_balancer_source_ranges=(" 10.0.0.0/8 ", "fd00::/8"),
+            status=ServiceStatus(load_balancer=LoadBalancerStatus(ingress=ingress)),
+        )
+    )
+    assert keys(state) == {"10.96.0.10:80/TCP", "203.0.113.5:80/TCP"}
+    spec = state.host.listeners[ListenerKey("203.0.113.5", 80, Protocol.TCP)]
+    assert spec.source_ranges == ("10.0.0.0/8",)
+    assert spec.role is Role.LOAD_BALANCER
+
+
+def test_nothing_to_proxy_for_external_name_and_headless() -> None:
+    for one in (
+        service(type=ServiceType.EXTERNAL_NAME, cluster_ip="", external_name="db.example.com"),
+        service(cluster_ip="None"),
+    ):
+        state = desired(one)
+        assert (keys(state), state.unopened, state.host.vips) == (set(), (), frozenset())
+
+
+def test_without_endpoints_the_vip_stays_and_the_listener_is_closed() -> None:
+    state = desired(service(), endpoints=False)
+    assert keys(state) == set()
+    assert reasons(state) == {"10.96.0.10:80/TCP": "NoEndpoints"}
+    assert state.host.vips == {"10.96.0.10"}
+
+
+def test_the_service_created_first_keeps_an_address_then_the_first_by_name() -> None:
+    older = service("zeta", created="2026-01-01T00:00:00Z")
+    younger = service("alpha", created="2026-02-01T00:00:00Z")
+    state = desired(younger, older)
+    assert state.host.listeners[ListenerKey("10.96.0.10", 80, Protocol.TCP)].service_port.name == "zeta"
+    assert reasons(state) == {"10.96.0.10:80/TCP": "Conflict: 10.96.0.10:80/TCP is held by default/zeta"}
+    same = desired(service("b", created="2026-01-01T00:00:00Z"), service("a", created="2026-01-01T00:00:00Z"))
+    assert next(iter(same.host.listeners.values())).service_port.name == "a"
+    # One that is not dated comes after all that are.
+    dated = desired(service("a"), service("z", created="2026-01-01T00:00:00Z"))
+    assert next(iter(dated.host.listeners.values())).service_port.name == "z"
+
+
+def test_the_holder_keeps_an_address_while_it_has_no_endpoints() -> None:
+    first = service("a", created="2026-01-01T00:00:00Z", ports=(ServicePort(port=80, name="x"),))
+    second = service("b", created="2026-02-01T00:00:00Z")
+    slices = {
+        ObjectName("default", "b"): (
+            EndpointSlice(
+                metadata=ObjectMeta(name="s"),
+                endpoints=(SliceEndpoint(addresses=("10.0.0.1",)),),
+                ports=(EndpointPort(port=1),),
+            ),
+        )
+    }
+    snapshot = Snapshot(services={one.metadata.key: one for one in (first, second)}, slices=slices)
+    state = desired_state(snapshot, NODE, Options())
+    assert keys(state) == set()
+    assert sorted(str(s) for s in state.unopened) == [
+        "Conflict: 10.96.0.10:80/TCP is held by default/a:x",
+        "NoEndpoints",
+    ]
+
+
+def test_one_service_that_names_an_address_twice_is_no_conflict() -> None:
+    ingress = (LoadBalancerIngress(ip="80.11.12.10"),)
+    state = desired(
+        service(
+            type=ServiceType.LOAD_BALANCER,
+            external_ips=("80.11.12.10",),
+            status=ServiceStatus(load_balancer=LoadBalancerStatus(ingress=ingress)),
+        )
+    )
+    assert keys(state) == {"10.96.0.10:80/TCP", "80.11.12.10:80/TCP"}
+    assert state.unopened == ()
+
+
+def test_a_protocol_behind_a_gate_is_disabled_and_names_the_gate() -> None:
+    ports = (ServicePort(port=3868, name="sig", protocol=Protocol.SCTP), ServicePort(port=80, name="http"))
+    state = desired(service(ports=ports))
+    assert keys(state) == {"10.96.0.10:80/TCP"}
+    assert reasons(state) == {"10.96.0.10:3868/SCTP": "Disabled: SCTPSupport"}
+
+
+def test_loopback_mode_maps_foreign_addresses_and_says_so() -> None:
+    state = desired(
+        service(cluster_ips=("10.96.0.10", "fd00::1"), external_ips=("80.11.12.10",)),
+        options=Options(vip_mode=VipMode(loopback=True)),
+    )
+    assert {str(k): s.mapped_from for k, s in state.host.listeners.items()} == {
+        "127.96.0.10:80/TCP": "10.96.0.10",
+        "127.11.12.10:80/TCP": "80.11.12.10",
+    }
+    assert "fd00::1" in reasons(state)["[fd00::1]:80/TCP"]
+    assert state.host.vips == frozenset()
+    assert state.host.steering == {}
+
+
+def test_vips_in_the_loopback_range_need_no_route() -> None:
+    assert desired(service(cluster_ip="127.96.0.10")).host.vips == frozenset()
+
+
+def test_vip_mode_none_serves_node_ports_only() -> None:
+    one = service(type=ServiceType.NODE_PORT, ports=(ServicePort(port=80, node_port=30036),))
+    state = desired(one, options=Options(vip_mode=VipMode(serve=False), nodeport_addresses=("primary",)))
+    assert keys(state) == {"192.0.2.1:30036/TCP"}
+    assert reasons(state) == {"10.96.0.10:80/TCP": "Disabled: --vip-mode=none"}
+
+
+def test_affinity_reaches_the_balancer() -> None:
+    state = desired(service(session_affinity=SessionAffinity.CLIENT_IP))
+    assert [balancer.affinity_seconds for balancer in state.host.balancers.values()] == [10800]
