@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import IO
 
 import msgspec
-import structlog
 
+from proxyd.control.logs import get_logger
 from proxyd.relay.messages import Connection
 
-log = structlog.get_logger("access")
+log = get_logger("access")
 
 
 class AccessLog:
@@ -30,7 +31,7 @@ class AccessLog:
             return
         self.close()
         try:
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - kept open
+            self._file = Path(self._path).open("ab", buffering=0)  # noqa: SIM115 - kept open
         except OSError as error:
             self._fail(error)
 
@@ -60,7 +61,9 @@ class AccessLog:
 
     def _fail(self, error: OSError) -> None:
         if not self._failing:
-            log.error("access log can't be written: records are dropped", path=self._path, error=error.strerror)
+            log.error(
+                "access log can't be written: records are dropped", path=self._path, error=error.strerror
+            )
         self._failing = True
 
     def _json(self, record: Connection) -> bytes:

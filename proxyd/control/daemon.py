@@ -9,32 +9,31 @@ import socket
 import time
 from collections.abc import Callable
 
-import structlog
 import uvloop
 
 from proxyd.control.accesslog import AccessLog
 from proxyd.control.admin import AdminServer
 from proxyd.control.feed import Feed
-from proxyd.control.logs import Summariser
+from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.picture import draw
 from proxyd.control.publication import Publication
 from proxyd.control.reconciler import Reconciler
 from proxyd.control.settings import Settings
 from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
-from proxyd.control.tasks import spawn
+from proxyd.control.tasks import describe, spawn
 from proxyd.control.views import Picture
 from proxyd.host import limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
-from proxyd.host.steering import Steering
+from proxyd.host.steering import Steering as SteeringRules
 from proxyd.relay.messages import Connections
 from proxyd.relay.slots import Slots
 from proxyd.state.desired import Planner
 from proxyd.state.snapshot import NodeView, Options, Snapshot, VipMode
 from proxyd.state.spec import ListenerState
 
-log = structlog.get_logger("proxyd")
+log = get_logger("proxyd")
 
 
 class StartError(Exception):
@@ -73,13 +72,14 @@ class Daemon:
         self.settings = settings
         self.started = time.time()
         self._on_serving = on_serving
-        self._snapshot: Snapshot | None = None
+        self.phase = "starting"
+        self.snapshot = Snapshot()
         self._dirty = asyncio.Event()
         self._stop = asyncio.Event()
         self._drain = 0.0
         self._fatal = ""
         self._resources = contextlib.ExitStack()
-        self._said = Summariser()
+        self._said = Summariser(log)
         self._node = NodeView(name=settings.hostname_override)
         self._planner = Planner()
 
@@ -114,12 +114,13 @@ class Daemon:
         if mode == "route" and not may_route:
             raise StartError("--vip-mode=route needs CAP_NET_ADMIN; run as root, or use --vip-mode=loopback")
         route = mode == "route" or (mode == "auto" and may_route)
-        self._may_route = may_route
         return Options(
             vip_mode=VipMode(route=route, loopback=mode == "loopback", serve=mode != "none"),
             nodeport_addresses=self.settings.nodeport_addresses,
-            bind_addresses=() if self.settings.bind_address in ("0.0.0.0", "::", "") else (self.settings.bind_address,),
-            steer_external_ips=may_route and mode in ("auto", "route", "none"),
+            bind_addresses=()
+            if self.settings.bind_address in ("0.0.0.0", "::", "")
+            else (self.settings.bind_address,),
+            steer_external_ips=may_route and mode != "loopback" and self.settings.external_ip_mode == "steer",
             protocols=frozenset({"TCP"}),
         )
 
@@ -146,7 +147,7 @@ class Daemon:
         self._resources.callback(slots.close)
         self.publication = Publication(slots, settings.workers)
         routes = VipRoutes() if options.vip_mode.route else None
-        rules = Steering() if options.steer_external_ips else None
+        rules = SteeringRules() if options.steer_external_ips else None
         guard = None
         if options.vip_mode.route:
             guard = VipGuard()
@@ -190,6 +191,7 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
         self.supervisor.start()
+        self.phase = "serving"
         following = spawn(self.feed.follow(), name="manifests", on_failure=self._failed)
         try:
             await self._reconcile_forever()
@@ -202,7 +204,7 @@ class Daemon:
         try:
             while not self._stop.is_set():
                 self._dirty.clear()
-                self._reconcile()
+                self._reconcile_or_say_why()
                 changed = asyncio.ensure_future(self._dirty.wait())
                 retry = self.reconciler.next_retry()
                 timeout = None if retry is None else max(0.0, retry - time.monotonic())
@@ -211,9 +213,15 @@ class Daemon:
         finally:
             stopped.cancel()
 
+    def _reconcile_or_say_why(self) -> None:
+        try:
+            self._reconcile()
+        except Exception as error:  # noqa: BLE001 - what is served goes on; what was done so far is known to the next plan
+            self._said.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
+            self._loop.call_later(1.0, self._dirty.set)
+
     def _reconcile(self) -> None:
-        assert self._snapshot is not None
-        desired = self._planner.desired(self._snapshot, self._node, self._options)
+        desired = self._planner.desired(self.snapshot, self._node, self._options)
         update = self.reconciler.reconcile(desired, self.supervisor.workers)
         if update:
             self.supervisor.publish(update)
@@ -226,16 +234,17 @@ class Daemon:
         on_serving(self.picture())
 
     def _snapshot_changed(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self._dirty.set()
 
     def _addresses_changed(self) -> None:
         if self._monitor.drain():
             self._read_addresses()
+            self.reconciler.addresses_changed()
             self._dirty.set()
 
     def _read_addresses(self) -> None:
-        self._node = NodeView(name=self.settings.hostname_override, addresses=node_addresses())
+        self._node = NodeView(name=self.settings.node_name, addresses=node_addresses())
 
     def _drained(self, worker: int, numbers: list[int]) -> None:
         if self.reconciler.drained(worker, numbers):
@@ -250,7 +259,7 @@ class Daemon:
 
     def _trouble(self, worker: int, counts: dict[str, int]) -> None:
         for text, count in counts.items():
-            self._said.warning(log, text, count=count, worker=worker)
+            self._said.warning(text, text, count=count, worker=worker)
 
     def _reload(self) -> None:
         log.info("reloading")
@@ -266,6 +275,7 @@ class Daemon:
             return
         log.info("stopping", drain_seconds=drain)
         self._drain = drain
+        self.phase = "draining"
         self._stop.set()
 
     def _failed(self, error: BaseException) -> None:

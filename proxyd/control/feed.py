@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-import structlog
-
 from proxyd.api.decode import Rules
 from proxyd.api.problems import Problem, Severity
+from proxyd.control.logs import get_logger
 from proxyd.control.settings import Settings
 from proxyd.sources.manifests import ManifestSource
 from proxyd.sources.standalone.assemble import Assembled, AssemblySettings, assemble
@@ -18,7 +17,7 @@ from proxyd.sources.statefile import load_allocations, save_allocations
 from proxyd.sources.watch import watch
 from proxyd.state.snapshot import Snapshot
 
-log = structlog.get_logger("manifests")
+log = get_logger("manifests")
 
 # Problems of one scan that are logged one by one; `proxyd check` shows them all.
 _MAX_LOGGED = 20
@@ -30,7 +29,7 @@ class Feed:
     def __init__(self, settings: Settings, changed: Callable[[Snapshot], None]) -> None:
         self.problems: tuple[Problem, ...] = ()
         self.files = 0
-        self.synced_at: float | None = None  # Unix time of the last scan that changed something
+        self.synced_at = 0.0  # Unix time of the last scan; 0: none yet
         self._settings = settings
         self._changed = changed
         rules = Rules(
@@ -89,7 +88,7 @@ class Feed:
             say = log.error if problem.severity is Severity.ERROR else log.warning
             say(str(problem))
         if len(new) > _MAX_LOGGED:
-            log.warning(f"{len(new) - _MAX_LOGGED} more problems; `proxyd check` shows them all")
+            log.warning("more problems; `proxyd check` shows them all", count=len(new) - _MAX_LOGGED)
         solved = len(known.difference(problems))
         if solved:
             log.info("problems solved", count=solved)

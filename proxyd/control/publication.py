@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import socket
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+import msgspec
 
 from proxyd.api.service import Protocol
 from proxyd.control.slotbook import SlotBook
@@ -60,6 +62,7 @@ class Publication:
         self._ids = itertools.count(1)
         self._configs: dict[BalancerKey, BalancerConfig] = {}
         self._specs: dict[BalancerKey, BalancerSpec] = {}
+        self._counted: dict[ServicePortName, set[BalancerKey]] = {}
         self.held: dict[ListenerKey, Held] = {}
         self.generation = 0
         self._update = Update(1)
@@ -80,6 +83,7 @@ class Publication:
         )
         self._specs[key] = spec
         self._configs[key] = config
+        self._counted.setdefault(key.service_port, set()).add(key)
         self._update.balancers.append(config)
         if old is not None and bool(old.affinity_seconds) != bool(spec.affinity_seconds):
             # Whoever may have the listener has changed.
@@ -96,6 +100,10 @@ class Publication:
     def forget(self, key: BalancerKey) -> None:
         """Give up the counters of a balancer whose service port is gone."""
         self._book.give_back(key)
+        keys = self._counted.get(key.service_port, set())
+        keys.discard(key)
+        if not keys:
+            self._counted.pop(key.service_port, None)
 
     def open(self, spec: ListenerSpec, sock: socket.socket) -> None:
         """Publish a listener. The socket is owned by the publication from now on."""
@@ -142,16 +150,16 @@ class Publication:
             self.generation, balancers=list(self._configs.values()), listeners=list(self.held.values())
         )
 
-    def counters(self, owner: BalancerKey | tuple[BalancerKey, object], fields: Iterable[int]) -> list[int]:
+    def counters(self, owner: Hashable, fields: Iterable[int]) -> list[int]:
         """Counters of a balancer, or of a (balancer, endpoint), summed over the workers; zeros where it has none."""
         slot = self._book.get(owner)
         if slot is None:
             return [0 for _ in fields]
         return [self._slots.total(slot, one, self._workers) for one in fields]
 
-    def balancer_keys(self, service_port: ServicePortName) -> list[BalancerKey]:
-        """The balancers of a service port that are in force."""
-        return [key for key in self._configs if key.service_port == service_port]
+    def balancer_keys(self, service_port: ServicePortName) -> frozenset[BalancerKey]:
+        """The balancers of a service port that have counters."""
+        return frozenset(self._counted.get(service_port, ()))
 
     def rows(self) -> range:
         """Every row of the slots that may have been counted in."""
@@ -169,15 +177,18 @@ class Publication:
             source_ranges=list(spec.source_ranges),
         )
 
-    def parts(self, update: Update, worker: int) -> Iterator[tuple[Apply, list[socket.socket]]]:
-        """An update as messages for one worker, each with its descriptors, small enough for one datagram."""
+    def parts(self, update: Update, worker: int) -> Iterator[tuple[Apply, list[Held]]]:
+        """An update as messages for one worker, each with the listeners whose descriptors go with it.
+
+        Each is small enough for one datagram.
+        """
         listeners = [held for held in update.listeners if held.owner in (None, worker)]
         close = [one for one, owner in update.close if owner in (None, worker)]
         for chunk in _by_endpoints(update.balancers):
             yield Apply(update.generation, last=False, balancers=chunk), []
         for some in _chunks(listeners, MAX_DESCRIPTORS):
             configs = [self.listener_config(held) for held in some]
-            yield Apply(update.generation, last=False, listeners=configs), [held.socket for held in some]
+            yield Apply(update.generation, last=False, listeners=configs), some
         for closing in _chunks(close, 2000):
             yield Apply(update.generation, last=False, close=closing), []
         for ids in _chunks(update.drop_balancers, 2000):
@@ -204,6 +215,15 @@ class Publication:
         if spec.key.protocol is Protocol.UDP or balancer.affinity_seconds:
             return zlib.crc32(str(spec.service_port).encode()) % self._workers
         return None
+
+
+def still_open(message: Apply, listeners: list[Held]) -> tuple[Apply, list[int]]:
+    """A part as it can be sent now, with its descriptors: listeners that were closed since are left out."""
+    alive = [held.socket.fileno() >= 0 for held in listeners]
+    if not all(alive):
+        kept = [config for config, lives in zip(message.listeners, alive, strict=True) if lives]
+        message = msgspec.structs.replace(message, listeners=kept)
+    return message, [held.socket.fileno() for held, lives in zip(listeners, alive, strict=True) if lives]
 
 
 def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:

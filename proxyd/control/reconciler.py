@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import structlog
-
+from proxyd.control.logs import get_logger
 from proxyd.control.publication import Publication, Update
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.sockets import BindFailed, open_listener
-from proxyd.host.steering import Steering as Rules
+from proxyd.host.steering import Steering as SteeringRules
 from proxyd.state.desired import DesiredState
 from proxyd.state.plan import Plan, plan
 from proxyd.state.spec import (
@@ -27,7 +26,7 @@ from proxyd.state.spec import (
     status_of,
 )
 
-log = structlog.get_logger("reconciler")
+log = get_logger("reconciler")
 
 _FIRST_RETRY = 0.1
 _LAST_RETRY = 5.0
@@ -55,7 +54,7 @@ class Reconciler:
         publication: Publication,
         *,
         routes: VipRoutes | None,
-        rules: Rules | None,
+        rules: SteeringRules | None,
         guard: VipGuard | None,
         drain_seconds: float,
     ) -> None:
@@ -68,9 +67,10 @@ class Reconciler:
         self._drain = drain_seconds
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
         self._listeners: dict[ListenerKey, ListenerSpec] = {}
-        self._vips: set[str] = set()
+        # What a killed daemon left is taken over: the first plan removes what is not wanted any more.
+        self._vips: set[str] = set(routes.present()) if routes else set()
         self._vip_errors: dict[str, str] = {}
-        self._steering: dict[ListenerKey, Steering] = {}
+        self._steering: dict[ListenerKey, Steering] = rules.present() if rules else {}
         # Listener numbers whose relays drain: the key, and the workers that still have some.
         self._draining: dict[int, tuple[ListenerKey, set[int]]] = {}
         self._guarded: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
@@ -98,7 +98,7 @@ class Reconciler:
         self.desired = desired
         todo = plan(self.observed, desired.host)
         crew = set(workers)
-        self._add_addresses(todo)
+        self._add_vips(todo)
         for spec in todo.set_balancers:
             self._publication.set_balancer(spec)
             self._balancers[spec.key] = spec
@@ -107,14 +107,15 @@ class Reconciler:
             # Where a Service still wants the address, only its endpoints have gone: its relays stay.
             gone = (key, self._listeners[key].service_port) not in wished
             self._close(key, self._drain if gone else None, crew)
-        for spec in todo.open:
-            self._open(spec)
-        for spec in todo.change:
-            self._change(spec, crew)
+        for wish in todo.open:
+            self._open(wish)
+        for wish in todo.change:
+            self._change(wish, crew)
         for balancer in todo.drop_balancers:
             self._publication.drop_balancer(balancer)
             del self._balancers[balancer]
         self._forget(todo)
+        self._steer(todo)
         self._remove_addresses(todo)
         self._sync_guard()
         for key in [key for key in self.failures if key not in desired.host.listeners]:
@@ -127,11 +128,11 @@ class Reconciler:
 
     def drained(self, worker: int, numbers: Iterable[int]) -> bool:
         """A worker has no relays left of these closed listeners. Returns whether an address may be free now."""
-        return any([self._one_drained(worker, number) for number in numbers])
+        return sum(self._one_drained(worker, number) for number in numbers) > 0
 
     def worker_died(self, worker: int) -> bool:
         """A worker's relays are gone. Returns whether an address may be free now."""
-        return any([self._one_drained(worker, number) for number in list(self._draining)])
+        return sum(self._one_drained(worker, number) for number in list(self._draining)) > 0
 
     def statuses(self) -> tuple[ListenerStatus, ...]:
         """The status of every listener that is wished for."""
@@ -160,24 +161,43 @@ class Reconciler:
         self._vips.clear()
         self._guarded = None
 
-    def _add_addresses(self, todo: Plan) -> None:
+    def _add_vips(self, todo: Plan) -> None:
         if self._routes and todo.add_vips:
             failed = self._routes.add(todo.add_vips)
-            _report("VIP route can't be added", {ip: e for ip, e in failed.items() if ip not in self._vip_errors})
+            _report(
+                "VIP route can't be added", {ip: e for ip, e in failed.items() if ip not in self._vip_errors}
+            )
             self._vip_errors = failed
             self._vips |= todo.add_vips.difference(failed)
-        if self._rules and todo.steer:
-            held = self._held_keys()
-            # Relays that are still alive need their rule: it turns to `unreachable` when they have ended.
-            steer = {k: how for k, how in todo.steer.items() if how is Steering.LOCAL or k not in held}
-            failed_rules = self._rules.set(steer)
-            _report("policy rule can't be added", {str(k): e for k, e in failed_rules.items()})
-            self._steering |= {k: how for k, how in steer.items() if k not in failed_rules}
+
+    def _steer(self, todo: Plan) -> None:
+        if not self._rules or not todo.steer:
+            return
+        # LOCAL only where somebody listens, or the traffic would hang. A key whose relays drain keeps its LOCAL rule:
+        # they need it.
+        held = self._held_keys()
+        steer = {
+            key: how if key in self._listeners else Steering.UNREACHABLE
+            for key, how in todo.steer.items()
+            if how is Steering.LOCAL or key not in held
+        }
+        steer = {key: how for key, how in steer.items() if self._steering.get(key) != how}
+        if steer:
+            failed = self._rules.set(steer)
+            _report("policy rule can't be set", {str(key): error for key, error in failed.items()})
+            self._steering |= {key: how for key, how in steer.items() if key not in failed}
+
+    def addresses_changed(self) -> None:
+        """The node's addresses changed: repair the routes that named one of them as source."""
+        if self._rules and self._steering:
+            _report("policy rule can't be repaired", {str(k): e for k, e in self._rules.refresh().items()})
 
     def _remove_addresses(self, todo: Plan) -> None:
         held = self._held_keys()
         if self._rules and (unsteer := [key for key in todo.unsteer if key not in held]):
-            _report("policy rule can't be removed", {str(k): e for k, e in self._rules.remove(unsteer).items()})
+            _report(
+                "policy rule can't be removed", {str(k): e for k, e in self._rules.remove(unsteer).items()}
+            )
             for key in unsteer:
                 del self._steering[key]
         if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
@@ -195,7 +215,9 @@ class Reconciler:
         except BindFailed as error:
             message = self._vip_errors.get(spec.key.ip) or str(error)
             if failure is None or failure.message != message:
-                log.warning("listener failed", listener=str(spec.key), service=str(spec.service_port), error=message)
+                log.warning(
+                    "listener failed", listener=str(spec.key), service=str(spec.service_port), error=message
+                )
             pause = min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
             self.failures[spec.key] = Failure(spec, message, attempts, now + pause)
             return
@@ -258,9 +280,9 @@ class Reconciler:
         self._guarded = (vips, ports)
 
 
-def _report(what: str, errors: Mapping[str, str]) -> None:
+def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:
     """Log the first few of many errors of one kind, and count the rest."""
     for subject, error in list(errors.items())[:3]:
-        log.warning(what, address=subject, error=error)
+        log.warning(what, address=str(subject), error=error)
     if len(errors) > 3:
         log.warning(what, more=len(errors) - 3)

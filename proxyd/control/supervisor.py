@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -14,14 +15,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import structlog
-
-from proxyd.control.publication import Publication, Update
-from proxyd.relay.channel import Channel
-from proxyd.relay.messages import Acknowledged, Connections, Drained, Ready, Shutdown, Trouble
+from proxyd.control.logs import get_logger
+from proxyd.control.publication import Held, Publication, Update, still_open
+from proxyd.relay.channel import Channel, ChannelError
+from proxyd.relay.messages import (
+    Acknowledged,
+    Apply,
+    Connections,
+    Drained,
+    Ready,
+    Shutdown,
+    ToWorker,
+    Trouble,
+)
 from proxyd.relay.slots import CLOSED, FIELDS, MAX_SLOTS, OPENED, Slots
 
-log = structlog.get_logger("supervisor")
+log = get_logger("supervisor")
 
 # A worker that has this many messages unread is not reading: it is replaced.
 MAX_QUEUED = 20_000
@@ -64,7 +73,7 @@ class Worker:
     started: float
     ready: bool = False
     acknowledged: int = 0
-    outgoing: deque[tuple[object, list[socket.socket]]] = field(default_factory=deque)
+    outgoing: deque[tuple[ToWorker, list[Held]]] = field(default_factory=deque)
     writing: bool = False
 
     @property
@@ -80,7 +89,7 @@ class Supervisor:
         self, count: int, slots: Slots, publication: Publication, options: WorkerOptions, events: Events
     ) -> None:
         self.count = count
-        self.restarts = 0
+        self.restarts: dict[int, int] = {}
         self.workers: dict[int, Worker] = {}
         self._slots = slots
         self._publication = publication
@@ -162,55 +171,61 @@ class Supervisor:
 
     def _in_process(self, index: int, ours: socket.socket, theirs: socket.socket) -> Worker:
         # Only for --workers=0: control is otherwise free of the data plane.
-        from proxyd.relay.worker import Options, Worker as Relays  # noqa: PLC0415
+        import proxyd.relay.worker as data_plane  # noqa: PLC0415
 
-        options = Options(tcp_idle_timeout=self._options.tcp_idle_timeout, records=self._options.records)
-        Relays(self._loop, Channel(theirs), self._slots, index, options).start()
+        chosen = data_plane.Options(
+            tcp_idle_timeout=self._options.tcp_idle_timeout, records=self._options.records
+        )
+        data_plane.Worker(self._loop, Channel(theirs), self._slots, index, chosen).start()
         return Worker(index, None, -1, Channel(ours), time.monotonic())
 
     def _tell(self, worker: Worker, update: Update) -> None:
-        for message, sockets in self._publication.parts(update, worker.index):
-            # Duplicates, so that closing a listener does not pull a descriptor from under a waiting message.
-            worker.outgoing.append((message, [sock.dup() for sock in sockets]))
+        worker.outgoing.extend(self._publication.parts(update, worker.index))
         self._flush(worker)
 
     def _flush(self, worker: Worker) -> None:
         outgoing = worker.outgoing
+        later = False
         while outgoing:
-            message, sockets = outgoing[0]
+            message, listeners = outgoing[0]
+            descriptors: list[int] = []
+            if isinstance(message, Apply):
+                message, descriptors = still_open(message, listeners)
             try:
-                sent = worker.channel.send(message, [sock.fileno() for sock in sockets])
-            except OSError:
-                # It died; its end is noticed by the pidfd.
-                self._discard(worker)
-                break
-            if not sent:
+                if not worker.channel.send(message, descriptors):
+                    break
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS:
+                    # The kernel bounds the descriptors that are under way between processes.
+                    later = True
+                    break
+                # It died; the pidfd tells.
+                outgoing.clear()
                 break
             outgoing.popleft()
-            for sock in sockets:
-                sock.close()
         if len(outgoing) > MAX_QUEUED:
             log.error("worker does not read its updates: it is replaced", worker=worker.index, pid=worker.pid)
             self._remove(worker)
             return
-        if bool(outgoing) != worker.writing:
-            worker.writing = bool(outgoing)
+        if later:
+            self._loop.call_later(0.01, self._flush_if_alive, worker)
+        waiting = bool(outgoing) and not later
+        if waiting != worker.writing:
+            worker.writing = waiting
             if worker.writing:
                 self._loop.add_writer(worker.channel.fileno(), self._flush, worker)
             else:
                 self._loop.remove_writer(worker.channel.fileno())
 
-    def _discard(self, worker: Worker) -> None:
-        for _, sockets in worker.outgoing:
-            for sock in sockets:
-                sock.close()
-        worker.outgoing.clear()
+    def _flush_if_alive(self, worker: Worker) -> None:
+        if self.workers.get(worker.index) is worker:
+            self._flush(worker)
 
     def _readable(self, worker: Worker) -> None:
         try:
             for message in self._messages(worker):
                 self._heard(worker, message)
-        except (OSError, EOFError):
+        except (OSError, EOFError, ChannelError):
             self._loop.remove_reader(worker.channel.fileno())
             if worker.process is None:
                 self._remove(worker)
@@ -252,7 +267,7 @@ class Supervisor:
         if self.workers.get(worker.index) is not worker:
             return
         del self.workers[worker.index]
-        self._discard(worker)
+        worker.outgoing.clear()
         self._loop.remove_reader(worker.channel.fileno())
         self._loop.remove_writer(worker.channel.fileno())
         worker.channel.close()
@@ -267,7 +282,7 @@ class Supervisor:
         self._gone.set()
         if self._stopping:
             return
-        self.restarts += 1
+        self.restarts[worker.index] = self.restarts.get(worker.index, 0) + 1
         steady = time.monotonic() - worker.started > STEADY_SECONDS
         deaths = self._deaths[worker.index] = 0 if steady else self._deaths.get(worker.index, 0) + 1
         pause = 0.0 if deaths <= 1 else min(0.1 * 2**deaths, MAX_PAUSE_SECONDS)
@@ -278,7 +293,8 @@ class Supervisor:
             try:
                 self._spawn(worker.index)
             except OSError as error:
-                log.error("worker can't be started: tried again in 5 s", worker=worker.index, error=str(error))  # noqa: TRY400 - one line is enough
+                why = str(error)
+                log.warning("worker can't be started: tried again in 5 s", worker=worker.index, error=why)
                 later = self._loop.call_later(MAX_PAUSE_SECONDS, again)
                 self._timers.add(later)
 
@@ -293,4 +309,3 @@ class Supervisor:
             base = first + row * FIELDS
             if view[base + CLOSED] != view[base + OPENED]:
                 view[base + CLOSED] = view[base + OPENED]
-

@@ -1,0 +1,87 @@
+# One way to run each thing; CI runs the same commands. `make` alone lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST_ARGS ?=
+
+.PHONY: help venv demo test lint lock clean prerequisites
+
+help: ## list what there is to run
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## serve a small demo on 127.96.0.10:8080, without root; Ctrl-C ends it
+	@exec $(BIN)/proxyd demo
+
+test: $(VENV)/.installed-dev prerequisites ## run all tests; PYTEST_ARGS="-k name" for some
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## check style, types and who imports whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+venv: $(VENV)/.installed-dev ## make .venv with everything for development
+
+lock: $(VENV)/.installed-dev ## write the lock files anew from pyproject.toml
+	@test -x $(BIN)/uv || $(PIP) install uv
+	$(BIN)/uv pip compile pyproject.toml --group build $(LOCK_FLAGS) --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --group dev $(LOCK_FLAGS) --output-file requirements-dev.lock
+
+LOCK_FLAGS = --quiet --generate-hashes --universal --python-version 3.11 --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command 'make lock'
+
+clean: ## remove what the other commands made, .venv included
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What the system has to have. As root it is installed; for others it is said what is missing.
+
+as_root = $$(if [ "$$(id -u)" = 0 ]; then echo env; elif sudo -n true 2>/dev/null; then echo sudo -n; fi)
+define install
+	root="$(as_root)"; \
+	if [ -n "$$root" ] && command -v apt-get >/dev/null; then \
+		echo "installing $(1)"; \
+		$$root apt-get -qq update && $$root env DEBIAN_FRONTEND=noninteractive \
+			apt-get -qq install --yes --no-install-recommends $(1) >/dev/null; \
+	else \
+		echo "$(2)" >&2; exit 1; \
+	fi
+endef
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "proxyd needs Python 3.11 or newer as $(PYTHON); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		$(call install,python3-venv,python3-venv is missing and this user may not install it: apt-get install python3-venv); }
+	@$(PYTHON) -m venv $(VENV)
+
+# Stamps: nothing is installed twice. The runtime alone is what `make demo` needs.
+$(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/python
+	@echo "installing proxyd into $(VENV)"
+	@$(PIP) install --require-hashes --requirement requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	@echo "installing what development needs into $(VENV)"
+	@$(PIP) install --require-hashes --requirement requirements-dev.lock
+	@touch $@
+
+# Commands that the tests run, and the Debian packages that bring them.
+prerequisites:
+	@missing=; \
+	PATH="$$PATH:/usr/sbin:/sbin"; \
+	for pair in ip:iproute2 nft:nftables iptables:iptables curl:curl unshare:util-linux; do \
+		command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+		$(call install,$$missing,tests need packages that are missing and that this user may not install: apt-get install$$missing); \
+	fi

@@ -1,0 +1,27 @@
+"""What the operator decided that the validation of objects depends on."""
+
+from __future__ import annotations
+
+import msgspec
+
+from proxyd.api.addresses import parse_cidr
+
+DEFAULT_NODE_PORT_RANGE = (30000, 32767)
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of validation.
+
+    Raises:
+        ValueError: a service CIDR is not one.
+    """
+
+    node_port_range: tuple[int, int] = DEFAULT_NODE_PORT_RANGE  # first and last
+    service_cidrs: tuple[str, ...] = ()  # where VIPs come from: no endpoint may be in there
+    allow_loopback_endpoints: bool = False  # endpoints in 127.0.0.0/8 and ::1, for local testing
+
+    def __post_init__(self) -> None:
+        for text in self.service_cidrs:
+            if parse_cidr(text) is None:
+                msg = f"{text!r} is not a CIDR"
+                raise ValueError(msg)

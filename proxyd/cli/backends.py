@@ -1,0 +1,61 @@
+"""The backends of the demo: `python -m proxyd.cli.backends NAME=IP:PORT ...`; each answers HTTP with its name.
+
+They print `ready` once all of them listen, or one line with what went wrong, and end when standard input does, and so
+with the process that started them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+_TIMEOUT = 10.0
+
+
+def main(specs: Sequence[str]) -> int:
+    """Serve until standard input ends. Returns the exit code."""
+    # Ctrl-C reaches the whole process group; the parent decides when these end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return asyncio.run(_serve(specs))
+
+
+async def _serve(specs: Sequence[str]) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        for spec in specs:
+            name, _, address = spec.partition("=")
+            host, _, port = address.rpartition(":")
+            try:
+                server = await asyncio.start_server(_answer(name), host, int(port))
+            except OSError as error:
+                print(f"backend {name} cannot listen on {address}: {error.strerror}", flush=True)
+                return 1
+            await stack.enter_async_context(server)
+        print("ready", flush=True)
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ended.set)
+        await ended.wait()
+    return 0
+
+
+def _answer(name: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        body = f"hello from {name}\n".encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError, EOFError, asyncio.LimitOverrunError, TimeoutError):
+            async with asyncio.timeout(_TIMEOUT):
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(head.encode() + body)
+                await writer.drain()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""`proxyd cleanup`: removes what a proxyd that was killed left on the node."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from proxyd.cli.env import FAILED, OK, CommandError, Env
+from proxyd.control.adminsocket import listening_pid
+from proxyd.host.cleanup import kube_proxy_leftovers, remove_leftovers
+
+
+def cleanup(args: argparse.Namespace, env: Env) -> int:
+    """Remove leftovers; what was removed goes to standard output, what could not be to standard error."""
+    try:
+        pid = listening_pid(args.admin_socket)
+    except OSError:
+        pid = None
+    if pid is not None and not args.dry_run:
+        who = f"pid {pid}" if pid else "a process outside this pid namespace"
+        raise CommandError(
+            f"proxyd is running ({who}, {args.admin_socket}); stop it first, or its VIPs would go away"
+        )
+    try:
+        lines = remove_leftovers(dry_run=args.dry_run)
+    except OSError as error:
+        hint = "; run as root" if os.getuid() else ""
+        raise CommandError(f"cannot look for leftovers: {error.strerror or error}{hint}") from None
+    failures = [line for line in lines if not line.startswith(("removed ", "would remove "))]
+    for line in lines:
+        if line not in failures:
+            env.stdout.write(line + "\n")
+    if not lines:
+        env.stdout.write("nothing of proxyd is left on this node\n")
+    for line in failures:
+        env.say(f"proxyd: error: {line}")
+    for line in kube_proxy_leftovers():
+        env.say(f"proxyd: warning: kube-proxy left {line}; `kube-proxy --cleanup` removes it")
+    return FAILED if failures else OK

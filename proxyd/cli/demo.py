@@ -1,0 +1,128 @@
+"""`proxyd demo`: three backends and a daemon over the demo manifests, in the foreground and without root."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from proxyd.cli.env import CommandError, Env
+from proxyd.cli.run import given, serve, settings_of
+from proxyd.cli.show import services_table
+from proxyd.control import views
+from proxyd.control.adminsocket import AdminError, check_folder, listening_pid
+from proxyd.control.settings import Surroundings, default_admin_socket
+from proxyd.state.spec import ListenerState
+
+_BACKENDS = ("web-1=127.1.0.1:9376", "web-2=127.1.0.2:9376", "web-3=127.1.0.3:9376")
+_URL = "http://127.96.0.10:8080/"
+_READY_SECONDS = 10
+
+
+def demo(args: argparse.Namespace, env: Env) -> int:
+    """Run the demo until Ctrl-C."""
+    with tempfile.TemporaryDirectory(prefix="proxyd-demo-") as scratch, _backends():
+        default = default_admin_socket(Surroundings.here(env.environ))
+        socket = args.admin_socket or (default if _usable(default) else f"{scratch}/admin.sock")
+        told = "" if socket == default else f" --admin-socket {socket}"
+        values: dict[str, Any] = {
+            **given(args),
+            "manifests": [str(manifests())],
+            # Everything is in 127.0.0.0/8 and at high ports: nothing on the node is changed, whoever runs it.
+            "service_cluster_ip_range": "127.96.0.0/16",
+            "vip_mode": "bind",
+            "external_ip_mode": "none",
+            "nodeport_addresses": ["127.0.0.0/8"],
+            "allow_loopback_endpoints": "true",
+            "drain_timeout": "0",
+            "access_log": "-",
+            "admin_socket": socket,
+            "state_file": f"{scratch}/state.json",
+        }
+
+        def on_serving(picture: views.Picture) -> None:
+            env.stdout.write(welcome(picture, told, colour=env.colour))
+            env.stdout.flush()
+
+        return serve(settings_of(values, env), env, on_serving)
+
+
+def welcome(picture: views.Picture, told: str = "", *, colour: bool = False) -> str:
+    """What the demo says once it serves: the table, what does not work, and what to try.
+
+    Args:
+        picture: the daemon.
+        told: flags that other commands need to find it, with a space before them.
+        colour: whether escape sequences may be used.
+    """
+    lines = ["", services_table(views.services(picture), colour=colour)]
+    bad = [s for s in picture.statuses if s.state not in {ListenerState.SERVING, ListenerState.NO_ENDPOINTS}]
+    lines += [f"not serving: {status.service_port} {status.key}: {status}" for status in bad]
+    lines += ["" for _ in bad[:1]]
+    lines += [
+        f"Try:   curl {_URL}        a few times: the backends take turns",
+        f"       proxyd get endpoints{told}        in another terminal",
+        "Stop:  Ctrl-C",
+        "",
+        "Connections, as they end:",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def manifests() -> Path:
+    """The folder of the demo's manifests: of the installed package, or of the checkout.
+
+    Raises:
+        CommandError: there is neither.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "demo_manifests", here.parents[1] / "config" / "demo"):
+        if folder.is_dir():
+            return folder
+    raise CommandError("the demo's manifests are missing from this installation; install proxyd again")
+
+
+@contextlib.contextmanager
+def _backends() -> Iterator[None]:
+    """The backends, in a process that ends with this one."""
+    command = [sys.executable, "-m", "proxyd.cli.backends", *_BACKENDS]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            readable, _, _ = select.select([process.stdout], [], [], _READY_SECONDS)
+            answer = process.stdout.readline().strip() if readable else "they do not start"
+            if answer != "ready":
+                raise CommandError(
+                    f"the demo's backends: {answer or 'they ended at once'}; stop what uses that address (another demo?)"
+                )
+            yield
+        finally:
+            # The end of its input is its end.
+            process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=2)
+            if process.returncode is None:
+                process.kill()
+
+
+def _usable(path: str) -> bool:
+    """Whether an admin socket can be opened at a path, and nobody listens there."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_folder(folder)
+        return os.access(folder, os.W_OK | os.X_OK) and listening_pid(path) is None
+    except (OSError, AdminError):
+        return False

@@ -1,0 +1,54 @@
+"""`proxyd run`: settings from flags, logs, and then the daemon until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from proxyd.cli.env import USAGE, CommandError, Env
+from proxyd.control import logs
+from proxyd.control.flags import FLAGS
+from proxyd.control.settings import Settings, SettingsError, Surroundings, build
+from proxyd.control.views import Picture
+
+
+def run(args: argparse.Namespace, env: Env) -> int:
+    """`proxyd run --manifests PATH ...`."""
+    return serve(settings_of(given(args), env), env)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings among the arguments, as texts by field name."""
+    return {flag.field: getattr(args, flag.field, None) for flag in FLAGS}
+
+
+def settings_of(values: Mapping[str, Any], env: Env) -> Settings:
+    """Checked settings.
+
+    Raises:
+        CommandError: with a line for each flag that is wrong.
+    """
+    try:
+        return build(values, Surroundings.here(env.environ))
+    except SettingsError as error:
+        raise CommandError(*error.problems, code=USAGE) from None
+
+
+def serve(settings: Settings, env: Env, on_serving: Callable[[Picture], None] | None = None) -> int:
+    """Run the daemon in the foreground. Returns its exit code.
+
+    Raises:
+        CommandError: it cannot start.
+    """
+    logs.configure(settings.log_format, settings.verbosity, stream=env.stderr, environ=env.environ)
+    from proxyd.control.admin import AdminError  # noqa: PLC0415 - 200 ms that a wrong flag need not wait for
+    from proxyd.control.daemon import StartError  # noqa: PLC0415 - as above
+    from proxyd.control.daemon import run as run_daemon  # noqa: PLC0415 - as above
+
+    try:
+        return run_daemon(settings, on_serving)
+    except StartError as error:
+        raise CommandError(str(error), code=error.code) from None
+    except AdminError as error:
+        raise CommandError(str(error)) from None

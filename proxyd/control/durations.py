@@ -1,0 +1,65 @@
+"""Durations and ranges as Go programs write them: `250ms`, `1m30s`, `30000-32767`."""
+
+from __future__ import annotations
+
+import math
+import re
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_MAX_SECONDS = 10 * 365 * 86400.0
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a Go duration (`250ms`, `1m30s`) or of a plain number of seconds (`25`, `0.5`).
+
+    Raises:
+        ValueError: it is neither, or negative, or over ten years; the text says which.
+    """
+    given = text.strip()
+    try:
+        seconds = float(given)
+    except ValueError:
+        parts = _PART.findall(given)
+        if not parts or "".join(number + unit for number, unit in parts) != given.lstrip("+"):
+            raise ValueError(f'expected a duration such as 25s, 1m30s or 250ms, got "{text}"') from None
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if not math.isfinite(seconds) or not 0 <= seconds <= _MAX_SECONDS:
+        raise ValueError(f'expected a duration from 0 to ten years, got "{text}"')
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """A duration as a person would say it, in at most two units: `3d4h`, `1m30s`, `25s`, `250ms`."""
+    if 0 < seconds < 1:
+        return f"{max(1, round(seconds * 1000))}ms"
+    left = int(seconds)
+    parts = []
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count:
+            parts.append(f"{count}{unit}")
+        elif parts:
+            break
+    return "".join(parts[:2]) or "0s"
+
+
+def parse_port_range(text: str) -> tuple[int, int]:
+    """First and last port of `a-b` (both belong to it), `a+n` (n more after a) or `a`.
+
+    The forms are those of kubernetes apimachinery/pkg/util/net/port_range.go.
+
+    Raises:
+        ValueError: it is none of these, or leaves 1 to 65535, or ends before it begins.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6})\s*(?:([-+])\s*(\d{1,6})\s*)?", text)
+    if match is None:
+        raise ValueError(f'expected a port range such as 30000-32767, 30000+2767 or 30000, got "{text}"')
+    first = last = int(match[1])
+    if match[3] is not None:
+        last = int(match[3]) + (first if match[2] == "+" else 0)
+    if not (1 <= first <= 65535 and 1 <= last <= 65535):
+        raise ValueError(f'ports go from 1 to 65535, got "{text}"')
+    if last < first:
+        raise ValueError(f'the range ends before it begins: "{text}"')
+    return first, last

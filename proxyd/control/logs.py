@@ -1,0 +1,205 @@
+"""Logs: lines for people on a terminal, JSON elsewhere; and repeated failures said once, counted and summed up."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, Protocol, TextIO, cast
+
+import msgspec
+import structlog
+
+
+class Log(Protocol):
+    """What the program asks of a logger: an event in plain words, and its facts as fields."""
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """Say something of use to who looks for a fault in proxyd."""
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Say what changed."""
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Say what an operator may want to mend."""
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Say what does not work."""
+
+
+def get_logger(room: str) -> Log:
+    """A logger that names where its lines come from. It may be made before `configure`, and used after."""
+    return cast("Log", structlog.get_logger(room=room))
+
+
+def configure(
+    log_format: str = "auto",
+    verbosity: int = 0,
+    *,
+    stream: TextIO | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> None:
+    """Set up logging for the process. It may be called again.
+
+    Methods below the level are prebuilt no-ops.
+
+    Args:
+        log_format: `console`, `json`, or `auto`: console where the stream is a terminal.
+        verbosity: 0 for info, 1 and more for debug.
+        stream: where lines go; standard error by default.
+        environ: asked for NO_COLOR.
+    """
+    out = sys.stderr if stream is None else stream
+    terminal = out.isatty()
+    level = logging.DEBUG if verbosity > 0 else logging.INFO
+    console = log_format == "console" or (log_format == "auto" and terminal)
+    processors: list[Any] = [structlog.processors.add_log_level]
+    if console:
+        colours = terminal and not (environ or {}).get("NO_COLOR")
+        processors += [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            _drop_room,
+            structlog.dev.ConsoleRenderer(
+                colors=colours,
+                pad_event_to=0,
+                pad_level=False,
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
+        ]
+    else:
+        processors += [
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            structlog.processors.format_exc_info,
+            _json,
+        ]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: _LineWriter(out),
+        # Loggers are made when modules are imported; caching would freeze the first configuration.
+        cache_logger_on_first_use=False,
+    )
+
+
+class _LineWriter:
+    """Writes one line with one call, so that processes that share the stream do not mix theirs."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def msg(self, line: str) -> None:
+        try:
+            self._out.write(line + "\n")
+            self._out.flush()
+        except (OSError, ValueError):
+            # Nobody reads the log any more: no reason to stop serving.
+            return
+
+    debug = info = warning = warn = error = critical = exception = log = msg
+
+
+def _drop_room(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event.pop("room", None)
+    return event
+
+
+def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+    first = {name: event.pop(name, "") for name in ("time", "level", "event")}
+    return msgspec.json.encode({**first, **event}, enc_hook=str).decode()
+
+
+class _Repeat:
+    """What is known of one kind of failure."""
+
+    __slots__ = ("count", "event", "fields", "last", "method", "said")
+
+    def __init__(self, method: str, now: float) -> None:
+        self.method = method
+        self.said = self.last = now
+        self.count = 0  # since it was last said
+        self.event = ""
+        self.fields: dict[str, Any] = {}
+
+
+class Summariser:
+    """Says a failure once; while it goes on, how often it happened, at most every `interval` seconds.
+
+    Args:
+        log: where to say it.
+        interval: seconds between two lines of one key.
+        max_keys: how many kinds of failure are told apart; what comes beyond is one kind.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        interval: float = 30.0,
+        max_keys: int = 1000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._log = log
+        self._interval = interval
+        self._max_keys = max_keys
+        self._clock = clock
+        self._repeats: dict[str, _Repeat] = {}
+
+    def __len__(self) -> int:
+        return len(self._repeats)
+
+    def warning(self, key: str, event: str, *, count: int = 1, **fields: Any) -> None:
+        """Report `count` failures of one kind, of which `fields` describe the last."""
+        self._report("warning", key, event, count, fields)
+
+    def error(self, key: str, event: str, *, count: int = 1, **fields: Any) -> None:
+        """The same, as an error."""
+        self._report("error", key, event, count, fields)
+
+    def clear(self, key: str) -> None:
+        """Forget a kind of failure that was mended: its next occurrence is said at once."""
+        repeat = self._repeats.pop(key, None)
+        if repeat is not None:
+            self._say(repeat, self._clock())
+
+    def flush(self, *, everything: bool = False) -> None:
+        """Say what was counted and is due, and forget what has been quiet. To be called now and then.
+
+        Args:
+            everything: also what is not due, as at exit.
+        """
+        now = self._clock()
+        for key, repeat in list(self._repeats.items()):
+            if everything or now - repeat.said >= self._interval:
+                self._say(repeat, now)
+            if everything or now - repeat.last >= self._interval:
+                del self._repeats[key]
+
+    def _report(self, method: str, key: str, event: str, count: int, fields: dict[str, Any]) -> None:
+        now = self._clock()
+        repeat = self._repeats.get(key)
+        if repeat is None and len(self._repeats) >= self._max_keys:
+            self.flush()
+            if len(self._repeats) >= self._max_keys:
+                key, event, fields = "", "further failures of many kinds", {"last": event}
+                repeat = self._repeats.get(key)
+        if repeat is None:
+            repeat = self._repeats[key] = _Repeat(method, now)
+            if count > 1:
+                fields = {**fields, "count": count}
+            getattr(self._log, method)(event, **fields)
+            return
+        repeat.count += count
+        repeat.last = now
+        repeat.event, repeat.fields = event, fields
+        if now - repeat.said >= self._interval:
+            self._say(repeat, now)
+
+    def _say(self, repeat: _Repeat, now: float) -> None:
+        if repeat.count:
+            seconds = round(now - repeat.said)
+            again = {**repeat.fields, "count": repeat.count, "seconds": seconds}
+            getattr(self._log, repeat.method)(repeat.event, **again)
+            repeat.count = 0
+        repeat.said = now

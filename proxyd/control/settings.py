@@ -1,0 +1,153 @@
+"""The settings of a daemon: checked values of its flags, and the defaults that depend on where it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from proxyd.control.flags import FEATURE_GATES, FLAGS
+
+_CAP_NET_ADMIN = 12  # linux/capability.h
+
+
+class SettingsError(ValueError):
+    """Flags that cannot be used; one line each, naming the flag."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the defaults depend on."""
+
+    uid: int = 65534
+    net_admin: bool = False  # CAP_NET_ADMIN is effective: routes can be made
+    cpus: int = 1
+    hostname: str = "localhost"
+    environ: Mapping[str, str] = {}
+
+    @classmethod
+    def here(cls, environ: Mapping[str, str] | None = None) -> Surroundings:
+        """Those of this process."""
+        return cls(
+            uid=os.getuid(),
+            net_admin=_has_net_admin(),
+            cpus=len(os.sched_getaffinity(0)),
+            hostname=socket.gethostname(),
+            environ=dict(os.environ if environ is None else environ),
+        )
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Checked settings of a daemon. Durations are seconds."""
+
+    manifests: tuple[str, ...]
+    service_cluster_ip_range: tuple[str, ...] = ("127.96.0.0/16",)  # one CIDR, or one of each family
+    service_node_port_range: tuple[int, int] = (30000, 32767)  # first and last
+    vip_mode: Literal["auto", "route", "bind", "loopback", "none"] = "auto"
+    external_ip_mode: Literal["steer", "none"] = "steer"
+    nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all
+    bind_address: str = "0.0.0.0"  # NodePorts are opened on this one only; unspecified = all
+    workers: int = 1  # 0 = inside the control process
+    drain_timeout: float = 25.0
+    tcp_idle_timeout: float = 0.0  # 0 = off
+    access_log: str = ""  # "" = none, "-" = standard output, else a file
+    admin_socket: str = "/run/proxyd/admin.sock"
+    state_file: str = "/var/lib/proxyd/state.json"
+    allow_loopback_endpoints: bool = False
+    log_format: Literal["auto", "console", "json"] = "auto"
+    verbosity: int = 0  # 0 = info, 1 and more = debug
+    hostname_override: str = ""  # the node's name
+    feature_gates: Mapping[str, bool] = msgspec.field(default_factory=lambda: dict(FEATURE_GATES))
+
+    @property
+    def node_name(self) -> str:
+        """The name of this node, as `spec.nodeName` and endpoints carry it."""
+        return self.hostname_override
+
+    @property
+    def sctp(self) -> bool:
+        """Whether SCTP may be served."""
+        return self.feature_gates.get("SCTPSupport", False)
+
+
+def build(given: Mapping[str, Any], surroundings: Surroundings) -> Settings:
+    """Settings from texts by field name; what is missing or None gets its default.
+
+    Args:
+        given: for each flag its text; a list of texts where it is repeatable; an int where it is counted.
+        surroundings: what the defaults depend on.
+
+    Raises:
+        SettingsError: with every flag that is wrong.
+    """
+    values: dict[str, Any] = _defaults(surroundings)
+    problems = []
+    for flag in FLAGS:
+        text = given.get(flag.field)
+        if text is None:
+            continue
+        try:
+            values[flag.field] = flag.parse(text)
+        except ValueError as error:
+            problems.append(f"--{flag.name}: {error}")
+    unknown = set(given) - {flag.field for flag in FLAGS}
+    problems += [f"unknown setting {name}" for name in sorted(unknown)]
+    if not given.get("manifests"):
+        problems.append(
+            "--manifests is required: a file or folder of Service manifests, for example --manifests config/demo"
+        )
+    if problems:
+        raise SettingsError(problems)
+    return Settings(**values)
+
+
+def default_admin_socket(surroundings: Surroundings) -> str:
+    """Where a daemon listens, and a client looks, when not told.
+
+    /run/proxyd as root; else $XDG_RUNTIME_DIR/proxyd; else /tmp/proxyd-UID, which is used only if it is the user's own
+    (see `check_folder`).
+    """
+    if surroundings.uid == 0:
+        return "/run/proxyd/admin.sock"
+    runtime = surroundings.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/"):
+        return f"{runtime}/proxyd/admin.sock"
+    return f"/tmp/proxyd-{surroundings.uid}/admin.sock"  # noqa: S108 - owner and mode are checked before use
+
+
+def default_state_file(surroundings: Surroundings) -> str:
+    """Where allocations are remembered when not told."""
+    if surroundings.uid == 0:
+        return "/var/lib/proxyd/state.json"
+    state = surroundings.environ.get("XDG_STATE_HOME", "")
+    if not state.startswith("/"):
+        home = surroundings.environ.get("HOME", "")
+        state = f"{home}/.local/state" if home.startswith("/") else f"/tmp/proxyd-{surroundings.uid}"  # noqa: S108 - as above
+    return f"{state}/proxyd/state.json"
+
+
+def _defaults(surroundings: Surroundings) -> dict[str, Any]:
+    return {
+        "service_cluster_ip_range": ("10.96.0.0/16" if surroundings.net_admin else "127.96.0.0/16",),
+        "workers": min(surroundings.cpus, 4),
+        "admin_socket": default_admin_socket(surroundings),
+        "state_file": default_state_file(surroundings),
+        "hostname_override": surroundings.hostname.lower(),
+    }
+
+
+def _has_net_admin() -> bool:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return os.getuid() == 0
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return bool(match and int(match[1], 16) >> _CAP_NET_ADMIN & 1)

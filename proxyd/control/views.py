@@ -1,0 +1,280 @@
+"""What the admin API says, as pure functions from a picture of the daemon to its answers."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import msgspec
+
+from proxyd.api.meta import ObjectName
+from proxyd.api.problems import Problem
+from proxyd.api.service import Service, ServicePort, ServiceType
+from proxyd.control.answers import (
+    ALIAS,
+    HEADLESS,
+    NOT_SERVED,
+    Counters,
+    EndpointView,
+    ListenerView,
+    PortView,
+    ServiceView,
+    SourceFacts,
+    StatusView,
+    WorkerFacts,
+)
+from proxyd.state.endpoints import Candidate, candidates
+from proxyd.state.snapshot import Snapshot
+from proxyd.state.spec import (
+    BalancerKey,
+    BalancerSpec,
+    Endpoint,
+    ListenerState,
+    ListenerStatus,
+    ServicePortName,
+)
+
+__all__ = [
+    "Counters",
+    "Picture",
+    "SourceFacts",
+    "WorkerFacts",
+    "endpoints",
+    "listeners",
+    "services",
+    "status",
+]
+
+# Of several listeners the worst one speaks for the Service.
+WORST_FIRST = (
+    ListenerState.FAILED,
+    ListenerState.CONFLICT,
+    ListenerState.DISABLED,
+    ListenerState.NO_ENDPOINTS,
+    ListenerState.SERVING,
+)
+
+
+def _nothing(*_: object) -> Counters:
+    return Counters()
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon at one moment: all that views are made of."""
+
+    snapshot: Snapshot = Snapshot()
+    statuses: tuple[ListenerStatus, ...] = ()  # of every listener that is wanted, served or not
+    balancers: Mapping[BalancerKey, BalancerSpec] = {}
+    problems: tuple[Problem, ...] = ()
+    counters: Callable[[ServicePortName], Counters] = _nothing
+    endpoint_counters: Callable[[ServicePortName, Endpoint], Counters] = _nothing
+    version: str = ""
+    pid: int = 0
+    phase: str = "starting"  # starting, serving, draining
+    started: float = 0.0  # Unix time
+    generation: int = 0
+    workers: tuple[WorkerFacts, ...] = ()
+    sources: tuple[SourceFacts, ...] = ()
+
+
+def services(picture: Picture, *, namespace: str = "", name: str = "") -> list[ServiceView]:
+    """Every Service in order of namespace and name, or those of one namespace or name."""
+    statuses: dict[ObjectName, list[ListenerStatus]] = {}
+    for status in picture.statuses:
+        owner = ObjectName(status.service_port.namespace, status.service_port.name)
+        statuses.setdefault(owner, []).append(status)
+    return [
+        _service(picture, service, statuses.get(key, []))
+        for key, service in _chosen(picture, namespace, name)
+    ]
+
+
+def endpoints(picture: Picture, *, namespace: str = "", name: str = "") -> list[EndpointView]:
+    """Every endpoint of every service port, IPv4 first, then by address."""
+    used: dict[ServicePortName, set[Endpoint]] = {}
+    for key, balancer in picture.balancers.items():
+        used.setdefault(key.service_port, set()).update(balancer.endpoints)
+    found = []
+    for owner, service in _chosen(picture, namespace, name):
+        slices = picture.snapshot.slices.get(owner, ())
+        for port in service.spec.ports:
+            service_port = _name_of(owner, port)
+            for family in (4, 6):
+                found += [
+                    _endpoint(picture, service_port, candidate, used.get(service_port, set()))
+                    for candidate in candidates(port, slices, family)
+                ]
+    return found
+
+
+def listeners(picture: Picture, *, namespace: str = "", name: str = "") -> list[ListenerView]:
+    """Every listener that is wanted, in order of address, port and protocol."""
+    chosen = [
+        _listener(status)
+        for status in picture.statuses
+        if (not namespace or status.service_port.namespace == namespace)
+        and (not name or status.service_port.name == name)
+    ]
+    return sorted(chosen, key=_listener_order)
+
+
+def status(picture: Picture, *, now: float) -> StatusView:
+    """The daemon as a whole, at a Unix time."""
+    ports = {status.service_port for status in picture.statuses}
+    counters = _total(picture.counters(port) for port in ports)
+    failing = [
+        _listener(status)
+        for status in picture.statuses
+        if status.state in {ListenerState.FAILED, ListenerState.CONFLICT}
+    ]
+    return StatusView(
+        version=picture.version,
+        phase=picture.phase,
+        pid=picture.pid,
+        started=picture.started,
+        uptime=max(0.0, now - picture.started),
+        generation=picture.generation,
+        workers=picture.workers,
+        sources=picture.sources,
+        services=len(picture.snapshot.services),
+        listeners=_states(picture.statuses),
+        endpoints=len({endpoint for b in picture.balancers.values() for endpoint in b.endpoints}),
+        connections=counters.active,
+        counters=counters,
+        failing=tuple(sorted(failing, key=_listener_order)),
+        problems=picture.problems,
+    )
+
+
+def _chosen(picture: Picture, namespace: str, name: str) -> Iterator[tuple[ObjectName, Service]]:
+    for key in sorted(picture.snapshot.services):
+        if (not namespace or key.namespace == namespace) and (not name or key.name == name):
+            yield key, picture.snapshot.services[key]
+
+
+def _name_of(owner: ObjectName, port: ServicePort) -> ServicePortName:
+    return ServicePortName(owner.namespace, owner.name, port.name, port.protocol)
+
+
+def _total(many: Iterable[Counters]) -> Counters:
+    return sum(many, start=Counters())
+
+
+def _states(statuses: Iterable[ListenerStatus]) -> dict[str, int]:
+    counts = {str(state): 0 for state in WORST_FIRST}
+    for status in statuses:
+        counts[str(status.state)] += 1
+    return {state: count for state, count in counts.items() if count}
+
+
+def _service(picture: Picture, service: Service, statuses: list[ListenerStatus]) -> ServiceView:
+    spec = service.spec
+    owner = service.metadata.key
+    alias = spec.type is ServiceType.EXTERNAL_NAME
+    counters = _total(picture.counters(_name_of(owner, port)) for port in spec.ports)
+    ready, total = (0, 0) if alias else _count_endpoints(picture, service)
+    state, detail = _summary(service, statuses)
+    return ServiceView(
+        namespace=owner.namespace,
+        name=owner.name,
+        type=str(spec.type),
+        cluster_ips=("None",) if spec.headless else () if alias else spec.all_cluster_ips,
+        external_ips=_external_ips(service),
+        external_name=spec.external_name if alias else "",
+        ports=tuple(
+            PortView(
+                name=port.name,
+                port=port.port,
+                protocol=str(port.protocol),
+                target_port=port.target,
+                node_port=port.node_port,
+            )
+            for port in spec.ports
+        ),
+        endpoints_ready=ready,
+        endpoints_total=total,
+        connections=counters.active,
+        counters=counters,
+        state=state,
+        detail=detail,
+        listeners=_states(statuses),
+    )
+
+
+def _external_ips(service: Service) -> tuple[str, ...]:
+    ingress = service.status.load_balancer.ingress
+    return tuple(dict.fromkeys([*service.spec.external_ips, *(item.ip for item in ingress if item.ip)]))
+
+
+def _summary(service: Service, statuses: list[ListenerStatus]) -> tuple[str, str]:
+    """State and detail of a Service: the worst listener's."""
+    if service.spec.type is ServiceType.EXTERNAL_NAME:
+        return ALIAS, ""
+    if not statuses:
+        return (HEADLESS if service.spec.headless else NOT_SERVED), ""
+    worst = min(statuses, key=lambda status: (WORST_FIRST.index(status.state), status.key))
+    return str(worst.state), worst.detail
+
+
+def _count_endpoints(picture: Picture, service: Service) -> tuple[int, int]:
+    """How many endpoint addresses are ready, and how many there are."""
+    slices = picture.snapshot.slices.get(service.metadata.key, ())
+    ips = service.spec.all_cluster_ips
+    first = ipaddress.ip_address(ips[0]).version if ips else 4
+    ready: set[str] = set()
+    total: set[str] = set()
+    for family in (first, 10 - first):
+        for port in service.spec.ports:
+            for candidate in candidates(port, slices, family):
+                total.add(candidate.endpoint.ip)
+                if candidate.ready:
+                    ready.add(candidate.endpoint.ip)
+        if not service.spec.ports:
+            # Headless without ports: the slices have none to match either.
+            of_family = [
+                item for one in slices if one.address_type == f"IPv{family}" for item in one.endpoints
+            ]
+            total = {item.addresses[0] for item in of_family if item.addresses}
+            ready = {i.addresses[0] for i in of_family if i.addresses and i.conditions.ready is not False}
+        if total:
+            break
+    return len(ready), len(total)
+
+
+def _endpoint(
+    picture: Picture, service_port: ServicePortName, candidate: Candidate, used: set[Endpoint]
+) -> EndpointView:
+    return EndpointView(
+        namespace=service_port.namespace,
+        name=service_port.name,
+        port=service_port.port,
+        protocol=str(service_port.protocol),
+        address=str(candidate.endpoint),
+        ready=candidate.ready,
+        serving=candidate.serving,
+        terminating=candidate.terminating,
+        used=candidate.endpoint in used,
+        node=candidate.node,
+        counters=picture.endpoint_counters(service_port, candidate.endpoint),
+    )
+
+
+def _listener(status: ListenerStatus) -> ListenerView:
+    service_port = status.service_port
+    return ListenerView(
+        address=status.key.ip,
+        port=status.key.port,
+        protocol=str(status.key.protocol),
+        role=str(status.role),
+        namespace=service_port.namespace,
+        name=service_port.name,
+        port_name=service_port.port,
+        state=str(status.state),
+        detail=status.detail,
+        mapped_from=status.mapped_from,
+    )
+
+
+def _listener_order(view: ListenerView) -> tuple[int, int, int, str, str]:
+    address = ipaddress.ip_address(view.address)
+    return address.version, int(address), view.port, view.protocol, view.service

@@ -1,0 +1,152 @@
+"""The VIP guard: an nftables table that rejects what is sent to a VIP and is not for a service port.
+
+A VIP is local to the node, so without the guard VIP:22 would reach the node's own sshd. The rules keep no state and do
+not load connection tracking; what belongs to something that exists is recognised by its packets:
+
+- TCP: only a first SYN is rejected. Answers to connections from a VIP, and relays of a service port that was removed,
+  go on.
+- UDP: whatever comes from a service port over `lo` is an answer to the node's own client, whose address is the VIP.
+  With kernels that have the `socket` expression, so is whatever reaches a socket that is bound to the VIP itself.
+- SCTP: only an INIT chunk is rejected.
+- ICMP passes: errors carry path MTU and refusals, and an echo harms nothing.
+
+Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded.
+"""
+
+from __future__ import annotations
+
+from proxyd.host.nft import REJECT_NEW_TCP, REJECT_OTHER, elements, port, refused, run, table_exists, which
+from proxyd.state.spec import ListenerKey
+
+TABLE = "proxyd"
+
+_RULES = """
+table inet proxyd {{
+  set vips4 {{ type ipv4_addr; }}
+  set vips6 {{ type ipv6_addr; }}
+  set ports4 {{ type ipv4_addr . inet_proto . inet_service; }}
+  set ports6 {{ type ipv6_addr . inet_proto . inet_service; }}
+  chain input {{
+    type filter hook input priority filter - 10; policy accept;
+    ip daddr @vips4 goto guard4
+    ip6 daddr @vips6 goto guard6
+  }}
+  chain guard4 {{
+    ip daddr . meta l4proto . th dport @ports4 accept
+    iif lo ip saddr . meta l4proto . th sport @ports4 accept
+    goto guard
+  }}
+  chain guard6 {{
+    ip6 daddr . meta l4proto . th dport @ports6 accept
+    iif lo ip6 saddr . meta l4proto . th sport @ports6 accept
+    goto guard
+  }}
+  chain guard {{
+    meta l4proto {{ icmp, ipv6-icmp }} accept
+    {tcp}
+    {socket}
+    {other}
+  }}
+}}
+"""
+_BOUND_SOCKET = "meta l4proto udp socket wildcard 0 accept"
+
+
+class VipGuard:
+    """The guard of this node. Remembers what it last put in force, so that small changes stay small."""
+
+    def __init__(self) -> None:
+        self._vips: frozenset[str] = frozenset()
+        self._ports: frozenset[ListenerKey] = frozenset()
+        self._known = False  # whether the two above are what the kernel has
+
+    def available(self) -> str | None:
+        """None if the guard can be used, else one line: why not, and what to do."""
+        if which("nft") is None:
+            return "the program `nft` was not found; install nftables"
+        try:
+            self.present()
+        except OSError as error:
+            return refused(error)
+        return None
+
+    def present(self) -> bool:
+        """Whether the table exists, whichever process made it.
+
+        Raises:
+            OSError: netfilter's netlink cannot be used; EPERM without CAP_NET_ADMIN.
+        """
+        return table_exists(TABLE)
+
+    def sync(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
+        """Guard these VIPs, all but these ports. One atomic change; made anew if somebody flushed the ruleset.
+
+        Args:
+            vips: addresses that are local by proxyd's routes. Those in 127.0.0.0/8 and ::1 are not guarded.
+            ports: what proxyd listens on. A service port whose listener is closed must not be among them: a daemon
+                bound to all addresses would be reached in its place. Ports of other addresses are ignored.
+
+        Returns:
+            None, or one line: what went wrong.
+        """
+        vips = frozenset(ip for ip in vips if not _loopback(ip))
+        ports = frozenset(key for key in ports if key.ip in vips)
+        try:
+            known = self._known and self.present()
+        except OSError as error:
+            return refused(error)
+        if known:
+            failed = self._change(vips, ports)
+            if failed is None:
+                return None
+        # Sets that are not as remembered: somebody else changed the table. Swap it whole.
+        failed = self._replace(vips, ports)
+        self._known = failed is None
+        if failed is None:
+            self._vips, self._ports = vips, ports
+        return failed
+
+    def remove(self) -> str | None:
+        """Delete the table. None, or one line: what went wrong."""
+        self._known = False
+        try:
+            if not self.present():
+                return None
+        except OSError as error:
+            return refused(error)
+        return run(f"delete table inet {TABLE}\n")
+
+    def _change(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
+        # New ports are let through before their VIP is guarded, and the other way round.
+        script = "".join(
+            [
+                *elements("add", TABLE, "ports", map(port, ports - self._ports)),
+                *elements("add", TABLE, "vips", vips - self._vips),
+                *elements("delete", TABLE, "vips", self._vips - vips),
+                *elements("delete", TABLE, "ports", map(port, self._ports - ports)),
+            ]
+        )
+        failed = run(script) if script else None
+        if failed is None:
+            self._vips, self._ports = vips, ports
+        return failed
+
+    def _replace(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
+        # Declared first, the table can be deleted whether or not it was there.
+        start = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
+        fill = "".join(
+            [*elements("add", TABLE, "ports", map(port, ports)), *elements("add", TABLE, "vips", vips)]
+        )
+        failed = run(start + _rules(_BOUND_SOCKET) + fill)
+        if failed is None:
+            return None
+        # A kernel or an nft without the `socket` expression; any other error comes back.
+        return run(start + _rules("") + fill)
+
+
+def _loopback(ip: str) -> bool:
+    return ip.startswith("127.") or ip == "::1"
+
+
+def _rules(socket: str) -> str:
+    return _RULES.format(tcp=REJECT_NEW_TCP, socket=socket, other=REJECT_OTHER)

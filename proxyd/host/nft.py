@@ -1,0 +1,91 @@
+"""Tables of nftables: scripts given to the program `nft`, and whether a table exists (asked by netlink)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+
+from proxyd.host.netlink import NETLINK_NETFILTER, Message, Netlink, attribute
+from proxyd.state.spec import ListenerKey
+
+_TIMEOUT = 20.0  # seconds for one run of nft
+_SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+# linux/netfilter/nf_tables.h
+_GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
+_NFTA_TABLE_NAME = 1
+_NFPROTO_INET = 1
+
+# What a client is told that may not connect. Nothing is kept of connections: what belongs to one that exists is
+# recognised by its packets, a TCP segment that is not a first SYN, an SCTP packet that does not begin with INIT.
+REJECT_NEW_TCP = """
+    tcp flags & (fin | syn | rst | ack) == syn reject with tcp reset
+    meta l4proto tcp accept
+"""
+REJECT_OTHER = """
+    meta l4proto sctp @th,96,8 != 1 accept
+    reject with icmpx type port-unreachable
+"""
+
+
+def which(program: str) -> str | None:
+    """Path of a program, looked for in the system's folders too, which are often not in PATH; None if there is none."""
+    return shutil.which(program, path=_SEARCH)
+
+
+def table_exists(table: str) -> bool:
+    """Whether a table of family inet exists, whichever process made it.
+
+    Raises:
+        OSError: netfilter's netlink cannot be used; EPERM without CAP_NET_ADMIN.
+    """
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        name = attribute(_NFTA_TABLE_NAME, table.encode() + b"\0")
+        try:
+            netlink.get(Message(_GETTABLE, bytes([_NFPROTO_INET, 0, 0, 0]) + name))
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def refused(error: OSError) -> str:
+    """One line for an error of `table_exists`: why, and what to do."""
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return "nftables needs root or CAP_NET_ADMIN"
+    return f"nftables cannot be used: {error.strerror or error}"
+
+
+def port(key: ListenerKey) -> str:
+    """A listener key as an element of a set of address, protocol and port."""
+    return f"{key.ip} . {key.protocol.lower()} . {key.port}"
+
+
+def elements(verb: str, table: str, name: str, members: Iterable[str]) -> list[str]:
+    """Commands that add or delete elements of the sets NAME4 and NAME6."""
+    families: dict[int, list[str]] = {4: [], 6: []}
+    for element in members:
+        families[6 if ":" in element else 4].append(element)
+    return [
+        f"{verb} element inet {table} {name}{family} {{ {', '.join(found)} }}\n"
+        for family, found in families.items()
+        if found
+    ]
+
+
+def run(script: str) -> str | None:
+    """Give nft a script: all of it happens or nothing. None, or one line: what nft said."""
+    program = which("nft")
+    if program is None:
+        return "the program `nft` was not found; install nftables"
+    try:
+        done = subprocess.run(  # noqa: S603 - the program's own path; the script holds addresses and numbers only
+            [program, "-f", "-"], input=script.encode(), capture_output=True, timeout=_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nft did not run: {error}"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return lines[0] if lines else f"nft ended with status {done.returncode}"

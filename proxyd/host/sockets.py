@@ -1,0 +1,154 @@
+"""Sockets to bind: one for each listener spec, with every option that accepted sockets are to inherit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from proxyd.api.service import Protocol
+from proxyd.host.holders import holder
+from proxyd.host.routes import is_local
+from proxyd.state.spec import ListenerKey, ListenerSpec
+
+# The kernel lowers it to net.core.somaxconn (4096 since Linux 5.4).
+BACKLOG = 4096
+
+# A peer that vanished is noticed after 60 + 4 * 15 = 120 s: before the 5 minutes after which firewalls and clouds
+# usually forget idle connections, at one small packet a minute.
+KEEPALIVE_IDLE = 60
+KEEPALIVE_INTERVAL = 15
+KEEPALIVE_COUNT = 4
+
+# linux/in.h and linux/in6.h; the socket module does not have them all
+_IP_TRANSPARENT = 19
+_IPV6_TRANSPARENT = 75
+_IPV6_FREEBIND = 78
+_SCTP = 132
+
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the status and at its raise
+    """A listener could not be opened. The text is one line: why, and what to do.
+
+    `retryable`: it may work later without a change of proxyd's own privileges or settings. `exhausted`: descriptors or
+    memory ran out, so that opening others now is of no use.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = True, exhausted: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retryable = retryable
+        self.exhausted = exhausted
+
+
+def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
+    """Open, bind and (not for UDP) listen.
+
+    The socket is non-blocking and close-on-exec. TCP: TCP_NODELAY and keepalive, which accepted sockets inherit, and
+    SO_REUSEADDR (a restart is not held up by old connections). SO_REUSEPORT is never set: it would hide conflicts.
+    An IPv6 socket takes IPv6 only. A steered one is transparent: bound to an address that is not the node's.
+
+    Raises:
+        BindFailed: with what to do.
+    """
+    key = spec.key
+    family = socket.AF_INET6 if ":" in key.ip else socket.AF_INET
+    opened: socket.socket | None = None
+    try:
+        opened = _socket(family, key.protocol)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if spec.steered:
+            _make_transparent(opened, family, key)
+        _bind(opened, key)
+        if key.protocol is not Protocol.UDP:
+            opened.listen(backlog)
+    except BindFailed:
+        if opened is not None:
+            opened.close()
+        raise
+    except OSError as error:
+        if opened is not None:
+            opened.close()
+        raise _explained(error, key) from error
+    return opened
+
+
+def _socket(family: int, protocol: Protocol) -> socket.socket:
+    flags = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    if protocol is Protocol.UDP:
+        # No SO_REUSEADDR: for UDP it would let another process take the port away.
+        return socket.socket(family, socket.SOCK_DGRAM | flags)
+    number = _SCTP if protocol is Protocol.SCTP else socket.IPPROTO_TCP
+    opened = socket.socket(family, socket.SOCK_STREAM | flags, number)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if protocol is Protocol.TCP:
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+    return opened
+
+
+def _make_transparent(opened: socket.socket, family: int, key: ListenerKey) -> None:
+    try:
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+        else:
+            opened.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+    except PermissionError as error:
+        raise BindFailed(
+            f"{key.ip} is not an address of this node: taking single ports of it needs root or CAP_NET_ADMIN",
+            retryable=False,
+        ) from error
+
+
+def _bind(opened: socket.socket, key: ListenerKey) -> None:
+    try:
+        opened.bind((key.ip, key.port))
+    except OSError as error:
+        # For IPv6 the kernel looks for an address, not for a route. Free binding passes over that check, so the
+        # route is asked for here: without one the listener would be open and never reached.
+        if error.errno != errno.EADDRNOTAVAIL or ":" not in key.ip or not is_local(key.ip):
+            raise
+        opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+        opened.bind((key.ip, key.port))
+
+
+def _explained(error: OSError, key: ListenerKey) -> BindFailed:
+    match error.errno:
+        case errno.EADDRINUSE:
+            who = holder(key) or "another process"
+            return BindFailed(f"in use by {who}: stop it, or bind it to other addresses")
+        case errno.EACCES:
+            return BindFailed(
+                f"port {key.port} needs root or CAP_NET_BIND_SERVICE; "
+                f"or `sysctl net.ipv4.ip_unprivileged_port_start={key.port}`"
+            )
+        case errno.EADDRNOTAVAIL:
+            return BindFailed(
+                f"{key.ip} is not an address of this node: "
+                "run as root (CAP_NET_ADMIN), or with --vip-mode=loopback if it is a VIP"
+            )
+        case errno.EMFILE:
+            return BindFailed(
+                "out of file descriptors: raise LimitNOFILE= of the unit (or `ulimit -n`)", exhausted=True
+            )
+        case errno.ENFILE:
+            return BindFailed(
+                "the whole system is out of file descriptors: raise `sysctl fs.file-max`", exhausted=True
+            )
+        case errno.EPROTONOSUPPORT | errno.ESOCKTNOSUPPORT:
+            if key.protocol is Protocol.SCTP:
+                return BindFailed("the kernel has no SCTP; try `modprobe sctp`")
+            return BindFailed(f"the kernel has no {key.protocol}", retryable=False)
+        case errno.EAFNOSUPPORT:
+            what = "IPv6" if ":" in key.ip else "IPv4"
+            return BindFailed(f"{what} is not available: the kernel or a sandbox forbids it", retryable=False)
+        case errno.EPERM:
+            return BindFailed(f"binding {key} is not permitted here (a security policy)", retryable=False)
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return BindFailed(f"cannot bind {key}: {reason}", exhausted=error.errno in _EXHAUSTED)

@@ -1,0 +1,179 @@
+"""Chooses the endpoint of each new relay: round robin, or ClientIP affinity. No sockets, no clock of its own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterable, MutableSequence
+
+MAX_CLIENTS = 65_536  # remembered by one balancer's affinity table; the longest unused go first
+SUSPECT_SECONDS = 1.0  # an endpoint that just failed is passed over for so long, where there is another
+
+_WRAP = (1 << 64) - 1
+_EPHEMERAL = 32_768  # where the kernel picks local ports from, by default
+
+
+class Endpoint:
+    """One backend of one balancer. `row` is its first counter in the slots' view.
+
+    An endpoint that was removed is never used again: one that comes back is another object.
+    """
+
+    __slots__ = ("address", "ephemeral", "family", "removed", "row", "slot")
+
+    def __init__(self, ip: str, port: int, slot: int, row: int) -> None:
+        self.address = (ip, port)
+        self.family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+        self.slot = slot
+        self.row = row
+        self.removed = False
+        # A connect to a local port that nobody listens on can, by chance, meet itself.
+        self.ephemeral = port >= _EPHEMERAL
+
+    def __str__(self) -> str:
+        ip, port = self.address
+        return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+class _Client:
+    """What is known of one client address: its endpoint, when it was last used, how many relays are open."""
+
+    __slots__ = ("endpoint", "relays", "used")
+
+    def __init__(self, endpoint: Endpoint, used: float) -> None:
+        self.endpoint = endpoint
+        self.used = used
+        self.relays = 0
+
+
+class Balancer:
+    """Chooses among `endpoints`. Times are seconds of any one monotonic clock.
+
+    Args:
+        name: of the service port, for people.
+        positions: shared round-robin positions; `positions[slot]` is this balancer's.
+        slot: see `positions`.
+        row: first counter of this balancer in the slots' view.
+    """
+
+    __slots__ = (
+        "_clients",
+        "_positions",
+        "_slot",
+        "affinity_seconds",
+        "endpoints",
+        "name",
+        "row",
+        "suspects",
+    )
+
+    def __init__(self, name: str, positions: MutableSequence[int] | memoryview, slot: int, row: int) -> None:
+        self.name = name
+        self.row = row
+        self.endpoints: tuple[Endpoint, ...] = ()
+        self.affinity_seconds = 0
+        self.suspects: dict[Endpoint, float] = {}  # until when to pass over
+        self._positions = positions
+        self._slot = slot
+        self._clients: dict[str, _Client] = {}  # the longest unused first
+
+    def update(self, endpoints: Iterable[Endpoint], affinity_seconds: int) -> None:
+        """Put other endpoints in force, all at once. One that stays keeps its object, and with it its clients."""
+        before = {(e.address, e.slot): e for e in self.endpoints}
+        after = tuple(before.pop((e.address, e.slot), e) for e in endpoints)
+        for endpoint in before.values():
+            endpoint.removed = True
+            self.suspects.pop(endpoint, None)
+        self.endpoints = after
+        self.affinity_seconds = affinity_seconds
+        if not affinity_seconds:
+            self._clients.clear()
+
+    def pick(self, client: str, now: float, tried: Collection[Endpoint] = ()) -> Endpoint | None:
+        """The endpoint for one more relay of this client address; None when all have been tried, or there are none."""
+        if self.affinity_seconds:
+            return self._sticky(client, now, tried)
+        endpoints = self.endpoints
+        if not endpoints:
+            return None
+        if self.suspects or tried:
+            return self._next(now, tried)
+        position = self._positions[self._slot]
+        self._positions[self._slot] = (position + 1) & _WRAP
+        return endpoints[position % len(endpoints)]
+
+    def failed(self, client: str, endpoint: Endpoint, now: float) -> None:
+        """Note that dialling `endpoint` failed: others go first for a while, and this client is free of it."""
+        if not endpoint.removed:
+            self.suspects[endpoint] = now + SUSPECT_SECONDS
+        known = self._clients.get(client)
+        if known is not None and known.endpoint is endpoint:
+            del self._clients[client]
+
+    def ended(self, client: str, endpoint: Endpoint, now: float) -> None:
+        """Note that a relay with affinity ended: the client's idle time begins, if it has no other."""
+        known = self._clients.get(client)
+        if known is not None and known.endpoint is endpoint:
+            known.relays = max(known.relays - 1, 0)
+            self._touch(client, known, now)
+
+    def _next(self, now: float, tried: Collection[Endpoint]) -> Endpoint | None:
+        """Round robin, passing over those tried, and over suspects where there are others."""
+        endpoints = self.endpoints
+        positions, slot, suspects = self._positions, self._slot, self.suspects
+        fallback = None
+        for _ in endpoints:
+            position = positions[slot]
+            positions[slot] = (position + 1) & _WRAP
+            endpoint = endpoints[position % len(endpoints)]
+            if endpoint in tried:
+                continue
+            until = suspects.get(endpoint)
+            if until is None:
+                return endpoint
+            if until <= now:
+                del suspects[endpoint]
+                return endpoint
+            fallback = fallback or endpoint
+        return fallback
+
+    def _sticky(self, client: str, now: float, tried: Collection[Endpoint]) -> Endpoint | None:
+        known = self._clients.get(client)
+        if known is not None and (
+            known.endpoint.removed or known.endpoint in tried or self._expired(known, now)
+        ):
+            del self._clients[client]
+            known = None
+        if known is None:
+            endpoint = self._next(now, tried)
+            if endpoint is None:
+                return None
+            self._make_room(now)
+            known = self._clients[client] = _Client(endpoint, now)
+        known.relays += 1
+        self._touch(client, known, now)
+        return known.endpoint
+
+    def _touch(self, client: str, known: _Client, now: float) -> None:
+        known.used = now
+        del self._clients[client]
+        self._clients[client] = known
+
+    def _expired(self, known: _Client, now: float) -> bool:
+        return not known.relays and now - known.used >= self.affinity_seconds
+
+    def _make_room(self, now: float) -> None:
+        """Forget at most two clients that are over time, so that the table shrinks as it is used; or the oldest."""
+        for _ in range(2):
+            oldest = next(iter(self._clients), None)
+            if oldest is None:
+                return
+            known = self._clients[oldest]
+            if not self._expired(known, now) and not known.endpoint.removed:
+                break
+            del self._clients[oldest]
+        if len(self._clients) >= MAX_CLIENTS:
+            del self._clients[next(iter(self._clients))]
+
+    def __len__(self) -> int:
+        """How many clients are remembered."""
+        return len(self._clients)

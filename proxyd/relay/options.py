@@ -1,0 +1,13 @@
+"""What a worker is started with."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of a worker, the same for its whole life."""
+
+    tcp_idle_timeout: float = 0.0  # seconds without a byte after which a TCP relay is ended; 0: never
+    records: bool = False  # send a Connection for every relay that ended
+    max_relays: int = 0  # at once; 0: as many as descriptors allow

@@ -1,0 +1,150 @@
+"""One epoll in the event loop: what is ready is dispatched to plain functions, without tasks or transports.
+
+The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop goes on.
+Three rules keep it right:
+
+- A descriptor is closed at the end of the batch. Until then its number cannot be used again, so an event that was
+  already fetched for the old socket cannot reach a new one.
+- An edge is reported once. Who stops before a socket is drained asks for another turn with `again`.
+- An exception in one handler is handed to `on_error` and the rest of the batch goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Callable
+from typing import Protocol
+
+Handler = Callable[[int], None]
+
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+PRI = select.EPOLLPRI
+ERR = select.EPOLLERR
+HUP = select.EPOLLHUP
+RDHUP = select.EPOLLRDHUP
+# Registered once for the whole life of a relay's socket. PRI: reading stops short at urgent data, and without it a
+# short read would be taken for a drained socket.
+EDGES = IN | OUT | PRI | RDHUP | select.EPOLLET
+
+_BATCH = 256
+
+
+class Closable(Protocol):
+    """A socket."""
+
+    def fileno(self) -> int:
+        """The descriptor."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+def _ignore(_events: int) -> None:
+    """Take the events of a socket that was closed earlier in the batch."""
+
+
+class Poller:
+    """Dispatches readiness. `handlers[fd]` may be replaced at any time.
+
+    Args:
+        loop: the event loop that drives it.
+        on_error: called with the handler that raised, and what it raised.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_error: Callable[[Handler, Exception], None]
+    ) -> None:
+        self.handlers: dict[int, Handler] = {}
+        self.turns = 0  # batches dispatched
+        self._loop = loop
+        self._on_error = on_error
+        self._epoll = select.epoll()
+        self._closing: list[Closable] = []
+        self._again: list[Handler] = []
+        self._inside = False
+        loop.add_reader(self._epoll.fileno(), self._turn)
+
+    def add(self, fd: int, handler: Handler, events: int = EDGES) -> None:
+        """Watch a descriptor.
+
+        Raises:
+            OSError: no memory, or too many watches.
+        """
+        self.handlers[fd] = handler
+        try:
+            self._epoll.register(fd, events)
+        except OSError:
+            del self.handlers[fd]
+            raise
+
+    def modify(self, fd: int, events: int) -> None:
+        """Change what is watched for; 0 mutes a level-triggered descriptor."""
+        self._epoll.modify(fd, events)
+
+    def close(self, sock: Closable) -> None:
+        """Close a socket that only this process holds, at the end of the batch."""
+        if self._inside:
+            fd = sock.fileno()
+            if fd >= 0:
+                self.handlers[fd] = _ignore
+                self._closing.append(sock)
+        else:
+            self.handlers.pop(sock.fileno(), None)
+            sock.close()
+
+    def close_shared(self, sock: Closable) -> None:
+        """Close a socket that other processes hold too: its registration would outlive our descriptor."""
+        if sock.fileno() >= 0:
+            self._epoll.unregister(sock.fileno())
+            self.close(sock)
+
+    def again(self, handler: Handler) -> None:
+        """Call `handler(IN | OUT)` in the next turn of the loop, after everybody else had one."""
+        if not self._again:
+            self._loop.call_soon(self._continue)
+        self._again.append(handler)
+
+    def shut(self) -> None:
+        """Stop. Sockets are their owners' to close, before this."""
+        self._loop.remove_reader(self._epoll.fileno())
+        self._again.clear()
+        self._epoll.close()
+
+    def _turn(self) -> None:
+        """Dispatch one batch."""
+        self.turns += 1
+        self._inside = True
+        handlers = self.handlers
+        ready = iter(self._epoll.poll(0, _BATCH))
+        handler: Handler = _ignore
+        while True:
+            try:
+                for fd, events in ready:
+                    handler = handlers[fd]
+                    handler(events)
+                break
+            except Exception as error:  # noqa: BLE001 one relay's error must not reach another
+                self._on_error(handler, error)
+        self._end_batch()
+
+    def _continue(self) -> None:
+        """Give another turn to those who asked for one."""
+        self._inside = True
+        waiting, self._again = self._again, []
+        for handler in waiting:
+            try:
+                handler(IN | OUT)
+            except Exception as error:  # noqa: BLE001 one relay's error must not reach another
+                self._on_error(handler, error)
+        self._end_batch()
+
+    def _end_batch(self) -> None:
+        self._inside = False
+        if self._closing:
+            handlers = self.handlers
+            for sock in self._closing:
+                handlers.pop(sock.fileno(), None)
+                sock.close()
+            self._closing.clear()

@@ -1,0 +1,178 @@
+"""The byte path: one side of a TCP relay, read as soon as it can be and written to its peer.
+
+Sockets are edge-triggered, so a side must know at all times why it is not reading:
+
+- it was *drained*: the last read was short. The kernel reports the next byte with a new edge. This does not hold when
+  something other than an empty queue ends a read, which is why after FIN, an error or urgent data (`thorough`) a side
+  reads on until there is nothing more;
+- it is *held*: its peer is not connected yet, or has no room (`peer.pending`), or it has come to its end. An edge that
+  comes meanwhile is noted in `readable` and acted on when the hold is lifted;
+- it had its share of this turn and is in the poller's queue for another.
+
+A side is in exactly one of these states whenever no code of it runs.
+"""
+
+from __future__ import annotations
+
+import socket
+from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from typing import TYPE_CHECKING
+
+from proxyd.relay.plane import TURN_BYTES, Plane
+from proxyd.relay.poller import ERR, HUP, IN, OUT, PRI, RDHUP
+
+if TYPE_CHECKING:
+    from proxyd.relay.relay import Relay
+
+_IN_OUT = IN | OUT
+_ENDING = RDHUP | HUP | ERR | PRI
+_READ = IN | _ENDING
+_WRITE = OUT | HUP | ERR
+_NOWAIT = socket.MSG_DONTWAIT
+
+
+class Side:
+    """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
+
+    __slots__ = (
+        "broken", "eof", "held", "moved", "peer", "pending", "plane", "readable", "recv_into", "relay", "send", "sock",
+        "stalled", "thorough",
+    )  # fmt: skip
+
+    peer: Side
+
+    def __init__(self, relay: Relay, sock: Socket, plane: Plane, held: bool) -> None:
+        self.relay = relay
+        self.sock = sock
+        self.plane = plane
+        self.recv_into = sock.recv_into
+        self.send = sock.send
+        self.moved = 0  # bytes read
+        self.pending: memoryview | None = None  # to be written to this socket before anything else
+        self.held = held  # not to be read now
+        self.readable = False  # an edge came while held
+        self.stalled = False  # the peer has been too slow at least once
+        self.thorough = False  # a short read does not mean that the socket is drained
+        self.broken = False  # an error was reported
+        self.eof = False
+
+    def ready(self, events: int) -> None:
+        """Act on an edge: move what can be moved."""
+        if (events != _IN_OUT or self.held or self.pending is not None) and not self._may_read(events):
+            return
+        plane = self.plane
+        peer = self.peer
+        budget = TURN_BYTES
+        while True:
+            view = plane.slow_view if self.stalled else plane.view
+            try:
+                size = self.recv_into(view, 0, _NOWAIT)
+            except BlockingIOError:
+                if self.broken:
+                    self.relay.reset_by(self)
+                return
+            except OSError:
+                self.relay.reset_by(self)
+                return
+            if not size:
+                self._end_of_stream()
+                return
+            self.moved += size
+            try:
+                sent = peer.send(view[:size], _NOWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.relay.write_failed(peer)
+                return
+            if sent != size:
+                self._stall(view[sent:size], size == len(view))
+                return
+            if size != len(view) and not self.thorough:
+                return
+            budget -= size
+            if budget <= 0:
+                plane.poller.again(self.ready)
+                return
+
+    def release(self) -> None:
+        """Lift the hold. What came meanwhile is read."""
+        self.held = False
+        if self.readable:
+            self.readable = False
+            self.ready(_IN_OUT)
+
+    def crash(self) -> None:
+        """End after an internal error."""
+        self.relay.crash()
+
+    def _may_read(self, events: int) -> bool:
+        """Act on everything but plain data; whether to read now."""
+        if self.relay.done:  # another turn was asked for before it ended
+            return False
+        if self.pending is not None and events & _WRITE and not self._flush():
+            return False
+        if events & _ENDING:
+            self.thorough = True
+            if events & PRI:
+                # The urgent byte is not lost but stays in its place in the stream.
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            if events & ERR:
+                self.broken = True
+                if self.held:
+                    self.relay.reset_by(self)
+                    return False
+        if not events & _READ:
+            return False
+        if self.held:
+            self.readable = True
+            return False
+        return True
+
+    def _flush(self) -> bool:
+        """Write what is pending; False when the relay is over."""
+        assert self.pending is not None
+        try:
+            sent = self.send(self.pending, _NOWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            self.relay.write_failed(self)
+            return False
+        self.plane.keep(-sent)
+        if sent != len(self.pending):
+            self.pending = self.pending[sent:]
+            return True
+        self.pending = None
+        if self.peer.eof:
+            self._finish_writing()
+        else:
+            self.peer.release()
+        return not self.relay.done
+
+    def _stall(self, rest: memoryview, more: bool) -> None:
+        """Keep what the peer has no room for, and read no more until it is gone."""
+        self.peer.pending = memoryview(bytes(rest))
+        self.plane.keep(len(rest))
+        self.held = True
+        self.stalled = True
+        self.readable = more or self.thorough
+
+    def _end_of_stream(self) -> None:
+        """Pass the end on, behind everything that came before it."""
+        self.eof = True
+        self.held = True
+        if self.broken:
+            self.relay.reset_by(self)
+        elif self.peer.pending is None:
+            self.peer._finish_writing()  # noqa: SLF001 the same class
+
+    def _finish_writing(self) -> None:
+        """Send FIN; when the other direction has come to its end before, the relay is over."""
+        if self.eof and self.peer.pending is None:
+            self.relay.finish("closed")
+            return
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.relay.reset_by(self)

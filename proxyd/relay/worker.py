@@ -1,0 +1,285 @@
+"""The worker: takes listeners and balancers from control and relays. `python -m proxyd.relay.worker --help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from time import monotonic
+
+import uvloop
+
+from proxyd.relay.balancer import Balancer, Endpoint
+from proxyd.relay.channel import Channel, ChannelError, close_all
+from proxyd.relay.listener import LISTENERS, TcpListener
+from proxyd.relay.messages import (
+    Acknowledged,
+    Apply,
+    BalancerConfig,
+    CloseListener,
+    ListenerConfig,
+    Ready,
+    Shutdown,
+)
+from proxyd.relay.options import Options
+from proxyd.relay.plane import Plane
+from proxyd.relay.relay import Relay
+from proxyd.relay.reporter import Reporter
+from proxyd.relay.slots import MAX_SLOTS, Slots
+
+__all__ = ["Options", "Worker", "main"]
+
+# Messages taken in one turn of the loop, so that a long update does not hold up the relays.
+_MESSAGES_AT_ONCE = 8
+
+
+class Worker:
+    """A worker, in a process of its own or within control.
+
+    Args:
+        loop: the event loop that it lives in.
+        channel: to control; owned by the worker from now on.
+        slots: shared positions and counters.
+        index: of the worker: whose counters it writes.
+        options: settings.
+        on_stopped: called once, with an exit code: 0 after a Shutdown, 1 when control is gone. Everything is closed.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        channel: Channel,
+        slots: Slots,
+        index: int,
+        options: Options,
+        *,
+        on_stopped: Callable[[int], None] = lambda _code: None,
+    ) -> None:
+        self._loop = loop
+        self._channel = channel
+        self._slots = slots
+        self._index = index
+        self._on_stopped = on_stopped
+        self._reporter = Reporter(loop, channel)
+        self._plane = Plane(loop, self._reporter, slots, index, options)
+        self._balancers: dict[int, Balancer] = {}
+        self._listeners: dict[int, TcpListener] = {}
+        self._closed: dict[int, TcpListener] = {}  # closed, with relays left
+        self._drain_until: dict[TcpListener, float] = {}
+        self._drain_timer: asyncio.TimerHandle | None = None
+        self._shutdown_timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+
+    def start(self) -> None:
+        """Listen to control."""
+        self._loop.add_reader(self._channel.fileno(), self._readable)
+        self._reporter.answer(Ready(os.getpid()))
+
+    def stop(self, code: int = 0) -> None:
+        """End everything at once: relays are reset, listeners are left to the other workers."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._plane.on_empty = None
+        for listener in list(self._listeners.values()):
+            listener.close()
+        for relay in list(self._plane.relays):
+            if isinstance(relay, Relay):
+                relay.abort("drained")
+        for timer in (self._drain_timer, self._shutdown_timer):
+            if timer is not None:
+                timer.cancel()
+        self._loop.remove_reader(self._channel.fileno())
+        self._reporter.flush()
+        self._reporter.stop()
+        self._plane.shut()
+        self._channel.close()
+        self._on_stopped(code)
+
+    # -- what control says ----------------------------------------------------------------------------------------
+
+    def _readable(self) -> None:
+        for _ in range(_MESSAGES_AT_ONCE):
+            try:
+                received = self._channel.receive()
+            except EOFError:
+                self.stop(1)
+                return
+            except ChannelError as error:
+                self._reporter.trouble(f"from control: {error}")
+                continue
+            if received is None:
+                return
+            message, descriptors = received
+            if isinstance(message, Apply):
+                self._apply(message, descriptors)
+                continue
+            close_all(descriptors)
+            if isinstance(message, Shutdown):
+                self._shut_down(message.drain)
+                if self._stopped:
+                    return
+            else:
+                self._reporter.trouble(f"from control: unexpected {type(message).__name__}")
+
+    def _apply(self, message: Apply, descriptors: list[int]) -> None:
+        """Put one part of an update in force. What can't be is reported, and the rest goes on."""
+        for balancer in message.balancers:
+            self._set_balancer(balancer)
+        if len(descriptors) > len(message.listeners):
+            close_all(descriptors[len(message.listeners) :])
+        for position, listener in enumerate(message.listeners):
+            if position < len(descriptors):
+                self._open(listener, descriptors[position])
+            else:
+                self._reporter.trouble(
+                    "listeners without a descriptor: out of file descriptors in this worker"
+                )
+        for number, target in message.retarget:
+            held, new = self._listeners.get(number), self._balancers.get(target)
+            if held is None or new is None:
+                self._reporter.trouble("from control: a listener or balancer to retarget is unknown")
+            else:
+                held.balancer = new
+        for closing in message.close:
+            self._close(closing)
+        for number in message.drop_balancers:
+            self._balancers.pop(number, None)
+        if message.last:
+            if message.listeners or self._closed:
+                self._closed = {number: held for number, held in self._closed.items() if held.open_relays}
+                self._plane.measure_descriptors()
+            self._reporter.answer(Acknowledged(message.generation))
+
+    def _set_balancer(self, config: BalancerConfig) -> None:
+        row = self._slots.row
+        slot = config.id if 0 <= config.id < MAX_SLOTS else 0
+        balancer = self._balancers.get(config.id)
+        if balancer is None:
+            balancer = Balancer(config.name, self._slots.view, slot, row(self._index, slot))
+            self._balancers[config.id] = balancer
+        balancer.name = config.name
+        endpoints = []
+        for ip, port, number in config.endpoints:
+            try:
+                socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip)
+            except OSError:
+                self._reporter.trouble(f"endpoint {ip} of {config.name} is not an IP address: left out")
+                continue
+            own = number if 0 <= number < MAX_SLOTS else 0
+            endpoints.append(Endpoint(ip, port, own, row(self._index, own)))
+        balancer.update(endpoints, config.affinity_seconds)
+
+    def _open(self, config: ListenerConfig, fd: int) -> None:
+        listener_class = LISTENERS.get(config.protocol)
+        balancer = self._balancers.get(config.balancer)
+        if listener_class is None or balancer is None:
+            close_all([fd])
+            why = (
+                f"no balancer {config.balancer}"
+                if listener_class
+                else f"{config.protocol} is not relayed here"
+            )
+            self._reporter.trouble(f"listener {config.address} can't be opened: {why}")
+            return
+        try:
+            listener = listener_class(config, fd, balancer, self._plane)
+        except OSError as error:
+            close_all([fd])
+            self._reporter.trouble(f"listener {config.address} can't be opened: {error.strerror}")
+            return
+        if config.id in self._listeners:
+            self._reporter.trouble(f"from control: listener {config.id} was given twice")
+            self._close(CloseListener(config.id))
+        self._listeners[config.id] = listener
+
+    def _close(self, closing: CloseListener) -> None:
+        listener = self._listeners.pop(closing.id, None)
+        if listener is None:
+            listener = self._closed.get(closing.id)
+            if listener is None or not listener.open_relays:
+                self._reporter.drained(closing.id)  # nothing of it is here
+                return
+        listener.close()
+        if listener.open_relays:
+            self._closed[closing.id] = listener
+            if closing.drain is not None:
+                self._drain_until[listener] = monotonic() + closing.drain
+                self._set_drain_timer()
+
+    # -- draining -------------------------------------------------------------------------------------------------
+
+    def _set_drain_timer(self) -> None:
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
+        if self._drain_until:
+            delay = max(min(self._drain_until.values()) - monotonic(), 0.0)
+            self._drain_timer = self._loop.call_later(delay, self._drain_due)
+
+    def _drain_due(self) -> None:
+        """End the relays of closed listeners whose time is over; one pass over all relays for all of them."""
+        self._drain_timer = None
+        limit = monotonic() + 0.01  # the loop's timers are in milliseconds
+        due = {listener for listener, until in self._drain_until.items() if until <= limit}
+        for listener in due:
+            del self._drain_until[listener]
+        for relay in list(self._plane.relays):
+            if isinstance(relay, Relay) and relay.listener in due:
+                relay.abort("drained")
+        self._drain_until = {held: until for held, until in self._drain_until.items() if held.open_relays}
+        self._set_drain_timer()
+
+    def _shut_down(self, drain: float) -> None:
+        for number in list(self._listeners):
+            self._close(CloseListener(number))
+        if not self._plane.relays or drain <= 0:
+            self.stop(0)
+            return
+        self._plane.on_empty = self._emptied
+        self._shutdown_timer = self._loop.call_later(drain, self.stop, 0)
+
+    def _emptied(self) -> None:
+        # Later: the sockets of the last relay are closed at the end of the batch.
+        self._plane.on_empty = None
+        self._loop.call_soon(self.stop, 0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a worker process until control ends it. Returns never: the process exits."""
+    parser = argparse.ArgumentParser(
+        prog="proxyd-worker", description="A data-plane process; started by proxyd."
+    )
+    parser.add_argument("--channel-fd", type=int, required=True, help="Unix SOCK_SEQPACKET socket to control")
+    parser.add_argument("--slots-fd", type=int, required=True, help="shared counters")
+    parser.add_argument("--index", type=int, required=True, help="whose counters to write")
+    parser.add_argument("--tcp-idle-timeout", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--max-relays", type=int, default=0, help="at once; 0: as descriptors allow")
+    parser.add_argument("--records", action="store_true", help="report every relay that ended")
+    given = parser.parse_args(arguments)
+    # A terminal's Ctrl-C reaches the whole process group; when and how to end is control's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    options = Options(
+        tcp_idle_timeout=given.tcp_idle_timeout, records=given.records, max_relays=given.max_relays
+    )
+    channel = Channel(socket.socket(fileno=given.channel_fd))
+    loop = uvloop.new_event_loop()
+    # os._exit: nothing is left to tidy up, and thousands of objects need not be taken apart.
+    worker = Worker(loop, channel, Slots(given.slots_fd), given.index, options, on_stopped=os._exit)
+    worker.start()
+    # Relays leave no cycles behind; what is alive now stays.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
+    loop.run_forever()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Which files and folders `--manifests PATH` stands for at this moment: names and stamps, without reading a file."""
+
+# Thousands of names a scan: strings and os.path cost a tenth of pathlib, which also folds `a/..` away.
+# ruff: noqa: PTH116
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+SUFFIXES = (".yaml", ".yml", ".json")
+MAX_FILES = 100_000  # in all paths together; what comes after is not read, and said once
+MAX_FOLDERS = 20_000
+
+
+class Stamp(NamedTuple):
+    """What changes when a file's content does."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, info: os.stat_result) -> Stamp:
+        """The stamp in a stat result."""
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+class FileEntry(NamedTuple):
+    """One manifest file: its name as the user would write it, and its stamp."""
+
+    path: str
+    stamp: Stamp
+
+
+class Complaint(NamedTuple):
+    """A path, and what is wrong with it in a few words."""
+
+    path: str
+    reason: str
+
+
+class Survey(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is below the configured paths.
+
+    `files` is in order of path; a file that has two names is listed under the first. `unreadable` are paths (of a file,
+    folder or root) of which nothing can be said: what they defined before is neither confirmed nor gone.
+    `folders` are the real paths of the folders that are part of the tree.
+    """
+
+    files: tuple[FileEntry, ...] = ()
+    unreadable: tuple[Complaint, ...] = ()
+    remarks: tuple[Complaint, ...] = ()
+    folders: Mapping[str, Stamp] = {}
+    links: tuple[str, ...] = ()  # visible symbolic links in the tree
+
+
+def display(path: str) -> str:
+    """A path as text that any terminal or log can take."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def survey(paths: Sequence[str]) -> Survey:
+    """Lists the manifest files under `paths`.
+
+    A path that is a file is taken whatever its suffix; a folder is read recursively for `SUFFIXES`. Entries whose name
+    starts with a dot are skipped (so are the `..data` folders of a mounted ConfigMap: its files are found by their
+    visible names). Symbolic links are followed; each real folder is visited once.
+    """
+    return _Surveyor().run(paths)
+
+
+class _Surveyor:
+    def __init__(self) -> None:
+        self._files: dict[tuple[int, int], FileEntry] = {}
+        self._unreadable: list[Complaint] = []
+        self._remarks: list[Complaint] = []
+        self._folders: dict[str, Stamp] = {}
+        self._links: list[str] = []
+        self._visited: set[tuple[int, int]] = set()
+        self._full = False
+        self._current = ""  # the configured path that is being read
+
+    def run(self, paths: Sequence[str]) -> Survey:
+        for path in dict.fromkeys(paths):
+            self._current = path
+            self._root(path)
+        return Survey(
+            files=tuple(sorted(self._files.values())),
+            unreadable=tuple(self._unreadable),
+            remarks=tuple(self._remarks),
+            folders=self._folders,
+            links=tuple(self._links),
+        )
+
+    def _root(self, path: str) -> None:
+        try:
+            info = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            self._unreadable.append(Complaint(path, "no such file or folder"))
+        except (OSError, ValueError) as error:
+            self._unreadable.append(Complaint(path, reason(error)))
+        else:
+            if stat.S_ISDIR(info.st_mode):
+                self._folder(path, info, frozenset())
+            else:
+                self._file(path, info)
+
+    def _folder(self, path: str, info: os.stat_result, above: frozenset[tuple[int, int]]) -> None:
+        identity = (info.st_dev, info.st_ino)
+        if identity in above:
+            self._unreadable.append(Complaint(path, "the symbolic link leads back to a folder it is in"))
+            return
+        if identity in self._visited:
+            return
+        if len(self._visited) >= MAX_FOLDERS:
+            self._stop(f"more than {MAX_FOLDERS} folders")
+            return
+        self._visited.add(identity)
+        self._folders[os.path.realpath(path)] = Stamp.of(info)
+        try:
+            with os.scandir(path) as listing:
+                entries = sorted((entry for entry in listing if entry.name[0] != "."), key=lambda e: e.name)
+        except OSError as error:
+            self._unreadable.append(Complaint(path, reason(error)))
+            return
+        above |= {identity}
+        for entry in entries:
+            if self._full:
+                return
+            self._entry(entry, above)
+
+    def _entry(self, entry: os.DirEntry[str], above: frozenset[tuple[int, int]]) -> None:
+        wanted = entry.name.endswith(SUFFIXES)
+        try:
+            link = entry.is_symlink()
+            if link:
+                self._links.append(entry.path)
+            elif not wanted and not entry.is_dir(follow_symlinks=False):
+                return  # most of what is not ours costs no stat
+            info = entry.stat()
+        except OSError as error:
+            if wanted:
+                missing = isinstance(error, FileNotFoundError)
+                why = "the symbolic link leads nowhere" if missing else reason(error)
+                if not missing or link:  # else it was deleted meanwhile
+                    self._unreadable.append(Complaint(entry.path, why))
+            return
+        if stat.S_ISDIR(info.st_mode):
+            if wanted:
+                self._remarks.append(Complaint(entry.path, "is a folder, not a file: read as a folder"))
+            self._folder(entry.path, info, above)
+        elif wanted:
+            self._file(entry.path, info)
+
+    def _file(self, path: str, info: os.stat_result) -> None:
+        if not stat.S_ISREG(info.st_mode):
+            self._unreadable.append(Complaint(path, f"is {_kind(info.st_mode)}, not a file"))
+        elif len(self._files) >= MAX_FILES:
+            self._stop(f"more than {MAX_FILES} files")
+        else:
+            stamp = Stamp.of(info)
+            known = self._files.get(stamp[:2])
+            if known is None or path < known.path:
+                self._files[stamp[:2]] = FileEntry(path, stamp)
+
+    def _stop(self, why: str) -> None:
+        self._full = True
+        self._unreadable.append(Complaint(self._current, f"{why}: the others are not read"))
+
+
+def reason(error: Exception) -> str:
+    """Why a file operation failed, in a few words without the path."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno).lower()
+    return str(error)
+
+
+def _kind(mode: int) -> str:
+    for test, name in (
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    ):
+        if test(mode):
+            return name
+    return "something else"

@@ -1,0 +1,281 @@
+"""The manifests source: reads what changed on disk, and merges all files into one set of objects."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import msgspec
+
+from proxyd.api.decode import KubeObject, Rules
+from proxyd.api.discovery import Endpoints, EndpointSlice
+from proxyd.api.meta import ObjectName
+from proxyd.api.pod import Pod
+from proxyd.api.problems import Problem, Severity
+from proxyd.api.service import Service
+from proxyd.sources.files import FileEntry, Stamp, Survey, display, reason, survey
+from proxyd.sources.parse import parse_file
+
+MAX_FILE_BYTES = 64 << 20
+# Of all files together; those that would pass it are not read.
+MAX_TOTAL_BYTES = 512 << 20
+# File systems stamp times in steps of a few milliseconds: a file read within this time of its last change may change
+# again under the same stamp, so it is read once more at the next scan.
+_SETTLED_NS = 50_000_000
+_NAMED_AT_MOST = 3
+
+Key: TypeAlias = tuple[str, ObjectName]  # kind and name
+
+
+class ManifestSet(msgspec.Struct, frozen=True, kw_only=True):
+    """Every object in force from manifests, and what is wrong with them.
+
+    `problems` are in order of file and line. `origins` says in which file an object was found. `rejected` are Services in
+    error that have no earlier good version in force. `missing` are configured paths that cannot be read at all.
+    `complete` is False while some file or folder could not be read in full: an object that is absent may be in there.
+    """
+
+    services: Mapping[ObjectName, Service] = {}
+    endpoints: Mapping[ObjectName, Endpoints] = {}
+    slices: Mapping[ObjectName, EndpointSlice] = {}
+    pods: Mapping[ObjectName, Pod] = {}
+    origins: Mapping[Key, str] = {}
+    rejected: frozenset[ObjectName] = frozenset()
+    problems: tuple[Problem, ...] = ()
+    missing: tuple[str, ...] = ()
+    files: int = 0
+    complete: bool = True
+
+
+class _FileState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one file."""
+
+    stamp: Stamp | None = None  # None: read it again at the next scan
+    digest: bytes = b""  # of its content when it was last read
+    objects: Mapping[Key, KubeObject] = {}  # as it defines them now
+    kept: Mapping[Key, KubeObject] = {}  # earlier versions of what it has in error
+    rejected: frozenset[Key] = frozenset()
+    problems: tuple[Problem, ...] = ()
+    complete: bool = True
+
+
+class ManifestSource:
+    """Objects from files and folders.
+
+    Args:
+        paths: files and folders; a folder is read recursively for *.yaml, *.yml and *.json, without entries whose name
+            starts with a dot.
+        rules: what to validate against.
+
+    Attributes:
+        files_read: how many times a file has been read so far.
+    """
+
+    def __init__(self, paths: Sequence[str], rules: Rules) -> None:
+        self.files_read = 0
+        self._paths = tuple(path.rstrip("/") or path for path in paths)
+        self._rules = rules
+        self._states: dict[str, _FileState] = {}  # by path, in order
+        self._owners: dict[Key, str] = {}  # path of the file whose version is in force
+        self._last = ManifestSet()
+
+    def scan(self) -> ManifestSet:
+        """Reads the files that changed since the last scan, and returns all objects in force.
+
+        Returns the very same value as the last time if nothing changed. May be run in a thread, one scan at a time.
+        It raises nothing: what cannot be read is a Problem, and what it defined before stays in force.
+
+        An object found in two files: the file whose version is in force keeps it, else the first in order of path has it;
+        the other gets a Problem. An object in error keeps its earlier good version as long as its file has it. A file
+        that was emptied (0 bytes) is taken for one that is being written: what it defined stays until it has content or
+        is deleted.
+        """
+        seen = survey(self._paths)
+        states = self._unseen(seen)
+        total = 0
+        for entry in seen.files:
+            state = self._states.get(entry.path)
+            total += entry.stamp.size
+            if total > MAX_TOTAL_BYTES:
+                total -= entry.stamp.size
+                limit = f"not read: the manifests together are over {MAX_TOTAL_BYTES >> 20} MiB"
+                state = _unread(entry.path, state, limit)
+            elif state is None or state.stamp != entry.stamp:
+                state = self._read(entry, state)
+            states[entry.path] = state
+        self._states = dict(sorted(states.items()))
+        merged = self._merge(seen)
+        if merged != self._last:
+            self._last = merged
+        return self._last
+
+    def _unseen(self, seen: Survey) -> dict[str, _FileState]:
+        """States of files that the survey could not confirm: in folders that cannot be listed, and the like."""
+        reasons = dict(seen.unreadable)
+        states = {}
+        for path, why in reasons.items():
+            holds = any(_below(known, {path}) for known in self._states)
+            states[path] = _unread(path, self._states.get(path), why, holds=holds)
+        if reasons:
+            present = {entry.path for entry in seen.files}
+            for path, state in self._states.items():
+                if path not in present and path not in states and _below(path, reasons):
+                    states[path] = msgspec.structs.replace(state, stamp=None, complete=False)
+        return states
+
+    def _read(self, entry: FileEntry, earlier: _FileState | None) -> _FileState:
+        try:
+            data, stamp = _read_regular(entry.path)
+        except FileNotFoundError:
+            return earlier or _FileState()  # deleted just now: the next survey will not see it
+        except (OSError, ValueError) as error:
+            return _unread(entry.path, earlier, reason(error))
+        self.files_read += 1
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if earlier and earlier.digest == digest:
+            return msgspec.structs.replace(earlier, stamp=stamp)
+        in_force = {**earlier.kept, **earlier.objects} if earlier else {}
+        if not data and in_force:
+            why = "is empty: what it defined stays in force until it has content or is deleted"
+            return msgspec.structs.replace(
+                _unread(entry.path, None, why), stamp=stamp, kept=in_force, digest=digest
+            )
+        return self._parse(entry.path, data, stamp, digest, in_force)
+
+    def _parse(
+        self,
+        path: str,
+        data: bytes,
+        stamp: Stamp | None,
+        digest: bytes,
+        in_force: Mapping[Key, KubeObject],
+    ) -> _FileState:
+        label = display(path)
+        parsed = parse_file(label, data, self._rules)
+        problems = list(parsed.problems)
+        objects = {(type(item).__name__, item.metadata.key): item for item in parsed.objects}
+        rejected = frozenset(parsed.rejected)
+        doubtful = rejected if parsed.complete else rejected | (in_force.keys() - objects.keys())
+        kept = {}
+        for key in sorted(doubtful):
+            # The object may have come from another file until now.
+            version = in_force.get(key) or _by_kind(self._last, key[0]).get(key[1])
+            if version is not None:
+                kept[key] = version
+        if kept:
+            problems.append(
+                _problem(label, f"in force as before: {_listed(kept)}", severity=Severity.WARNING)
+            )
+        return _FileState(
+            stamp=stamp,
+            digest=digest,
+            objects=objects,
+            kept=kept,
+            rejected=rejected,
+            problems=tuple(problems),
+            complete=parsed.complete,
+        )
+
+    def _merge(self, seen: Survey) -> ManifestSet:
+        owners: dict[Key, str] = {}
+        labels = {path: display(path) for path in self._states}
+        for path, state in self._states.items():
+            for key in state.objects:
+                if key not in owners or self._owners.get(key) == path:
+                    owners[key] = path
+        problems = [_problem(display(path), why, severity=Severity.WARNING) for path, why in seen.remarks]
+        for path, state in self._states.items():
+            problems += state.problems
+            for key in state.objects:
+                if owners[key] != path:
+                    problems.append(_problem(labels[path], f"already defined in {labels[owners[key]]}", key))
+        chosen = {key: self._states[path].objects[key] for key, path in owners.items()}
+        for path, state in self._states.items():
+            for key, version in state.kept.items():
+                if key not in chosen:
+                    chosen[key] = version
+                    owners[key] = path
+        self._owners = owners
+        rejected = (key for state in self._states.values() for key in state.rejected if key not in chosen)
+        unreadable = dict(seen.unreadable)
+        return ManifestSet(
+            services={key[1]: item for key, item in chosen.items() if isinstance(item, Service)},
+            endpoints={key[1]: item for key, item in chosen.items() if isinstance(item, Endpoints)},
+            slices={key[1]: item for key, item in chosen.items() if isinstance(item, EndpointSlice)},
+            pods={key[1]: item for key, item in chosen.items() if isinstance(item, Pod)},
+            origins={key: labels[path] for key, path in owners.items()},
+            rejected=frozenset(name for kind, name in rejected if kind == Service.__name__),
+            problems=tuple(sorted(problems, key=lambda p: (p.file, p.line, p.column))),
+            missing=tuple(display(path) for path in self._paths if path in unreadable),
+            files=len(seen.files),
+            complete=all(state.complete for state in self._states.values()),
+        )
+
+
+def _read_regular(path: str) -> tuple[bytes, Stamp | None]:
+    """Content and stamp of a file; no stamp where it may still be changing. Never blocks on a FIFO or device.
+
+    Raises:
+        OSError: it cannot be opened or read.
+        ValueError: it is not a regular file, or too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        before = os.fstat(descriptor)
+        if not stat.S_ISREG(before.st_mode):
+            raise ValueError("is not a file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(MAX_FILE_BYTES + 1) if before.st_size <= MAX_FILE_BYTES else b""
+        after = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    if max(before.st_size, len(data)) > MAX_FILE_BYTES:
+        raise ValueError(f"not read: it is over {MAX_FILE_BYTES >> 20} MiB")
+    settled = abs(time.time_ns() - after.st_ctime_ns) > _SETTLED_NS and Stamp.of(before) == Stamp.of(after)
+    return data, Stamp.of(after) if settled else None
+
+
+def _unread(path: str, earlier: _FileState | None, why: str, *, holds: bool = False) -> _FileState:
+    """The state of a path that cannot be read now: what it defined before, and a Problem."""
+    state = earlier or _FileState()
+    if holds or state.objects or state.kept:
+        why += ": what it defined stays in force"
+    return msgspec.structs.replace(
+        state, stamp=None, digest=b"", problems=(_problem(display(path), why),), complete=False
+    )
+
+
+def _below(path: str, folders: Collection[str]) -> bool:
+    """Whether `path` is in one of `folders`, at any depth."""
+    while path not in {"", "/"}:
+        path = os.path.split(path)[0]
+        if path in folders:
+            return True
+    return False
+
+
+def _by_kind(manifests: ManifestSet, kind: str) -> Mapping[ObjectName, KubeObject]:
+    kinds: dict[str, Mapping[ObjectName, KubeObject]] = {
+        Service.__name__: manifests.services,
+        Endpoints.__name__: manifests.endpoints,
+        EndpointSlice.__name__: manifests.slices,
+        Pod.__name__: manifests.pods,
+    }
+    return kinds.get(kind, {})
+
+
+def _listed(keys: Iterable[Key]) -> str:
+    names = [f"{kind} {name}" for kind, name in keys]
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _problem(
+    label: str, message: str, key: Key | None = None, *, severity: Severity = Severity.ERROR
+) -> Problem:
+    subject = f"{key[0]} {key[1]}" if key else ""
+    return Problem(file=label, severity=severity, subject=subject, message=message)

@@ -1,0 +1,254 @@
+"""clusterIPs, nodePorts and creation times for Services that were written without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import msgspec
+
+from proxyd.api.meta import ObjectName
+from proxyd.api.problems import Problem, Severity
+from proxyd.api.service import Service, ServiceType
+from proxyd.sources.standalone.pools import AddressPool, NodePortPool, port_key
+
+# How many Services that are not there at the moment (rejected, or in a file that cannot be read) keep their entries.
+MAX_ABSENT = 10_000
+
+_FAMILY_NAMES = {4: "IPv4", 6: "IPv6"}
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be handed out.
+
+    `cluster_cidrs` is one range, or one of each family; the first one's family is the default.
+    `node_port_range` is (first, last), both included.
+    """
+
+    cluster_cidrs: tuple[str, ...] = ("10.96.0.0/16",)
+    node_port_range: tuple[int, int] = (30000, 32767)
+
+
+class Allocation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one Service was given.
+
+    `created` is RFC 3339, "" where the manifest says it. `node_ports` are by "name/protocol" of the service port, or
+    "number/protocol" where it has no name.
+    """
+
+    created: str = ""
+    cluster_ips: tuple[str, ...] = ()
+    node_ports: Mapping[str, int] = {}
+
+
+class Allocations(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything handed out: kept between runs, so that a restart changes nothing."""
+
+    services: Mapping[ObjectName, Allocation] = {}
+
+
+class Allocated(msgspec.Struct, frozen=True, kw_only=True):
+    """Services with what they were given filled in, and the allocations to keep."""
+
+    services: Mapping[ObjectName, Service]
+    allocations: Allocations
+    problems: tuple[Problem, ...] = ()
+
+
+def allocate(
+    services: Mapping[ObjectName, Service],
+    previous: Allocations,
+    settings: Settings,
+    now: str,
+    *,
+    absent: Callable[[ObjectName], bool] = lambda _: False,
+) -> Allocated:
+    """Gives every Service what it lacks. The result does not depend on the order of `services`.
+
+    What a manifest gives always wins: it is never handed out, and an allocation that a manifest now claims moves. What
+    was allocated before stays while it is still wanted, in range and not claimed; only then are new ones chosen, by
+    creation time, then name. Addresses may be given outside the range. Two manifests that give the same are left as they
+    are: planning decides between them.
+
+    Args:
+        services: all valid Services.
+        previous: what an earlier call returned.
+        settings: ranges.
+        now: RFC 3339, UTC; the creation time of Services seen for the first time that have none.
+        absent: whether a Service that is not in `services` may still exist (rejected, or in an unreadable file): its
+            allocations then stay reserved.
+    """
+    return _Allocator(services, previous, settings, now).run(absent)
+
+
+class _Allocator:
+    def __init__(
+        self, services: Mapping[ObjectName, Service], previous: Allocations, settings: Settings, now: str
+    ) -> None:
+        self._previous = previous.services
+        self._services: dict[ObjectName, Service] = {}
+        for name, service in services.items():
+            known = self._previous.get(name, Allocation())
+            self._services[name] = _dated(service, known.created or now)
+        self._given_created = {name for name, item in services.items() if item.metadata.creation_timestamp}
+        self._order = sorted(self._services, key=lambda n: (self._services[n].metadata.creation_timestamp, n))
+        self._ips = AddressPool(settings.cluster_cidrs)
+        self._ports = NodePortPool(settings.node_port_range)
+        self._problems: list[Problem] = []
+
+    def run(self, absent: Callable[[ObjectName], bool]) -> Allocated:
+        wanted_ips = {name: self._wanted_families(self._services[name]) for name in self._order}
+        wanted_ports = {name: _wanted_ports(self._services[name]) for name in self._order}
+        for name in self._order:
+            spec = self._services[name].spec
+            self._ips.give(spec.all_cluster_ips)
+            self._ports.give(name, spec.ports, spec.health_check_node_port)
+        ips: dict[ObjectName, dict[int, str]] = {}
+        ports: dict[ObjectName, dict[str, int]] = {}
+        for name in self._order:
+            known = self._previous.get(name, Allocation())
+            ips[name] = self._ips.keep(known.cluster_ips, wanted_ips[name])
+            ports[name] = self._ports.keep(name, known.node_ports, wanted_ports[name])
+        kept = self._keep_absent(absent)
+        for name in self._order:
+            self._new_addresses(name, wanted_ips[name], ips[name])
+            self._new_ports(name, wanted_ports[name], ports[name])
+        entries = kept
+        filled = {}
+        for name in self._order:
+            service = self._services[name]
+            created = "" if name in self._given_created else service.metadata.creation_timestamp
+            entry = Allocation(
+                created=created,
+                cluster_ips=tuple(ips[name].values()),
+                node_ports=dict(sorted(ports[name].items())),
+            )
+            if entry != Allocation():
+                entries[name] = entry
+            filled[name] = _fill(service, ips[name], ports[name])
+        return Allocated(
+            services=filled,
+            allocations=Allocations(services=dict(sorted(entries.items()))),
+            problems=tuple(self._problems),
+        )
+
+    def _keep_absent(self, absent: Callable[[ObjectName], bool]) -> dict[ObjectName, Allocation]:
+        """Entries of Services that may come back; what is no longer free is taken out of them."""
+        gone = [name for name in sorted(self._previous) if name not in self._services and absent(name)]
+        kept = {}
+        for name in gone[:MAX_ABSENT]:
+            known = self._previous[name]
+            kept[name] = Allocation(
+                created=known.created,
+                cluster_ips=tuple(self._ips.keep(known.cluster_ips, (4, 6)).values()),
+                node_ports=self._ports.keep(name, known.node_ports, known.node_ports),
+            )
+        return kept
+
+    def _wanted_families(self, service: Service) -> tuple[int, ...]:
+        """IP versions for which the Service lacks a clusterIP and is to get one."""
+        spec = service.spec
+        if spec.type is ServiceType.EXTERNAL_NAME or spec.headless:
+            return ()
+        given = [_version(ip) for ip in spec.all_cluster_ips]
+        asked = [4 if family == "IPv4" else 6 for family in spec.ip_families]
+        available = self._ips.families
+        dual = spec.ip_family_policy in {"PreferDualStack", "RequireDualStack"} or len(asked) > 1
+        wanted = given or asked[:1] or list(available[:1])
+        if dual:
+            wanted = list(dict.fromkeys((*wanted, *asked, *available)))
+            if spec.ip_family_policy == "RequireDualStack" or len(asked) > 1:
+                wanted = list(dict.fromkeys((*wanted, 4, 6)))
+        lacking = tuple(version for version in wanted if version not in given)
+        for version in lacking:
+            if version not in available and (
+                spec.ip_family_policy != "PreferDualStack" or wanted == [version]
+            ):
+                self._problem(
+                    service,
+                    "spec.ipFamilies",
+                    f"no {_FAMILY_NAMES[version]} clusterIP: there is no such range in --service-cluster-ip-range",
+                )
+        return tuple(version for version in lacking if version in available)
+
+    def _new_addresses(self, name: ObjectName, wanted: Collection[int], have: dict[int, str]) -> None:
+        for version in wanted:
+            if version in have:
+                continue
+            address = self._ips.new(name, version)
+            if address:
+                have[version] = address
+            else:
+                self._problem(
+                    self._services[name],
+                    "spec.clusterIP",
+                    f"no {_FAMILY_NAMES[version]} address is left in --service-cluster-ip-range: widen it, or give one",
+                )
+
+    def _new_ports(self, name: ObjectName, wanted: Mapping[str, int], have: dict[str, int]) -> None:
+        for index, port in enumerate(self._services[name].spec.ports):
+            key = port_key(port)
+            if key not in wanted or key in have:
+                continue
+            siblings = [
+                other.node_port or have.get(port_key(other), 0)
+                for other in self._services[name].spec.ports
+                if other.port == port.port and other is not port
+            ]
+            number = self._ports.new(name, port, siblings)
+            if number:
+                have[key] = number
+            else:
+                self._problem(
+                    self._services[name],
+                    f"spec.ports[{index}].nodePort",
+                    "no port is left in --service-node-port-range: widen it, or give one",
+                )
+
+    def _problem(self, service: Service, path: str, message: str) -> None:
+        subject = f"Service {service.metadata.key}"
+        self._problems.append(Problem(severity=Severity.ERROR, subject=subject, path=path, message=message))
+
+
+def _dated(service: Service, created: str) -> Service:
+    """The Service with a creation time: its own, or else `created`."""
+    if service.metadata.creation_timestamp:
+        return service
+    metadata = msgspec.structs.replace(service.metadata, creation_timestamp=created)
+    return msgspec.structs.replace(service, metadata=metadata)
+
+
+def _wanted_ports(service: Service) -> dict[str, int]:
+    """Keys of service ports that are to get a nodePort, with the `port` each has."""
+    spec = service.spec
+    exposed = spec.type is ServiceType.NODE_PORT or (
+        spec.type is ServiceType.LOAD_BALANCER and spec.allocate_load_balancer_node_ports
+    )
+    return {port_key(port): port.port for port in spec.ports if exposed and not port.node_port}
+
+
+def _fill(service: Service, ips: Mapping[int, str], ports: Mapping[str, int]) -> Service:
+    """The Service with its allocations in `spec`."""
+    if not ips and not ports:
+        return service
+    spec = service.spec
+    if ips:
+        addresses = (*spec.all_cluster_ips, *ips.values())
+        spec = msgspec.structs.replace(
+            spec,
+            cluster_ip=addresses[0],
+            cluster_ips=addresses,
+            ip_families=tuple(_FAMILY_NAMES[_version(ip)] for ip in addresses),
+        )
+    if ports:
+        filled = (
+            msgspec.structs.replace(port, node_port=ports[port_key(port)])
+            if port_key(port) in ports
+            else port
+            for port in spec.ports
+        )
+        spec = msgspec.structs.replace(spec, ports=tuple(filled))
+    return msgspec.structs.replace(service, spec=spec)
+
+
+def _version(address: str) -> int:
+    return 6 if ":" in address else 4

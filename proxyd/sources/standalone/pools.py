@@ -1,0 +1,139 @@
+"""What can be handed out: cluster addresses and nodePorts, who has which, and the next free one."""
+
+from __future__ import annotations
+
+import ipaddress
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeAlias
+
+from proxyd.api.meta import ObjectName
+from proxyd.api.service import ServicePort
+
+_Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def port_key(port: ServicePort) -> str:
+    """How an allocation names a service port: its name, or else its number, and the protocol."""
+    return f"{port.name or port.port}/{port.protocol}"
+
+
+class AddressPool:
+    """Cluster addresses.
+
+    Args:
+        cidrs: one range, or one of each IP version; the first one's version is the default.
+    """
+
+    def __init__(self, cidrs: Collection[str]) -> None:
+        networks = [ipaddress.ip_network(cidr, strict=False) for cidr in cidrs]
+        self._networks: dict[int, _Network] = {network.version: network for network in reversed(networks)}
+        self.families: tuple[int, ...] = tuple(dict.fromkeys(network.version for network in networks))
+        self._taken: set[str] = set()
+        self._exhausted: set[int] = set()
+
+    def give(self, addresses: Collection[str]) -> None:
+        """Takes addresses that a manifest gives; they need not be in range."""
+        self._taken.update(str(ipaddress.ip_address(address)) for address in addresses)
+
+    def keep(self, addresses: Collection[str], wanted: Collection[int]) -> dict[int, str]:
+        """Those of `addresses` that are still wanted, in range and free, by IP version."""
+        kept: dict[int, str] = {}
+        for address in addresses:
+            parsed = ipaddress.ip_address(address)
+            network = self._networks.get(parsed.version)
+            usable = (
+                parsed.version in wanted
+                and parsed.version not in kept
+                and network is not None
+                and parsed in network
+                and _usable(network)[0] <= int(parsed) - int(network.network_address) <= _usable(network)[1]
+            )
+            if usable and str(parsed) not in self._taken:
+                self._taken.add(str(parsed))
+                kept[parsed.version] = str(parsed)
+        return kept
+
+    def new(self, name: ObjectName, version: int) -> str:
+        """A free address, the same one for the same name if it can be; "" if there is none."""
+        if version in self._exhausted:
+            return ""
+        network = self._networks[version]
+        for offset in _probe(name, *_usable(network)):
+            address = str(network[offset])
+            if address not in self._taken:
+                self._taken.add(address)
+                return address
+        self._exhausted.add(version)
+        return ""
+
+
+class NodePortPool:
+    """nodePorts: who has which.
+
+    As in Kubernetes, a number belongs to one Service, whatever the protocol; one Service may have it twice, for the same
+    `port` on two protocols (kubernetes pkg/registry/core/service/storage/alloc.go).
+
+    Args:
+        limits: first and last number, both included.
+    """
+
+    def __init__(self, limits: tuple[int, int]) -> None:
+        self._first, self._last = limits
+        self._holders: dict[int, set[ObjectName]] = {}
+        self._taken: set[tuple[int, str]] = set()
+        self._exhausted = False
+
+    def give(self, name: ObjectName, ports: Collection[ServicePort], health_check: int) -> None:
+        """Takes the numbers that a manifest gives; they need not be in range."""
+        for port in ports:
+            if port.node_port:
+                self._take(name, port.node_port, port.protocol)
+        if health_check:
+            self._take(name, health_check, "TCP")
+
+    def keep(self, name: ObjectName, ports: Mapping[str, int], wanted: Mapping[str, int]) -> dict[str, int]:
+        """Those of `ports` that are still wanted, in range and free."""
+        kept = {}
+        for key, number in ports.items():
+            protocol = key.rpartition("/")[2]
+            if key in wanted and self._first <= number <= self._last and self._free(name, number, protocol):
+                self._take(name, number, protocol)
+                kept[key] = number
+        return kept
+
+    def new(self, name: ObjectName, port: ServicePort, siblings: Collection[int]) -> int:
+        """A free number: one of `siblings` if it can be, else by name; 0 if there is none."""
+        for number in siblings:
+            if self._first <= number <= self._last and self._free(name, number, port.protocol):
+                self._take(name, number, port.protocol)
+                return number
+        if self._exhausted:
+            return 0
+        for number in _probe(name, self._first, self._last, salt=port_key(port)):
+            if number not in self._holders:
+                self._take(name, number, port.protocol)
+                return number
+        self._exhausted = True
+        return 0
+
+    def _free(self, name: ObjectName, number: int, protocol: str) -> bool:
+        return self._holders.get(number, {name}) == {name} and (number, protocol) not in self._taken
+
+    def _take(self, name: ObjectName, number: int, protocol: str) -> None:
+        self._holders.setdefault(number, set()).add(name)
+        self._taken.add((number, protocol))
+
+
+def _usable(network: _Network) -> tuple[int, int]:
+    """First and last offset that may be handed out: not the network's own address, not its broadcast address."""
+    last = network.num_addresses - 1
+    return (1, last - 1) if last > 1 else (0, last)
+
+
+def _probe(name: ObjectName, first: int, last: int, *, salt: str = "") -> Iterator[int]:
+    """Every number from `first` to `last` once, starting at one that depends on the name alone."""
+    size = last - first + 1
+    start = zlib.crc32(f"{name}/{salt}".encode()) % size
+    for step in range(size):
+        yield first + (start + step) % size

@@ -1,0 +1,126 @@
+"""What the tests of the host room talk with: servers that name themselves and their client, and one question."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+from netlab import Namespace
+
+from proxyd.api.service import Protocol, TrafficPolicy
+from proxyd.state.spec import BalancerKey, ListenerKey, ListenerSpec, Role, ServicePortName
+
+REFUSED = "refused"
+UNREACHABLE = "unreachable"
+SILENCE = "silence"
+
+
+def key(ip: str, port: int, protocol: str = "TCP") -> ListenerKey:
+    return ListenerKey(ip, port, Protocol(protocol))
+
+
+def spec(ip: str, port: int, protocol: str = "TCP", *, steered: bool = False) -> ListenerSpec:
+    service = ServicePortName("default", "web", "", Protocol(protocol))
+    balancer = BalancerKey(service, TrafficPolicy.CLUSTER, 6 if ":" in ip else 4)
+    return ListenerSpec(
+        key=key(ip, port, protocol), balancer=balancer, role=Role.CLUSTER_IP, steered=steered
+    )
+
+
+def daemon_socket(namespace: Namespace, ip: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """A socket as ordinary daemons have it, such as sshd on all addresses."""
+    made = namespace.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind)
+    if ":" in ip:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    made.bind((ip, port))
+    if kind == socket.SOCK_STREAM:
+        made.listen()
+    return made
+
+
+class Naming:
+    """Answers every connection and datagram with `NAME CLIENT-IP`. Owns its sockets and one thread."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._stop, self._stopped = socket.socketpair()
+        self._selector.register(self._stopped, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._run, name="naming")
+        self._thread.start()
+
+    def add(self, server: socket.socket, name: str) -> None:
+        server.setblocking(False)
+        self._selector.register(server, selectors.EVENT_READ, name)
+
+    def _run(self) -> None:
+        while True:
+            for ready, _ in self._selector.select():
+                server, name = ready.fileobj, ready.data
+                if name is None:
+                    return
+                assert isinstance(server, socket.socket)
+                # The client may have gone.
+                with contextlib.suppress(OSError):
+                    if server.type == socket.SOCK_DGRAM:
+                        _, peer = server.recvfrom(2048)
+                        server.sendto(f"{name} {peer[0]}".encode(), peer)
+                    else:
+                        accepted, peer = server.accept()
+                        with accepted:
+                            accepted.sendall(f"{name} {peer[0]}".encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.send(b"x")
+        self._thread.join()
+        for registered in list(self._selector.get_map().values()):
+            assert isinstance(registered.fileobj, socket.socket)
+            registered.fileobj.close()
+        self._stop.close()
+        self._selector.close()
+
+
+def question(
+    namespace: Namespace, ip: str, port: int, protocol: str = "TCP", *, connected: bool = True, source: str = ""
+) -> str:
+    """The answer of a Naming server, or REFUSED, UNREACHABLE, SILENCE.
+
+    A refusal has to come at once: one that took 0.9 s (the first SYN was lost) counts as SILENCE. Without `connected` a
+    UDP client uses sendto, as some resolvers do.
+    """
+    kind = socket.SOCK_DGRAM if protocol == "UDP" else socket.SOCK_STREAM
+    with namespace.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind) as client:
+        client.settimeout(0.9)
+        try:
+            if source:
+                client.bind((source, 0))
+            if connected:
+                client.connect((ip, port))
+            if protocol == "UDP" and connected:
+                client.send(b"?")
+            elif protocol == "UDP":
+                client.sendto(b"?", (ip, port))
+            return client.recv(2048).decode()
+        except TimeoutError:
+            return SILENCE
+        except ConnectionRefusedError:
+            return REFUSED
+        except OSError as error:
+            if error.errno not in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+                raise
+            return UNREACHABLE
+
+
+def eventually(condition: Callable[[], bool], what: str, timeout: float = 5) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.01)

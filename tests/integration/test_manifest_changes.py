@@ -1,0 +1,215 @@
+"""Manifests that change while proxyd runs: every way of changing them, and mistakes in them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from clients import Load, answers, ask, connect, many, read_line, refused, wait_for
+from daemon import Proxyd
+from manifests import endpoints, mount, pod, service, text, write
+from netlab import Lab
+
+VIP = "10.96.0.10"
+OTHER_VIP = "10.96.0.20"
+
+Run = Callable[..., Proxyd]
+
+
+def in_force(lab: Lab, expected: str, what: str, vip: str = VIP) -> float:
+    """Wait until `expected` answers at the VIP ("" for nobody); seconds it took, which are printed."""
+    begin = time.monotonic()
+
+    def reached() -> bool:
+        try:
+            return ask(lab.client, vip, 80, timeout=1) == expected
+        except ConnectionRefusedError:
+            return expected == ""
+        except OSError:
+            return False
+
+    # 200 ms is what proxyd promises; a busy machine that runs tests gets more.
+    wait_for(reached, f"{what}: {expected or 'nobody'} answers", 1, pause=0.002)
+    took = time.monotonic() - begin
+    print(f"{what}: in force after {took * 1000:.0f} ms")
+    return took
+
+
+def test_every_way_of_changing_a_file(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    path = manifests / "web.yaml"
+    write(manifests / "other.yaml", service("other", OTHER_VIP), endpoints("other", 3))
+    write(path, service("web", VIP), endpoints("web", 1))
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80)
+    daemon.wait_listener(OTHER_VIP, 80)
+    with connect(lab.client, OTHER_VIP, 80) as kept, Load(lab.client, OTHER_VIP, 80, clients=1) as load:
+        kept.sendall(b"echo\nbefore\n")
+        assert read_line(kept) == "before"
+        in_force(lab, "pod-1", "at the start")
+        path.write_text(text(service("web", VIP), endpoints("web", 2)))
+        in_force(lab, "pod-2", "written in place")
+        write(path, service("web", VIP), endpoints("web", 1))
+        in_force(lab, "pod-1", "renamed over")
+        path.unlink()
+        in_force(lab, "", "deleted")
+        write(manifests / "new.yml", service("web", VIP), endpoints("web", 2))
+        in_force(lab, "pod-2", "a new file")
+        (manifests / "new.yml").rename(manifests / "moved.json")
+        time.sleep(
+            0.3
+        )  # JSON is not YAML in general, but this YAML has a document marker: it is no longer valid
+        (manifests / "moved.json").unlink()
+        in_force(lab, "", "deleted again")
+        write(
+            manifests / "list.yaml",
+            {"apiVersion": "v1", "kind": "List", "items": [service("web", VIP), endpoints("web", 1)]},
+        )
+        in_force(lab, "pod-1", "a List")
+        # A file that is no manifest, an editor's backup and a swap file are not read.
+        for name in ("notes.txt", "list.yaml~", ".list.yaml.swp"):
+            (manifests / name).write_text(text(endpoints("web", 2)))
+        kept.sendall(b"after\n")
+        assert read_line(kept) == "after"
+        assert many(lab.client, VIP, 80, 10).answered == {"pod-1": 10}
+    assert (load.outcome.refused, load.outcome.broken) == ([], [])
+    assert set(load.outcome.answered) == {"pod-3"}
+
+
+def test_a_single_file(lab: Lab, folder: Path, manifests: Path) -> None:
+    path = write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    more = write(manifests / "other.yaml", service("other", OTHER_VIP), endpoints("other", 3))
+    with Proxyd(lab.node, folder, path, more) as daemon:
+        daemon.wait_listener(VIP, 80)
+        write(manifests / "unrelated.yaml", endpoints("web", 3))
+        write(path, service("web", VIP), endpoints("web", 2))
+        in_force(lab, "pod-2", "renamed over")
+        path.write_text(text(service("web", VIP), endpoints("web", 1)))
+        in_force(lab, "pod-1", "written in place")
+        path.unlink()
+        in_force(lab, "", "deleted")
+        write(path, service("web", VIP), endpoints("web", 2))
+        in_force(lab, "pod-2", "there again")
+        assert ask(lab.client, OTHER_VIP, 80) == "pod-3"
+
+
+def test_a_mounted_config_map(lab: Lab, folder: Path) -> None:
+    mounted = folder / "mounted"
+    mount(mounted, {"web.yaml": text(service("web", VIP), endpoints("web", 1))})
+    with Proxyd(lab.node, folder, mounted) as daemon:
+        daemon.wait_listener(VIP, 80)
+        for number in (2, 1, 3):
+            mount(mounted, {"web.yaml": text(service("web", VIP), endpoints("web", number))})
+            in_force(lab, f"pod-{number}", "..data swapped")
+        mount(mounted, {"web.yaml": text(service("web", VIP)), "endpoints.yaml": text(endpoints("web", 2))})
+        in_force(lab, "pod-2", "a file more")
+        mount(mounted, {"web.yaml": text(service("web", VIP))})
+        in_force(lab, "", "a file less")
+        # The files under `..version` are the same objects: they are not read twice.
+        assert len(daemon.get("services")) == 1
+
+
+def test_a_folder_in_the_folder_and_one_that_is_made_again(lab: Lab, folder: Path, manifests: Path) -> None:
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    with Proxyd(lab.node, folder, manifests) as daemon:
+        daemon.wait_listener(VIP, 80)
+        shutil.rmtree(manifests)
+        in_force(lab, "", "the folder deleted")
+        beside = folder / "beside"
+        beside.mkdir()
+        write(beside / "web.yaml", service("web", VIP), endpoints("web", 2))
+        beside.rename(manifests)
+        wait_for(lambda: answers(lab.client, VIP, 80), "the folder is read again", 5)
+        assert ask(lab.client, VIP, 80) == "pod-2"
+        write(manifests / "web.yaml", service("web", VIP), endpoints("web", 3))
+        in_force(lab, "pod-3", "renamed over, in the new folder")
+
+
+def test_pods_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP, selector={"app": "MyApp"}))
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80, "NoEndpoints")
+    write(manifests / "pods.yaml", pod(1), pod(2, ready=False), pod(3, app="Other"))
+    in_force(lab, "pod-1", "a ready Pod")
+    assert many(lab.client, VIP, 80, 5).answered == {"pod-1": 5}
+    write(manifests / "pods.yaml", pod(1, ready=False), pod(2), pod(3, app="Other"))
+    in_force(lab, "pod-2", "another is ready")
+    write(manifests / "pods.yaml", pod(1, ready=False), pod(2, ready=False), pod(3))
+    in_force(lab, "pod-3", "a label changed")
+    (manifests / "pods.yaml").unlink()
+    in_force(lab, "", "no Pods")
+
+
+def test_a_port_that_changes(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80)
+    write(manifests / "web.yaml", service("web", VIP, port=81), endpoints("web", 1))
+    daemon.wait_listener(VIP, 81)
+    assert ask(lab.client, VIP, 81) == "pod-1"
+    assert refused(lab.client, VIP, 80)
+    write(manifests / "web.yaml", service("web", OTHER_VIP, port=81), endpoints("web", 1))
+    daemon.wait_listener(OTHER_VIP, 81)
+    assert ask(lab.client, OTHER_VIP, 81) == "pod-1"
+    assert not answers(lab.client, VIP, 81, timeout=0.5)
+
+
+BAD_SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata:
+  name: bad
+spec:
+  clusterIP: 10.96.0.30
+  ports:
+    - port: eighty
+"""
+
+
+def test_a_bad_object_beside_good_ones(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(
+        manifests / "web.yaml",
+        service("web", VIP),
+        f"---\n{BAD_SERVICE}",
+        endpoints("web", 1),
+        service("other", OTHER_VIP),
+        endpoints("other", 2),
+    )
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80)
+    daemon.wait_listener(OTHER_VIP, 80)
+    assert ask(lab.client, VIP, 80) == "pod-1"
+    assert ask(lab.client, OTHER_VIP, 80) == "pod-2"
+    assert {(each.ip, each.port) for each in daemon.listeners()} == {(VIP, 80), (OTHER_VIP, 80)}
+    log = daemon.log()
+    assert "spec.ports[0].port" in log
+    assert "web.yaml" in log
+    assert "Traceback" not in log
+    # Mended, it works.
+    write(manifests / "mended.yaml", service("bad", "10.96.0.30"), endpoints("bad", 3))
+    in_force(lab, "pod-3", "the mended object", "10.96.0.30")
+
+
+def test_a_bad_edit_leaves_the_earlier_version_in_force(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    path = manifests / "web.yaml"
+    write(path, service("web", VIP), endpoints("web", 1), service("other", OTHER_VIP), endpoints("other", 2))
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80)
+    bad = BAD_SERVICE.replace("bad", "web").replace("10.96.0.30", VIP)
+    # The same file brings a good change too, which shows that the edit has been read.
+    write(path, bad, endpoints("web", 1), service("other", OTHER_VIP), endpoints("other", 3))
+    in_force(lab, "pod-3", "the good part", OTHER_VIP)
+    wait_for(lambda: "spec.ports[0].port" in daemon.log(), "a message about the bad part", 3)
+    with Load(lab.client, VIP, 80, clients=1) as load:
+        load.wait_more(20)
+        # A file that cannot be read at all changes nothing either.
+        write(path, "kind: Service\n  metadata: [\n")
+        wait_for(lambda: daemon.log().count("web.yaml") >= 2, "a message about the file", 3)
+        load.wait_more(20)
+    assert load.outcome.answered.keys() == {"pod-1"}
+    assert (load.outcome.refused, load.outcome.broken) == ([], [])
+    assert ask(lab.client, OTHER_VIP, 80) == "pod-3"
+    write(path, service("web", VIP), endpoints("web", 2))
+    in_force(lab, "pod-2", "a good edit")
+    in_force(lab, "", "what it no longer has", OTHER_VIP)

@@ -1,0 +1,255 @@
+"""Processes that end, by their own will or not: workers, control, draining, restarts, and what is left on the node."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from clients import Load, answers, ask, connect, many, read_line, refused, wait_for
+from daemon import Proxyd, is_alive
+from manifests import endpoints, service, write
+from netlab import EXTERNAL_IP, NODE_IP, Lab, routes_and_rules
+from sockets import client_ports, held_by
+
+VIP = "10.96.0.10"
+OTHER_VIP = "10.96.0.20"
+
+Run = Callable[..., Proxyd]
+
+
+def write_web(manifests: Path) -> None:
+    """One Service with every kind of address."""
+    write(
+        manifests / "web.yaml",
+        service("web", VIP, node_port=30080, externalIPs=[EXTERNAL_IP]),
+        endpoints("web", 1, 2, 3),
+    )
+
+
+def wait_serving(daemon: Proxyd) -> None:
+    for ip, port in ((VIP, 80), (NODE_IP, 30080), (EXTERNAL_IP, 80)):
+        daemon.wait_listener(ip, port)
+
+
+def test_killing_a_worker_breaks_only_its_relays(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write_web(manifests)
+    daemon = proxyd(workers=2)
+    wait_serving(daemon)
+    workers = daemon.worker_pids()
+    assert len(workers) == 2
+    with ExitStack() as stack:
+        kept = [stack.enter_context(connect(lab.client, VIP, 80)) for _ in range(40)]
+        for sock in kept:
+            sock.sendall(b"echo\nbefore\n")
+        for sock in kept:
+            assert read_line(sock) == "before"
+        # Kill the one that holds more of them; there is no promise of how they are shared.
+        ports = client_ports(lab.node, 80)
+        shares = {pid: {ports[inode] for inode in held_by(pid) & ports.keys()} for pid in workers}
+        assert sum(len(share) for share in shares.values()) == 40
+        victim = max(workers, key=lambda pid: len(shares[pid]))
+        load = stack.enter_context(Load(lab.client, VIP, 80, clients=4))
+        load.wait_more(100)
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        wait_for(
+            lambda: len(daemon.worker_pids()) == 2 and victim not in daemon.worker_pids(),
+            "a new worker",
+            5,
+            pause=0.005,
+        )
+        back = time.monotonic() - killed
+        load.wait_more(200)
+        for sock in kept:
+            try:
+                sock.sendall(b"after\n")
+                survived = sock.recv(6) == b"after\n"
+            except ConnectionError:
+                survived = False
+            assert survived == (sock.getsockname()[1] not in shares[victim])
+    print(f"a new worker after {back * 1000:.0f} ms; {load.outcome.total} answered, {load.outcome.broken}")
+    assert back < 1
+    assert load.outcome.refused == []
+    # Each of the four clients had at most one connection in the worker.
+    assert len(load.outcome.broken) <= 4
+
+
+def test_killing_the_only_worker_makes_clients_wait_less_than_a_second(
+    lab: Lab, manifests: Path, proxyd: Run
+) -> None:
+    write_web(manifests)
+    daemon = proxyd(workers=1)
+    wait_serving(daemon)
+    for _ in range(2):  # and its successor
+        (victim,) = daemon.worker_pids()
+        with Load(lab.client, VIP, 80, clients=4) as load:
+            load.wait_more(50)
+            os.kill(victim, signal.SIGKILL)
+            killed = time.monotonic()
+            wait_for(lambda pid=victim: not is_alive(pid), "the worker to be dead")  # type: ignore[misc]  # a bound default has no type
+            load.wait_more(10)
+            back = time.monotonic() - killed
+        print(f"answers again after {back * 1000:.0f} ms")
+        assert back < 1
+        assert load.outcome.refused == []
+        assert len(load.outcome.broken) <= 4
+
+
+def test_a_new_worker_has_the_changes_made_since(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    daemon = proxyd(workers=1)
+    daemon.wait_listener(VIP, 80)
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 2))
+    write(manifests / "other.yaml", service("other", OTHER_VIP), endpoints("other", 3))
+    daemon.wait_listener(OTHER_VIP, 80)
+    (victim,) = daemon.worker_pids()
+    os.kill(victim, signal.SIGKILL)
+    assert many(lab.client, VIP, 80, 5).answered == {"pod-2": 5}
+    assert many(lab.client, OTHER_VIP, 80, 5).answered == {"pod-3": 5}
+
+
+def test_killing_control_ends_the_workers_and_a_new_start_works(
+    lab: Lab, folder: Path, manifests: Path, proxyd: Run
+) -> None:
+    write_web(manifests)
+    write(manifests / "other.yaml", service("other", OTHER_VIP), endpoints("other", 1))
+    clean = routes_and_rules(lab.node)
+    daemon = proxyd(workers=2)
+    wait_serving(daemon)
+    daemon.wait_listener(OTHER_VIP, 80)
+    workers = daemon.worker_pids()
+    daemon.signal(signal.SIGKILL)
+    assert daemon.wait() == -signal.SIGKILL
+    wait_for(lambda: not any(is_alive(pid) for pid in workers), "the workers to end", 5)
+    # While nobody looked, one Service went and another lost its external address.
+    (manifests / "other.yaml").unlink()
+    write(manifests / "web.yaml", service("web", VIP, node_port=30080), endpoints("web", 2))
+    again = proxyd(workers=2)
+    again.wait_listener(VIP, 80)
+    again.wait_listener(NODE_IP, 30080)
+    assert many(lab.client, VIP, 80, 5).answered == {"pod-2": 5}
+    assert ask(lab.outside, NODE_IP, 30080) == "pod-2"
+    assert ask(lab.outside, EXTERNAL_IP, 80) == "far"
+    assert OTHER_VIP not in lab.node.run("ip", "route", "show", "table", "local")
+    assert again.stop() == 0
+    assert routes_and_rules(lab.node) == clean
+
+
+def test_sigterm_leaves_nothing_on_the_node(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write_web(manifests)
+    clean = routes_and_rules(lab.node)
+    daemon = proxyd(workers=2)
+    wait_serving(daemon)
+    assert routes_and_rules(lab.node) != clean  # or this would show nothing
+    workers = daemon.worker_pids()
+    begin = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - begin < 5  # with no connection there is nothing to wait for
+    assert not any(is_alive(pid) for pid in workers)
+    assert routes_and_rules(lab.node) == clean
+    assert not daemon.socket.exists()
+    assert ask(lab.outside, EXTERNAL_IP, 80) == "far"
+
+
+def test_sigint_stops_as_cleanly(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write_web(manifests)
+    clean = routes_and_rules(lab.node)
+    daemon = proxyd()
+    wait_serving(daemon)
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait(10) == 0
+    assert routes_and_rules(lab.node) == clean
+    assert "Traceback" not in daemon.log()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_sigterm_drains(lab: Lab, manifests: Path, proxyd: Run, workers: int) -> None:
+    write_web(manifests)
+    clean = routes_and_rules(lab.node)
+    daemon = proxyd(workers=workers)
+    wait_serving(daemon)
+    # An external address is another host's again once nothing of ours is open there, so it is not among these.
+    with connect(lab.client, VIP, 80) as by_vip, connect(lab.outside, NODE_IP, 30080) as by_node_port:
+        for sock in (by_vip, by_node_port):
+            sock.sendall(b"echo\nbefore\n")
+            assert read_line(sock) == "before"
+        daemon.signal(signal.SIGTERM)
+        wait_for(
+            lambda: refused(lab.outside, NODE_IP, 30080), "new connections to the NodePort to be refused", 3
+        )
+        assert not answers(lab.client, VIP, 80)
+        time.sleep(0.5)
+        for sock in (by_vip, by_node_port):
+            sock.sendall(b"after\n")
+            assert read_line(sock) == "after"
+        assert daemon.process.poll() is None
+    assert daemon.wait(5) == 0
+    assert routes_and_rules(lab.node) == clean
+
+
+def test_the_drain_time_is_the_longest_that_an_exit_takes(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write_web(manifests)
+    daemon = proxyd(flags=("--drain-timeout", "1s"))
+    wait_serving(daemon)
+    with connect(lab.client, VIP, 80) as sock:
+        sock.sendall(b"echo\nbefore\n")
+        assert read_line(sock) == "before"
+        begin = time.monotonic()
+        assert daemon.stop() == 0
+        took = time.monotonic() - begin
+    assert 0.5 < took < 4
+
+
+def test_a_second_run_serves_the_same_addresses(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web"), endpoints("web", 1))
+    write(manifests / "other.yaml", service("other", type="NodePort"), endpoints("other", 2))
+    daemon = proxyd()
+    vips = {name: daemon.vip(name) for name in ("default/web", "default/other")}
+    listeners = {(each.ip, each.port) for each in daemon.listeners()}
+    assert daemon.stop() == 0
+    # A Service that sorts before them does not get their addresses.
+    write(manifests / "another.yaml", service("another"), endpoints("another", 3))
+    again = proxyd()
+    assert {name: again.vip(name) for name in vips} == vips
+    again.wait_listener(again.vip("default/another"), 80)
+    assert listeners <= {(each.ip, each.port) for each in again.listeners()}
+    assert ask(lab.client, vips["default/web"], 80) == "pod-1"
+    assert ask(lab.client, vips["default/other"], 80) == "pod-2"
+
+
+def test_sighup_reloads_and_disturbs_nobody(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write_web(manifests)
+    daemon = proxyd(workers=2)
+    wait_serving(daemon)
+    with connect(lab.client, VIP, 80) as kept, Load(lab.client, VIP, 80) as load:
+        kept.sendall(b"echo\nbefore\n")
+        assert read_line(kept) == "before"
+        for pod in (1, 2, 3):
+            write(manifests / "web.yaml", service("web", VIP, node_port=30080), endpoints("web", pod))
+            daemon.signal(signal.SIGHUP)
+            wait_for(lambda pod=pod: ask(lab.client, VIP, 80) == f"pod-{pod}", "the change in force", 5)  # type: ignore[misc]  # a bound default has no type
+            load.wait_more(50)
+        assert daemon.process.poll() is None
+        daemon.wait_answers()
+        kept.sendall(b"after\n")
+        assert read_line(kept) == "after"
+    assert (load.outcome.refused, load.outcome.broken) == ([], [])
+
+
+def test_status_says_what_runs(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write_web(manifests)
+    daemon = proxyd(workers=2)
+    wait_serving(daemon)
+    text = daemon.cli("status")
+    assert text.returncode == 0
+    assert str(daemon.pid) in text.stdout
+    assert daemon.status()
+    assert daemon.stop() == 0
+    gone = daemon.cli("status")
+    assert gone.returncode == 4
+    assert len(gone.stderr.strip().splitlines()) == 1

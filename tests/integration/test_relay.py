@@ -1,0 +1,782 @@
+"""A real worker process, real sockets: what becomes of connections."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+
+import pytest
+from workerlib import (
+    RESET_ON_CLOSE,
+    WorkerDriver,
+    echo,
+    names,
+    read_all,
+    reset,
+    running,
+    unused_port,
+    wait_for,
+)
+
+from proxyd.relay import slots as s
+from proxyd.relay.messages import Apply, BalancerConfig, ListenerConfig
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def worker():
+    with running("--records") as one:
+        yield one
+
+
+def blocks(seed: int, count: int):
+    """`count` MiB that differ from block to block."""
+    body = random.Random(seed).randbytes(MIB - 8)
+    for number in range(count):
+        yield number.to_bytes(8, "big") + body
+
+
+def digest_of(seed: int, count: int) -> str:
+    digest = hashlib.sha256()
+    for block in blocks(seed, count):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_digest(sock: socket.socket) -> str:
+    digest = hashlib.sha256()
+    while data := sock.recv(MIB):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def expect_reset(sock: socket.socket) -> None:
+    with pytest.raises(ConnectionResetError):
+        read_all(sock)
+
+
+def idle(worker: WorkerDriver, balancer_slot: int) -> bool:
+    return worker.total(balancer_slot, s.OPENED) == worker.total(balancer_slot, s.CLOSED)
+
+
+# -- balancing --------------------------------------------------------------------------------------------------------
+
+
+def test_round_robin_is_exact(worker):
+    servers = [worker.serve(names(name)) for name in (b"a", b"b", b"c")]
+    front = worker.forward(*(server.port for server in servers))
+    assert [front.ask() for _ in range(9)] == [b"a", b"b", b"c"] * 3
+
+
+def test_affinity_keeps_a_client_address_until_its_endpoint_fails(worker):
+    servers = [worker.serve(names(name)) for name in (b"a", b"b", b"c")]
+    front = worker.forward(*(server.port for server in servers), affinity=600)
+    first = {source: front.ask(source) for source in ("127.0.0.1", "127.0.0.2", "127.0.0.3")}
+    assert sorted(first.values()) == [b"a", b"b", b"c"]
+    for source, name in first.items():
+        assert [front.ask(source) for _ in range(4)] == [name] * 4
+    lost = first["127.0.0.2"]
+    servers[(b"a", b"b", b"c").index(lost)].close()
+    moved = front.ask("127.0.0.2")
+    assert moved != lost
+    assert [front.ask("127.0.0.2") for _ in range(4)] == [moved] * 4
+
+
+def test_endpoints_change_under_load_and_no_connection_fails(worker):
+    servers = [worker.serve(names(name)) for name in (b"a", b"b", b"c")]
+    ports = [server.port for server in servers]
+    balancer = worker.balancer(ports)
+    front = worker.listener(balancer)
+    answers: Counter[bytes] = Counter()
+    failures: list[BaseException] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            try:
+                answers[front.ask()] += 1
+            except OSError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(150):
+        worker.balancer(ports[number % 3 :] + ports[: number % 2], number=balancer)
+        time.sleep(0.005)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert set(answers) == {b"a", b"b", b"c"}
+
+
+def test_an_established_relay_outlives_its_endpoint_and_its_balancer(worker):
+    one, two = worker.serve(echo), worker.serve(names(b"two"))
+    balancer = worker.balancer([one.port])
+    front = worker.listener(balancer)
+    with front.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        other = worker.balancer([two.port])
+        worker.apply(retarget=[(front.number, other)], drop_balancers=[balancer])
+        assert front.ask() == b"two"
+        client.sendall(b"y")
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"y"
+
+
+# -- dialling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusing_endpoint_is_passed_over(worker):
+    alive = worker.serve(names(b"alive"))
+    front = worker.forward(unused_port(), alive.port, unused_port())
+    started = time.monotonic()
+    assert [front.ask() for _ in range(30)] == [b"alive"] * 30
+    assert time.monotonic() - started < 2
+    worker.wait(lambda: len(worker.records) == 30)
+    assert {record.endpoint for record in worker.records} == {f"127.0.0.1:{alive.port}"}
+    assert max(record.attempts for record in worker.records) > 1
+    worker.wait(lambda: any("prod/web: Connection refused" in text for text in worker.trouble))
+
+
+@pytest.fixture
+def silent_port():
+    """A port that never answers a SYN: its backlog is full."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        fillers = []
+        try:
+            while True:
+                filler = socket.socket()
+                fillers.append(filler)
+                filler.settimeout(0.3)
+                try:
+                    filler.connect(listener.getsockname())
+                except TimeoutError:
+                    break
+            yield listener.getsockname()[1]
+        finally:
+            for filler in fillers:
+                filler.close()
+
+
+def test_a_silent_endpoint_delays_only_those_that_tried_it(worker, silent_port):
+    alive = worker.serve(names(b"alive"))
+    front = worker.forward(silent_port, alive.port)
+    times: list[float] = []
+    lock = threading.Lock()
+
+    def client() -> None:
+        for _ in range(10):
+            started = time.monotonic()
+            assert front.ask() == b"alive"
+            with lock:
+                times.append(time.monotonic() - started)
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(times) == 40
+    assert 0.24 < max(times) < 1.0, "one attempt of 0.25 s and no more"
+    assert sorted(times)[len(times) // 2] < 0.1, "live endpoints are not slower"
+
+
+def test_a_lone_silent_endpoint_is_tried_four_times(worker, silent_port):
+    front = worker.forward(silent_port)
+    started = time.monotonic()
+    with front.connect() as client:
+        expect_reset(client)
+    assert 3.7 < time.monotonic() - started < 5.0  # 0.25 + 0.5 + 1 + 2
+    worker.wait(lambda: worker.records)
+    assert (worker.records[0].attempts, worker.records[0].reason) == (4, "no endpoint")
+
+
+def test_a_client_is_reset_when_no_endpoint_can_be_reached(worker):
+    balancer = worker.balancer([unused_port()])
+    front = worker.listener(balancer)
+    with front.connect() as client:
+        expect_reset(client)
+    wait_for(lambda: idle(worker, balancer))
+    assert worker.total(balancer, s.OPENED) == 1
+    assert worker.total(balancer, s.FAILED) == 1
+    assert worker.total(1000, s.FAILED) == 1
+    assert worker.total(1000, s.OPENED) == 0
+    worker.wait(lambda: worker.records)
+    assert (worker.records[0].reason, worker.records[0].endpoint) == ("no endpoint", "")
+
+
+def test_a_client_is_reset_when_there_is_no_endpoint_left(worker):
+    balancer = worker.balancer([])
+    front = worker.listener(balancer)
+    with front.connect() as client:
+        expect_reset(client)
+    wait_for(lambda: worker.total(balancer, s.REFUSED) == 1)
+
+
+def test_request_and_end_sent_before_the_endpoint_is_connected(worker, silent_port):
+    """The endpoint that answers is dialled a quarter of a second after the client has said everything."""
+
+    def upper(conn: socket.socket) -> None:
+        conn.sendall(read_all(conn).upper())
+
+    alive = worker.serve(upper)
+    front = worker.forward(silent_port, alive.port)
+
+    def send(client: socket.socket, request: bytes) -> None:
+        client.sendall(request)
+        client.shutdown(socket.SHUT_WR)
+
+    for request in (b"request", b"r" * 3 * MIB):
+        with front.connect() as client:
+            sender = threading.Thread(target=send, args=(client, request))
+            sender.start()
+            assert read_all(client) == request.upper()
+            sender.join()
+
+
+def test_a_client_that_leaves_while_dialling_is_let_go(worker, silent_port):
+    balancer = worker.balancer([silent_port])
+    front = worker.listener(balancer)
+    client = front.connect()
+    wait_for(lambda: worker.total(1000, s.ATTEMPTS) == 1)
+    reset(client)
+    wait_for(lambda: idle(worker, balancer), seconds=0.24)
+    worker.wait(lambda: worker.records)
+    assert worker.records[0].reason == "reset by client"
+
+
+def test_source_ranges(worker):
+    server = worker.serve(names(b"in"))
+    balancer = worker.balancer([server.port])
+    front = worker.listener(balancer, ranges=["127.0.0.2/32", "10.0.0.0/8", "fd00::/8"])
+    assert front.ask("127.0.0.2") == b"in"
+    with front.connect("127.0.0.3") as client:
+        expect_reset(client)
+    assert worker.total(balancer, s.REFUSED) == 1
+    nobody = worker.listener(balancer, ranges=["nonsense"])
+    with nobody.connect() as client:
+        expect_reset(client)
+
+
+def test_ipv6(worker):
+    server = worker.serve(names(b"six"))
+    front = worker.listener(worker.balancer([server.port]), host="::1")
+    assert front.ask() == b"six"
+    worker.wait(lambda: worker.records)
+    assert worker.records[0].client.startswith("[::1]:")
+
+
+# -- the byte path ----------------------------------------------------------------------------------------------------
+
+
+def test_the_client_ends_first_and_the_answer_comes_late(worker):
+    gate = threading.Event()
+
+    def late(conn: socket.socket) -> None:
+        request = read_all(conn)
+        assert gate.wait(10)
+        conn.sendall(b"late:" + request)
+
+    front = worker.forward(worker.serve(late).port)
+    with front.connect() as client:
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(10)
+        gate.set()
+        assert read_all(client) == b"late:question"
+    worker.wait(lambda: worker.records)
+    assert worker.records[0].reason == "closed"
+
+
+def test_the_endpoint_ends_first_and_the_client_goes_on(worker):
+    got: list[bytes] = []
+
+    def early(conn: socket.socket) -> None:
+        conn.sendall(b"early")
+        conn.shutdown(socket.SHUT_WR)
+        got.append(read_all(conn))
+
+    front = worker.forward(worker.serve(early).port)
+    with front.connect() as client:
+        assert read_all(client) == b"early"
+        client.sendall(b"still ")
+        time.sleep(0.1)
+        client.sendall(b"here")
+        client.shutdown(socket.SHUT_WR)
+        wait_for(lambda: got)
+    assert got == [b"still here"]
+    worker.wait(lambda: worker.records)
+    assert worker.records[0].reason == "closed"
+
+
+def test_a_clients_reset_reaches_the_endpoint(worker):
+    seen: list[str] = []
+
+    def watch(conn: socket.socket) -> None:
+        try:
+            conn.sendall(b"ready")
+            read_all(conn)
+            seen.append("end")
+        except ConnectionResetError:
+            seen.append("reset")
+
+    front = worker.forward(worker.serve(watch).port)
+    client = front.connect()
+    assert client.recv(5) == b"ready"
+    reset(client)
+    wait_for(lambda: seen)
+    assert seen == ["reset"]
+    worker.wait(lambda: worker.records)
+    assert worker.records[0].reason == "reset by client"
+
+
+def test_an_endpoints_reset_reaches_the_client_behind_its_data(worker):
+    def slam(conn: socket.socket) -> None:
+        conn.sendall(b"ready")
+        conn.recv(1)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+
+    front = worker.forward(worker.serve(slam).port)
+    with front.connect() as client:
+        assert client.recv(5) == b"ready"
+        client.sendall(b"x")
+        expect_reset(client)
+    worker.wait(lambda: worker.records)
+    assert worker.records[0].reason == "reset by endpoint"
+
+
+def test_a_reset_after_the_end_still_reaches_the_other_side(worker):
+    """The client has ended its half; then it resets. The endpoint must not wait for ever."""
+    seen: list[str] = []
+
+    def watch(conn: socket.socket) -> None:
+        read_all(conn)
+        conn.sendall(b"got the end")
+        try:
+            for _ in range(1000):
+                conn.sendall(b"more")
+                time.sleep(0.01)
+        except OSError:
+            seen.append("gone")
+
+    front = worker.forward(worker.serve(watch).port)
+    client = front.connect()
+    client.shutdown(socket.SHUT_WR)
+    assert client.recv(11) == b"got the end"
+    reset(client)
+    wait_for(lambda: seen)
+
+
+def test_a_stalled_reader_stops_the_writer_and_gets_everything_later(worker):
+    sent = []
+
+    def push(conn: socket.socket) -> None:
+        for block in blocks(1, 64):
+            conn.sendall(block)
+            sent.append(1)
+
+    front = worker.forward(worker.serve(push).port)
+    before = worker.rss()
+    with front.connect() as client:
+        wait_for(lambda: sent)
+        last = -1
+        while last != len(sent):  # until nothing moves any more
+            last = len(sent)
+            time.sleep(0.3)
+        assert len(sent) < 60, "the writer must feel the reader's stop"
+        assert worker.rss() - before < 4 * MIB
+        cpu = worker.cpu()
+        time.sleep(0.3)
+        assert worker.cpu() - cpu < 0.05, "it must not spin meanwhile"
+        assert read_digest(client) == digest_of(1, 64)
+    assert worker.rss() - before < 4 * MIB
+
+
+def test_many_stalled_readers_cost_little_each(worker):
+    def push(conn: socket.socket) -> None:
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, b"\0" * 16)
+        for block in blocks(1, 64):
+            conn.sendall(block)
+
+    balancer = worker.balancer([worker.serve(push).port])
+    front = worker.listener(balancer)
+    before = worker.rss()
+    clients = []
+    for _ in range(40):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(front.address)
+        clients.append(client)
+    wait_for(lambda: worker.total(balancer, s.OPENED) == 40)
+    moved = -1
+    while moved != (now := worker.total(balancer, s.BYTES_OUT)) or not now:
+        moved = now
+        time.sleep(1.2)  # counters of open relays are brought up to date once a second
+    assert worker.rss() - before < 40 * 300 * 1024
+    for client in clients:
+        client.close()
+    wait_for(lambda: idle(worker, balancer))
+
+
+def test_bulk_both_ways_at_once_with_checksums(worker):
+    count = 256
+    received = []
+
+    def duplex(conn: socket.socket) -> None:
+        sender = threading.Thread(
+            target=lambda: (
+                [conn.sendall(block) for block in blocks(2, count)],
+                conn.shutdown(socket.SHUT_WR),
+            )
+        )
+        sender.start()
+        received.append(read_digest(conn))
+        sender.join()
+
+    front = worker.forward(worker.serve(duplex).port)
+    with front.connect() as client:
+        sender = threading.Thread(
+            target=lambda: (
+                [client.sendall(block) for block in blocks(1, count)],
+                client.shutdown(socket.SHUT_WR),
+            )
+        )
+        sender.start()
+        assert read_digest(client) == digest_of(2, count)
+        sender.join()
+    wait_for(lambda: received)
+    assert received == [digest_of(1, count)]
+
+
+def test_small_writes_of_all_sizes_arrive_in_order(worker):
+    front = worker.forward(worker.serve(echo).port)
+    sizes = random.Random(7)
+    data = os.urandom(400_000)
+    with front.connect() as client:
+
+        def send() -> None:
+            at = 0
+            while at < len(data):
+                size = sizes.choice((1, 2, 7, 100, 1448, 65536))
+                client.sendall(data[at : at + size])
+                at += size
+            client.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        assert read_all(client) == data
+        sender.join()
+
+
+def test_urgent_data_does_not_stop_the_stream(worker):
+    got: list[bytes] = []
+
+    def collect(conn: socket.socket) -> None:
+        conn.sendall(b"ready")
+        got.append(read_all(conn))
+
+    front = worker.forward(worker.serve(collect).port)
+    for round_ in range(20):
+        with front.connect() as client:
+            assert client.recv(5) == b"ready"
+            for part in (b"one", b"two", b"three"):
+                client.sendall(part)
+                client.send(b"!", socket.MSG_OOB)
+                client.sendall(b"end of " + part)
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b""
+        wait_for(lambda count=round_ + 1: len(got) == count)
+    # An urgent byte that is read before its mark is seen is dropped by the kernel; everything else must arrive.
+    assert {data.replace(b"!", b"") for data in got} == {b"oneend of onetwoend of twothreeend of three"}
+
+
+def test_a_bulk_stream_does_not_starve_small_ones(worker):
+    def sink(conn: socket.socket) -> None:
+        while conn.recv(MIB):
+            pass
+
+    bulk_front = worker.forward(worker.serve(sink).port)
+    small_front = worker.forward(worker.serve(echo).port)
+    stop = threading.Event()
+    block = bytes(MIB)
+
+    def flood(client: socket.socket) -> None:
+        with client:
+            while not stop.is_set():
+                client.sendall(block)
+
+    clients = [small_front.connect() for _ in range(200)]
+    flooder = threading.Thread(target=flood, args=(bulk_front.connect(),))
+    flooder.start()
+    slowest = 0.0
+    for _ in range(3):
+        for client in clients:
+            started = time.monotonic()
+            client.sendall(b"ping")
+            assert client.recv(4) == b"ping"
+            slowest = max(slowest, time.monotonic() - started)
+    stop.set()
+    flooder.join()
+    for client in clients:
+        client.close()
+    assert slowest < 0.5
+
+
+# -- descriptors and limits -------------------------------------------------------------------------------------------
+
+
+def test_descriptors_are_reused_at_once_without_mixing_connections(worker):
+    """Short connections of many clients, each with its own text; numbers are reused all the time."""
+    front = worker.forward(worker.serve(echo).port)
+    wrong: list[bytes] = []
+
+    def client(number: int) -> None:
+        for turn in range(60):
+            text = f"{number}-{turn}-".encode() * 20
+            with front.connect() as sock:
+                sock.sendall(text)
+                if turn % 3 == 0:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+                    continue
+                sock.shutdown(socket.SHUT_WR)
+                if (answer := read_all(sock)) != text:
+                    wrong.append(answer)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_nothing_is_left_of_closed_relays(worker):
+    balancer = worker.balancer([worker.serve(names(b"a")).port])
+    front = worker.listener(balancer)
+
+    def batch() -> None:
+        for _ in range(500):
+            assert front.ask() == b"a"
+        wait_for(lambda: idle(worker, balancer))
+
+    descriptors = worker.descriptors()
+    batch()
+    memory = worker.rss()
+    for _ in range(4):
+        batch()
+    wait_for(lambda: worker.descriptors() == descriptors)
+    assert worker.rss() - memory < MIB
+
+
+def test_out_of_descriptors_accepting_pauses_and_recovers():
+    with running(files=128) as worker:
+        balancer = worker.balancer([worker.serve(echo).port])
+        front = worker.listener(balancer)
+        clients = [front.connect() for _ in range(120)]
+        worker.wait(lambda: any("accepting paused" in text for text in worker.trouble))
+        served = worker.total(balancer, s.OPENED)
+        assert 20 < served < 64
+        for client in clients[:20]:  # those that are served are served well meanwhile
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        cpu = worker.cpu()
+        time.sleep(0.5)
+        assert worker.cpu() - cpu < 0.1, "it must not spin"
+        assert worker.trouble_messages < 5
+        for client in clients[:60]:
+            client.close()
+        for client in clients[60:100]:  # these waited in the backlog
+            client.sendall(b"y")
+            assert client.recv(1) == b"y"
+        for client in clients[60:]:
+            client.close()
+        wait_for(lambda: idle(worker, balancer))
+        assert worker.total(balancer, s.FAILED) == 0
+
+
+# -- ending -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_listener_refuses_and_its_relays_live_on(worker):
+    balancer = worker.balancer([worker.serve(echo).port])
+    front, empty = worker.listener(balancer), worker.listener(balancer)
+    with front.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        worker.close_listener(front)
+        worker.close_listener(empty)
+        front.socket.close()
+        empty.socket.close()
+        with pytest.raises(ConnectionRefusedError):
+            front.connect()
+        worker.wait(lambda: worker.drained == [empty.number])
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
+    worker.wait(lambda: worker.drained == [empty.number, front.number])
+
+
+def test_a_drain_ends_what_is_left_and_touches_no_other_listener(worker):
+    balancer = worker.balancer([worker.serve(echo).port])
+    front, other = worker.listener(balancer), worker.listener(balancer)
+    with front.connect() as client, other.connect() as bystander:
+        for sock in (client, bystander):
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
+        started = time.monotonic()
+        worker.close_listener(front, drain=0.4)
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
+        expect_reset(client)
+        assert 0.35 < time.monotonic() - started < 1.0
+        worker.wait(lambda: worker.drained == [front.number])
+        bystander.sendall(b"z")
+        assert bystander.recv(1) == b"z"
+    worker.wait(lambda: len(worker.records) == 2)
+    assert worker.records[0].reason == "drained"
+
+
+def test_shutdown_waits_for_relays_then_ends(worker):
+    front = worker.forward(worker.serve(echo).port)
+    with front.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        worker.shutdown(10)
+        worker.wait(lambda: worker.drained == [] and worker.process.poll() is None)
+        client.sendall(b"y")
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"y"
+    assert worker.process.wait(5) == 0
+
+
+def test_shutdown_ends_relays_when_the_time_is_over(worker):
+    front = worker.forward(worker.serve(echo).port)
+    with front.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        worker.shutdown(0.3)
+        expect_reset(client)
+    assert worker.process.wait(5) == 0
+
+
+def test_the_worker_ends_when_control_is_gone_and_ignores_the_terminal():
+    with running() as worker:
+        worker.process.send_signal(signal.SIGINT)
+        worker.process.send_signal(signal.SIGTERM)
+        front = worker.forward(worker.serve(names(b"a")).port)
+        assert front.ask() == b"a"
+        with front.connect():
+            worker.channel.close()
+            assert worker.process.wait(5) == 1
+
+
+def test_idle_relays_are_ended_and_busy_ones_are_not():
+    with running("--records", "--tcp-idle-timeout=1.5") as worker:
+        front = worker.forward(worker.serve(echo).port)
+        with front.connect() as silent, front.connect() as busy:
+            silent.settimeout(0.2)
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                busy.sendall(b"x")
+                assert busy.recv(1) == b"x"
+                try:
+                    silent.recv(1)
+                except TimeoutError:
+                    continue
+                except ConnectionResetError:
+                    break
+            else:
+                pytest.fail("the silent relay lives")
+            busy.sendall(b"x")
+            assert busy.recv(1) == b"x"
+        worker.wait(lambda: any(record.reason == "idle" for record in worker.records))
+
+
+# -- figures and messages ---------------------------------------------------------------------------------------------
+
+
+def test_counters_and_records(worker):
+    server = worker.serve(echo)
+    balancer = worker.balancer([server.port])
+    front = worker.listener(balancer)
+    with front.connect() as client:
+        client.sendall(b"x" * 1000)
+        wait_for(lambda: worker.total(balancer, s.BYTES_OUT) == 1000, seconds=3)  # while it is open
+        assert (worker.total(balancer, s.OPENED), worker.total(balancer, s.CLOSED)) == (1, 0)
+        client.shutdown(socket.SHUT_WR)
+        assert len(read_all(client)) == 1000
+    worker.wait(lambda: worker.records)
+    for slot in (balancer, 1000):
+        values = [worker.total(slot, field) for field in (s.OPENED, s.CLOSED, s.FAILED, s.ATTEMPTS)]
+        assert values == [1, 1, 0, 1]
+        assert (worker.total(slot, s.BYTES_IN), worker.total(slot, s.BYTES_OUT)) == (1000, 1000)
+        assert 0 < worker.total(slot, s.CONNECT_US) < 1_000_000
+    record = worker.records[0]
+    assert (record.service, record.endpoint) == ("prod/web", f"127.0.0.1:{server.port}")
+    assert record.frontend == f"127.0.0.1:{front.port}"
+    assert (record.bytes_in, record.bytes_out, record.attempts, record.reason) == (1000, 1000, 1, "closed")
+    assert 0 < record.seconds < 10
+    assert abs(record.finished - time.time()) < 10
+
+
+def test_records_are_bounded_while_control_does_not_read(worker):
+    front = worker.forward(worker.serve(names(b"a")).port)
+    for _ in range(50):
+        assert front.ask() == b"a"
+    worker.wait(lambda: len(worker.records) == 50)
+    assert all(record.bytes_out == 1 for record in worker.records)
+
+
+def test_what_cannot_be_opened_is_reported_and_the_rest_is_served(worker):
+    server = worker.serve(names(b"a"))
+    balancer = worker.balancer([server.port, ("not an address", 80)])
+    with socket.socket(socket.AF_UNIX) as plain:
+        plain_configs = [
+            ListenerConfig(901, balancer, "GRE", "10.0.0.1:1"),
+            ListenerConfig(902, 77, "TCP", "10.0.0.1:2"),
+            ListenerConfig(903, balancer, "TCP", "10.0.0.1:3"),
+        ]
+        worker.apply(listeners=plain_configs, descriptors=[plain.fileno()] * 2)
+    worker.apply(retarget=[(12345, 1)], drop_balancers=[999])
+    front = worker.listener(balancer)
+    assert front.ask() == b"a"
+    for part in (
+        "GRE is not relayed",
+        "no balancer 77",
+        "without a descriptor",
+        "not an IP address",
+        "unknown",
+    ):
+        worker.wait(lambda part=part: any(part in text for text in worker.trouble))
+    worker.apply(close=[])
+    assert worker.process.poll() is None
+
+
+def test_garbage_from_control_is_survived(worker):
+    raw = socket.socket(fileno=os.dup(worker.channel.fileno()))
+    with raw:
+        for garbage in (b"\x00", b"\xc1" * 100, os.urandom(5000), b"\x81\xa4type\xa5apply"):
+            raw.send(garbage)
+    front = worker.forward(worker.serve(names(b"a")).port)
+    assert front.ask() == b"a"
+    worker.wait(lambda: any("unreadable message" in text for text in worker.trouble))
+
+
+def test_an_update_in_parts_is_answered_once(worker):
+    worker.channel.send(Apply(41, False, balancers=[BalancerConfig(41, "prod/a", [])]))
+    worker.channel.send(Apply(41, True))
+    worker.wait(lambda: worker.acknowledged == 41)

@@ -1,0 +1,139 @@
+"""Flags become settings, or one line each that names the flag."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxyd.control.durations import format_duration, parse_duration, parse_port_range
+from proxyd.control.flags import FLAGS
+from proxyd.control.settings import Settings, SettingsError, Surroundings, build
+
+USER = Surroundings(uid=1000, cpus=2, hostname="Node-A", environ={"XDG_RUNTIME_DIR": "/run/user/1000", "HOME": "/home/u"})
+ROOT = Surroundings(uid=0, net_admin=True, cpus=64, hostname="n")
+
+
+def settings(surroundings: Surroundings = USER, **given) -> Settings:
+    return build({"manifests": ["m"], **given}, surroundings)
+
+
+def problems(**given) -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        settings(**given)
+    return caught.value.problems
+
+
+def test_defaults_of_a_user():
+    got = settings()
+    assert got.manifests == ("m",)
+    assert got.service_cluster_ip_range == ("127.96.0.0/16",)
+    assert got.service_node_port_range == (30000, 32767)
+    assert got.admin_socket == "/run/user/1000/proxyd/admin.sock"
+    assert got.state_file == "/home/u/.local/state/proxyd/state.json"
+    assert got.node_name == "node-a"
+    assert (got.workers, got.drain_timeout, got.tcp_idle_timeout) == (2, 25, 0)
+    assert got.vip_mode == "auto"
+    assert not got.sctp
+
+
+def test_defaults_of_root():
+    got = settings(ROOT)
+    assert got.service_cluster_ip_range == ("10.96.0.0/16",)
+    assert got.admin_socket == "/run/proxyd/admin.sock"
+    assert got.state_file == "/var/lib/proxyd/state.json"
+    assert got.workers == 4
+
+
+def test_a_user_without_a_runtime_folder_gets_one_in_tmp():
+    got = settings(Surroundings(uid=1234))
+    assert got.admin_socket == "/tmp/proxyd-1234/admin.sock"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("250ms", 0.25), ("1m30s", 90), ("25", 25), ("0.5", 0.5), ("2h", 7200), ("1.5h", 5400), ("0", 0), ("100us", 1e-4)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "s", "5x", "-1s", "-3", "1m 30s", "nan", "inf", "1e99", "m30s"])
+def test_wrong_durations(text):
+    with pytest.raises(ValueError, match="expected a duration"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (0.25, "250ms"), (59, "59s"), (90, "1m30s"), (3600, "1h"), (3605, "1h"), (273600, "3d4h"), (86400, "1d")],
+)
+def test_durations_for_people(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "ports"), [("30000-32767", (30000, 32767)), ("30000+10", (30000, 30010)), ("80", (80, 80))]
+)
+def test_port_ranges(text, ports):
+    assert parse_port_range(text) == ports
+
+
+@pytest.mark.parametrize("text", ["", "0-5", "5-1", "1-65536", "a-b", "65535+1", "1-2-3", "-5"])
+def test_wrong_port_ranges(text):
+    with pytest.raises(ValueError, match="port|range"):
+        parse_port_range(text)
+
+
+def test_two_families():
+    got = settings(service_cluster_ip_range="10.96.0.0/16,fd00:1::/108")
+    assert got.service_cluster_ip_range == ("10.96.0.0/16", "fd00:1::/108")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "says"),
+    [
+        ("service_cluster_ip_range", "10.96.0.1/16", "did you mean 10.96.0.0/16?"),
+        ("service_cluster_ip_range", "10.0.0.0/16,10.1.0.0/16", "one IPv4 and one IPv6"),
+        ("service_cluster_ip_range", "10.0.0.0/31", "too small"),
+        ("service_cluster_ip_range", "web", "expected a CIDR"),
+        ("service_node_port_range", "9-1", "ends before it begins"),
+        ("vip_mode", "magic", 'expected auto, route, bind, loopback or none, got "magic"'),
+        ("nodeport_addresses", ["primary,10.0.0.0/8"], "stands alone"),
+        ("nodeport_addresses", ["10.0.0.300"], "expected a CIDR"),
+        ("bind_address", "host", "expected an IP address"),
+        ("workers", "17", "from 0 to 16"),
+        ("workers", "-1", "from 0 to 16"),
+        ("drain_timeout", "soon", "expected a duration"),
+        ("admin_socket", "/" + "x" * 200, "at most 107 bytes"),
+        ("allow_loopback_endpoints", "maybe", "expected true or false"),
+        ("feature_gates", ["Magic=true"], 'unknown feature gate "Magic"'),
+        ("hostname_override", "a b", "expected a node name"),
+    ],
+)
+def test_a_wrong_flag_is_named(field, text, says):
+    (line,) = problems(**{field: text})
+    assert line.startswith(f"--{field.replace('_', '-')}: ")
+    assert says in line
+    assert "\n" not in line
+
+
+def test_every_wrong_flag_is_named_at_once():
+    assert len(problems(workers="x", vip_mode="y", drain_timeout="z")) == 3
+
+
+def test_manifests_are_required():
+    with pytest.raises(SettingsError, match="--manifests is required"):
+        build({}, USER)
+
+
+def test_repeated_and_joined_values():
+    got = settings(nodeport_addresses=["10.0.0.0/8, 127.0.0.0/8", "::1/128"], feature_gates=["SCTPSupport=true"])
+    assert got.nodeport_addresses == ("10.0.0.0/8", "127.0.0.0/8", "::1/128")
+    assert got.sctp
+
+
+def test_every_flag_has_a_field_and_a_line_of_help():
+    assert [flag.field for flag in FLAGS] == list(Settings.__struct_fields__)
+    for flag in FLAGS:
+        assert flag.help, flag.name
+        assert "\n" not in flag.help
+        assert flag.default
