@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -18,8 +18,6 @@ _TIMEOUT = 10.0
 
 def main(specs: Sequence[str]) -> int:
     """Serve until standard input ends. Returns the exit code."""
-    # Ctrl-C reaches the whole process group; the parent decides when these end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return asyncio.run(_serve(specs))
 
 
@@ -31,7 +29,10 @@ async def _serve(specs: Sequence[str]) -> int:
             try:
                 server = await asyncio.start_server(_answer(name), host, int(port))
             except OSError as error:
-                print(f"backend {name} cannot listen on {address}: {error.strerror}", flush=True)
+                print(
+                    f"backend {name} cannot listen on {address}: {os.strerror(error.errno or 0).lower()}",
+                    flush=True,
+                )
                 return 1
             await stack.enter_async_context(server)
         print("ready", flush=True)

@@ -7,6 +7,7 @@ import os
 
 from proxyd.cli.env import FAILED, OK, CommandError, Env
 from proxyd.control.adminsocket import listening_pid
+from proxyd.host.claim import claim_addresses
 from proxyd.host.cleanup import kube_proxy_leftovers, remove_leftovers
 
 
@@ -21,11 +22,17 @@ def cleanup(args: argparse.Namespace, env: Env) -> int:
         raise CommandError(
             f"proxyd is running ({who}, {args.admin_socket}); stop it first, or its VIPs would go away"
         )
+    claim = None if args.dry_run else claim_addresses()
+    if claim is None and not args.dry_run:
+        raise CommandError("proxyd is running on this node; stop it first, or its VIPs would go away")
     try:
         lines = remove_leftovers(dry_run=args.dry_run)
     except OSError as error:
         hint = "; run as root" if os.getuid() else ""
         raise CommandError(f"cannot look for leftovers: {error.strerror or error}{hint}") from None
+    finally:
+        if claim is not None:
+            claim.close()
     failures = [line for line in lines if not line.startswith(("removed ", "would remove "))]
     for line in lines:
         if line not in failures:

@@ -51,7 +51,10 @@ class Client:
         """
         query = urlencode({key: value for key, value in (("namespace", namespace), ("name", name)) if value})
         body = self.get(f"/v1/{what}" + (f"?{query}" if query else ""))
-        return self.decode(body, dict[str, list[kind]])["items"]  # type: ignore[valid-type]  # a type that is an argument
+        answer = self.decode(body, dict[str, list[kind]])  # type: ignore[valid-type]  # a type that is an argument
+        if "items" not in answer:
+            raise self._unreachable(f"cannot read the answer of {self._path}: it has no items")
+        return answer["items"]
 
     def get(self, target: str) -> bytes:
         """The body of an answer.

@@ -17,7 +17,7 @@ from proxyd.cli.env import CommandError, Env
 from proxyd.cli.run import given, serve, settings_of
 from proxyd.cli.show import services_table
 from proxyd.control import views
-from proxyd.control.adminsocket import AdminError, check_folder, listening_pid
+from proxyd.control.adminsocket import AdminError, check_folder, listening_pid, make_folder
 from proxyd.control.settings import Surroundings, default_admin_socket
 from proxyd.state.spec import ListenerState
 
@@ -96,7 +96,12 @@ def _backends() -> Iterator[None]:
     command = [sys.executable, "-m", "proxyd.cli.backends", *_BACKENDS]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environ,
+        process_group=0,  # out of reach of Ctrl-C: they answer until the daemon has stopped
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -121,7 +126,7 @@ def _usable(path: str) -> bool:
     """Whether an admin socket can be opened at a path, and nobody listens there."""
     folder = Path(path).parent
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         check_folder(folder)
         return os.access(folder, os.W_OK | os.X_OK) and listening_pid(path) is None
     except (OSError, AdminError):

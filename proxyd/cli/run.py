@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from proxyd.cli.env import USAGE, CommandError, Env
+from proxyd.cli.env import INVALID, USAGE, CommandError, Env
 from proxyd.control import logs
 from proxyd.control.flags import FLAGS
 from proxyd.control.settings import Settings, SettingsError, Surroundings, build
@@ -15,7 +16,13 @@ from proxyd.control.views import Picture
 
 def run(args: argparse.Namespace, env: Env) -> int:
     """`proxyd run --manifests PATH ...`."""
-    return serve(settings_of(given(args), env), env)
+    settings = settings_of(given(args), env)
+    missing = [path for path in settings.manifests if not os.path.lexists(path)]
+    if missing:
+        raise CommandError(
+            *(f"--manifests: {path}: no such file or folder" for path in missing), code=INVALID
+        )
+    return serve(settings, env)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:

@@ -51,9 +51,15 @@ class AdminServer:
         app.router.add_get("/v1/endpoints", self._endpoints)
         app.router.add_get("/v1/listeners", self._listeners)
         app.router.add_get("/v1/status", self._status)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=15)
-        await self._runner.setup()
-        await web.SockSite(self._runner, listening, backlog=BACKLOG, shutdown_timeout=1.0).start()
+        self._runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, keepalive_timeout=15, shutdown_timeout=1.0
+        )
+        try:
+            await self._runner.setup()
+            await web.SockSite(self._runner, listening, backlog=BACKLOG).start()
+        except BaseException:
+            listening.close()
+            raise
 
     async def stop(self) -> None:
         """Close the socket, and remove its file if it is still ours."""

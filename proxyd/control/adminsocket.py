@@ -43,6 +43,15 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of an admin socket, if it is missing: for its owner and group, in /tmp for its owner alone.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(mode=0o700 if folder.name.startswith("proxyd-") else 0o750, parents=True, exist_ok=True)
+
+
 def listen(path: str) -> socket.socket:
     """A listening socket at a path, with mode 0660; what a dead daemon left there is replaced.
 
@@ -50,9 +59,8 @@ def listen(path: str) -> socket.socket:
         AdminError: a live daemon listens there, or the path cannot be used.
     """
     folder = Path(path).parent
-    private = folder.name.startswith("proxyd-")
     try:
-        folder.mkdir(mode=0o700 if private else 0o750, parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise AdminError(
             f"cannot create {folder}: {error.strerror}; name another place with --admin-socket"

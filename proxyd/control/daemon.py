@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import time
 from collections.abc import Callable
 
@@ -24,6 +23,7 @@ from proxyd.control.tasks import describe, spawn
 from proxyd.control.views import Picture
 from proxyd.host import limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
+from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
@@ -34,6 +34,9 @@ from proxyd.state.snapshot import NodeView, Options, Snapshot, VipMode
 from proxyd.state.spec import ListenerState
 
 log = get_logger("proxyd")
+
+# How often routes and rules are compared with what the kernel has: somebody may have flushed them.
+RESYNC_SECONDS = 30.0
 
 
 class StartError(Exception):
@@ -120,7 +123,9 @@ class Daemon:
             bind_addresses=()
             if self.settings.bind_address in ("0.0.0.0", "::", "")
             else (self.settings.bind_address,),
-            steer_external_ips=may_route and mode != "loopback" and self.settings.external_ip_mode == "steer",
+            steer_external_ips=may_route
+            and mode in ("auto", "route", "none")
+            and self.settings.external_ip_mode == "steer",
             protocols=frozenset({"TCP"}),
         )
 
@@ -128,14 +133,12 @@ class Daemon:
         """One daemon at most may manage routes and rules in a network namespace."""
         if not (self._options.vip_mode.route or self._options.steer_external_ips):
             return
-        claim = self._resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        try:
-            # An abstract name: it belongs to the network namespace, and goes with the process.
-            claim.bind("\0proxyd-addresses")
-        except OSError as error:
+        claim = claim_addresses()
+        if claim is None:
             raise StartError(
-                "another proxyd manages VIPs on this node: stop it first, or use --vip-mode=bind"
-            ) from error
+                "another proxyd manages VIPs on this node: stop it first, or use --vip-mode=bind for this one"
+            )
+        self._resources.enter_context(claim)
 
     async def _start_admin(self) -> None:
         self._admin = AdminServer(self.settings.admin_socket, self.picture)
@@ -201,15 +204,21 @@ class Daemon:
 
     async def _reconcile_forever(self) -> None:
         stopped = asyncio.ensure_future(self._stop.wait())
+        resync = time.monotonic() + RESYNC_SECONDS
         try:
             while not self._stop.is_set():
                 self._dirty.clear()
                 self._reconcile_or_say_why()
                 changed = asyncio.ensure_future(self._dirty.wait())
                 retry = self.reconciler.next_retry()
-                timeout = None if retry is None else max(0.0, retry - time.monotonic())
+                due = resync if retry is None else min(retry, resync)
+                timeout = max(0.0, due - time.monotonic())
                 await asyncio.wait({stopped, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
+                if time.monotonic() >= resync:
+                    self.reconciler.observe()
+                    self._said.flush()
+                    resync = time.monotonic() + RESYNC_SECONDS
         finally:
             stopped.cancel()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from proxyd.control.logs import get_logger
 from proxyd.control.publication import Publication, Update
+from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.sockets import BindFailed, open_listener
@@ -71,9 +72,12 @@ class Reconciler:
         self._vips: set[str] = set(routes.present()) if routes else set()
         self._vip_errors: dict[str, str] = {}
         self._steering: dict[ListenerKey, Steering] = rules.present() if rules else {}
+        self._refused: frozenset[ListenerKey] | None = None
+        self._rules_trouble = ""
         # Listener numbers whose relays drain: the key, and the workers that still have some.
         self._draining: dict[int, tuple[ListenerKey, set[int]]] = {}
         self._guarded: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
+        self._guard_made = bool(guard and guard.present())
         self._guard_error = ""
 
     @property
@@ -116,11 +120,25 @@ class Reconciler:
             del self._balancers[balancer]
         self._forget(todo)
         self._steer(todo)
+        self._refuse_new()
         self._remove_addresses(todo)
         self._sync_guard()
         for key in [key for key in self.failures if key not in desired.host.listeners]:
             del self.failures[key]
         return self._publication.take_update()
+
+    def observe(self) -> None:
+        """Look at the node again: what somebody else removed is missing in the next plan."""
+        try:
+            if self._routes:
+                # A VIP that is an ordinary address of the node has no route, and needs none.
+                own = {address.ip for address in node_addresses()}
+                self._vips = set(self._routes.present()) | (self._vips & own)
+            if self._rules:
+                self._steering = self._rules.present()
+        except OSError as error:
+            log.warning("routes and rules can't be read", error=str(error))
+        self._guarded = None
 
     def next_retry(self) -> float | None:
         """When the next failed listener is tried again (monotonic), None where none failed."""
@@ -151,11 +169,12 @@ class Reconciler:
 
     def remove_addresses(self) -> None:
         """Take back every route, rule and table."""
-        if self._rules and self._steering:
+        if self._rules:
             _report("policy rule can't be removed", self._rules.remove(list(self._steering)))
+            self._rules.refuse_new(frozenset())
         if self._routes and self._vips:
             _report("VIP route can't be removed", self._routes.remove(self._vips))
-        if self._guard and self._guarded is not None:
+        if self._guard and self._guard_made:
             self._guard.remove()
         self._steering.clear()
         self._vips.clear()
@@ -186,6 +205,20 @@ class Reconciler:
             failed = self._rules.set(steer)
             _report("policy rule can't be set", {str(key): error for key, error in failed.items()})
             self._steering |= {key: how for key, how in steer.items() if key not in failed}
+
+    def _refuse_new(self) -> None:
+        """Clients of an address whose listener is closed while its relays live on are refused, and do not hang."""
+        if self._rules is None:
+            return
+        closed = frozenset(
+            key for key in self._held_keys() if key in self._steering and key not in self._listeners
+        )
+        if closed != self._refused:
+            self._rules.refuse_new(closed)
+            self._refused = closed
+        if self._rules.trouble and self._rules.trouble != self._rules_trouble:
+            log.warning(self._rules.trouble)
+        self._rules_trouble = self._rules.trouble
 
     def addresses_changed(self) -> None:
         """The node's addresses changed: repair the routes that named one of them as source."""
@@ -269,15 +302,14 @@ class Reconciler:
             return
         vips = frozenset(self._vips)
         ports = frozenset(key for key in self._listeners if key.ip in vips)
-        if not vips and self._guarded is None:
-            return
-        if self._guarded == (vips, ports):
+        if self._guarded == (vips, ports) or (not vips and self._guarded is None and not self._guard_made):
             return
         error = self._guard.sync(vips, ports) or ""
         if error and error != self._guard_error:
             log.warning("VIP guard failed: other ports of VIPs reach this node's own daemons", error=error)
         self._guard_error = error
         self._guarded = (vips, ports)
+        self._guard_made = True
 
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:

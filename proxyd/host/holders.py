@@ -24,10 +24,11 @@ _LISTEN = 1 << 10
 _ANY_STATE = 0xFFFFFFFF
 _NUMBERS = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 
-# Looking through /proc may take at most this many seconds at a time ...
+# Conflicts may come in hundreds and must not hold up control. Looking through /proc takes at most this many seconds ...
 _SCAN_SECONDS = 0.05
-# ... and then no more for this many times as long: conflicts that come in hundreds must not hold up control.
+# ... and a tenth of the time in the long run; what was not used adds up to this many seconds of waiting.
 _PAUSE = 10
+_SAVED = 5.0
 
 
 class _Scan:
@@ -50,7 +51,7 @@ def holder(key: ListenerKey) -> str:
         return ""
     found = _owner(inodes, started + _SCAN_SECONDS)
     now = time.monotonic()
-    _Scan.not_before = now + _PAUSE * (now - started)
+    _Scan.not_before = max(_Scan.not_before, now - _SAVED) + _PAUSE * (now - started)
     return found
 
 

@@ -98,6 +98,8 @@ def packed(ip: str) -> tuple[int, bytes]:
         ValueError: not an IPv4 or IPv6 address.
     """
     address = ipaddress.ip_address(ip)
+    if "%" in ip:
+        raise ValueError(f"{ip!r} is bound to an interface")
     return (socket.AF_INET6 if address.version == 6 else socket.AF_INET), address.packed
 
 

@@ -145,7 +145,7 @@ class Relay:
         endpoint = self._endpoint
         assert sock is not None
         assert endpoint is not None
-        if events & (ERR | HUP) or (endpoint.ephemeral and sock.getsockname() == sock.getpeername()):
+        if events & (ERR | HUP) or (endpoint.ephemeral and sock.getsockname()[:2] == endpoint.address):
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNREFUSED
             self._socket = None
             close_with_reset(self._plane, sock)

@@ -72,15 +72,16 @@ def _text(data: bytes) -> str:
     """The text of a file, with line feeds only."""
     if len(data) > MAX_BYTES:
         raise Unreadable(f"the file has more than {MAX_BYTES >> 20} MiB: split it", 0, 0)
-    encoding = "utf-16" if data.startswith(_UTF16) else "utf-8-sig"
-    if encoding != "utf-16" and b"\0" in data:
+    encoding = "utf-16" if data.startswith(_UTF16) else "utf-8"
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if encoding == "utf-8" and b"\0" in data:
         raise Unreadable("the file is not text: it has NUL bytes", 0, 0)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         if encoding == "utf-16":
             raise Unreadable("not valid UTF-16: save the file as UTF-8", 0, 0) from None
-        before = data[: error.start].decode("utf-8-sig")
+        before = data[: error.start].decode()
         raise Unreadable(
             f"not valid UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8",
             *line_and_column(before, len(before)),

@@ -54,7 +54,7 @@ def save_allocations(path: str, allocations: Allocations) -> str:
     try:
         _replace(Path(path), _encode(allocations))
     except (OSError, ValueError) as error:
-        return f"{display(path)}: {reason(error)}: allocations may differ after a restart"
+        return f"{display(path)}: not saved ({reason(error)}): allocations may differ after a restart"
     return ""
 
 
@@ -76,11 +76,10 @@ def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Always the same name, so that an interrupted save leaves one file behind and not many.
     temporary = path.with_name(f".{path.name}.new")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o600)
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o600)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
@@ -130,12 +129,17 @@ def _decode(data: bytes) -> Allocations:
         if not (namespace and slash and own) or "/" in own:
             raise ValueError(f"is damaged ({name!r} is not namespace/name)")
         for address in entry.cluster_ips:
-            try:
-                ipaddress.ip_address(address)
-            except ValueError:
-                raise ValueError(f"is damaged ({name}: {address!r} is not an IP address)") from None
+            if not _canonical(address):
+                raise ValueError(f"is damaged ({name}: {address!r} is not an IP address)")
         for key, number in entry.node_ports.items():
             if "/" not in key or not 1 <= number <= 65535:
                 raise ValueError(f"is damaged ({name}: nodePort {key!r}: {number})")
         services[ObjectName(namespace, own)] = entry
     return Allocations(services=services)
+
+
+def _canonical(address: str) -> bool:
+    try:
+        return str(ipaddress.ip_address(address)) == address
+    except ValueError:
+        return False

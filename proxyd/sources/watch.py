@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ POLL_SECONDS = 1.0
 # Comparing stamps takes at most this share of one core, whatever was asked for.
 _COMPARING_SHARE = 0.05
 _RETRY_INOTIFY_SECONDS = 60.0
+_SURROGATES = re.compile("[\ud800-\udfff]")  # bytes of a file name that are not UTF-8
 _MAX_LINKS = 40  # the kernel follows as many symbolic links in one path
 
 
@@ -51,8 +53,8 @@ async def watch(
     """Yields whenever what `paths` stand for may have changed.
 
     It first yields when watching has begun: who reads everything then misses nothing. Changes that come while the caller
-    is busy are reported once, afterwards. Where inotify has no more watches or instances to give, `warn` gets one line
-    and the stamps of all files are compared every `poll_seconds` instead.
+    is busy are reported once, afterwards. Where inotify has no more watches or instances to give, or meets a name that is
+    not UTF-8, `warn` gets one line and the stamps of all files are compared every `poll_seconds` instead.
 
     Closed or cancelled, it ends its thread within 0.1 s. Where the loop goes on after a `break`, close it
     (`contextlib.aclosing`).
@@ -115,8 +117,8 @@ class _Watcher(threading.Thread):
                     self._by_comparing()
                 else:
                     self._by_inotify()
-            except FileNotFoundError:
-                self._stopping.wait(STEP_MS / 1000)  # a folder vanished before it was watched: look again
+            except (FileNotFoundError, PermissionError):
+                self._stopping.wait(STEP_MS / 1000)  # a folder changed before it was watched: look again
             except (OSError, RuntimeError) as error:
                 # RuntimeError is also what a closed loop gives, and then stop() is on its way.
                 self._degrade(error)
@@ -124,8 +126,11 @@ class _Watcher(threading.Thread):
     def _by_inotify(self) -> None:
         """Watches until other folders are to be watched. Raises OSError or RuntimeError where inotify fails."""
         plan = watch_plan(self._paths, survey(self._paths))
-        # Arguments: debug, force_polling, poll_delay_ms, recursive, ignore_permission_denied.
-        with _closing(RustNotify(list(plan), False, False, 0, False, True)) as notify:
+        # Arguments: debug, force_polling, poll_delay_ms, recursive, ignore_permission_denied (which would also ignore that
+        # there are no more watches).
+        with _closing(
+            RustNotify([folder for folder in plan if _watchable(folder)], False, False, 0, False, False)
+        ) as notify:
             seen = survey(self._paths)
             self._report()
             due = time.monotonic() + self._safety_seconds
@@ -169,6 +174,7 @@ class _Watcher(threading.Thread):
             return
         self._warned = True
         exhausted = any(sign in str(error) for sign in ("watch limit", "Too many open files"))
+        # The wrapper gives up at any event, even of our own reading, whose name is not UTF-8.
         why = "no more inotify watches or instances" if exhausted else f"inotify failed ({error})"
         advice = "; raise fs.inotify.max_user_watches and fs.inotify.max_user_instances" if exhausted else ""
         with contextlib.suppress(RuntimeError):
@@ -183,6 +189,11 @@ def _closing(notify: RustNotify) -> Iterator[RustNotify]:
         yield notify
     finally:
         notify.close()
+
+
+def _watchable(folder: str) -> bool:
+    """Whether inotify takes the folder: it wants to be allowed to read it, and its wrapper a name in UTF-8."""
+    return os.access(folder, os.R_OK, effective_ids=True) and not _SURROGATES.search(folder)
 
 
 def _matters(path: str, plan: Mapping[str, Watched]) -> bool:

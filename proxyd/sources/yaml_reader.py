@@ -154,11 +154,11 @@ class _Builder:
 
     def _start(self, event: Any, items: dict[str, object] | list[object], tag: str) -> None:
         if event.tag not in (None, "!", CORE_TAG + tag):
-            raise self._refused(event, f"the tag {_tag_name(event.tag)} is not one for {_article(items)}")
+            raise self._refused(event, f"the tag {_tag_name(event.tag)} is not one for {shown(items)}")
         if len(self._frames) >= MAX_DEPTH:
             raise self._refused(event, f"nested more than {MAX_DEPTH} levels deep")
         if self._expects_key():
-            raise self._refused(event, f"a map key must be a string, got {_article(items)}")
+            raise self._refused(event, f"a map key must be a string, got {shown(items)}")
         if event.anchor is not None:
             self._anchors[event.anchor] = (_OPEN, 0)
         self._frames.append(_Frame(items, event.anchor, self._count))
@@ -220,8 +220,8 @@ class _Builder:
             if frame.merges is not None:
                 raise self._refused(event, "the key << is given twice in this map: merge a list")
         elif type(value) is not str:
-            what = shown(value) if isinstance(event, events.ScalarEvent) and event.value else _article(value)
-            raise self._refused(event, f"a map key must be a string, got {what}: put it in quotes")
+            advice = "" if isinstance(value, dict | list) else ": put it in quotes"
+            raise self._refused(event, f"a map key must be a string, got {shown(value)}{advice}")
         elif value in frame.items:
             raise self._refused(event, f"the key {shown(value)} is given twice in this map")
 
@@ -235,10 +235,6 @@ class _Builder:
     def _refused(self, event: Any, message: str) -> Unreadable:
         mark = event.start_mark
         return Unreadable(message, self._line + mark.line + 1, mark.column + 1)
-
-
-def _article(value: object) -> str:
-    return shown(value) if value is None or isinstance(value, dict | list) else f"the value {shown(value)}"
 
 
 def _tag_name(tag: str) -> str:

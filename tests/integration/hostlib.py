@@ -7,8 +7,6 @@ import errno
 import selectors
 import socket
 import threading
-import time
-from collections.abc import Callable
 from typing import Self
 
 from netlab import Namespace
@@ -28,9 +26,7 @@ def key(ip: str, port: int, protocol: str = "TCP") -> ListenerKey:
 def spec(ip: str, port: int, protocol: str = "TCP", *, steered: bool = False) -> ListenerSpec:
     service = ServicePortName("default", "web", "", Protocol(protocol))
     balancer = BalancerKey(service, TrafficPolicy.CLUSTER, 6 if ":" in ip else 4)
-    return ListenerSpec(
-        key=key(ip, port, protocol), balancer=balancer, role=Role.CLUSTER_IP, steered=steered
-    )
+    return ListenerSpec(key=key(ip, port, protocol), balancer=balancer, role=Role.CLUSTER_IP, steered=steered)
 
 
 def daemon_socket(namespace: Namespace, ip: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -89,7 +85,13 @@ class Naming:
 
 
 def question(
-    namespace: Namespace, ip: str, port: int, protocol: str = "TCP", *, connected: bool = True, source: str = ""
+    namespace: Namespace,
+    ip: str,
+    port: int,
+    protocol: str = "TCP",
+    *,
+    connected: bool = True,
+    source: str = "",
 ) -> str:
     """The answer of a Naming server, or REFUSED, UNREACHABLE, SILENCE.
 
@@ -117,10 +119,3 @@ def question(
             if error.errno not in (errno.EHOSTUNREACH, errno.ENETUNREACH):
                 raise
             return UNREACHABLE
-
-
-def eventually(condition: Callable[[], bool], what: str, timeout: float = 5) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(0.01)

@@ -1,6 +1,6 @@
 """Network namespaces for tests: a node with pods behind a bridge, an outside host, and a far host behind the node.
 
-    outside 192.0.2.20 ---- 192.0.2.10 node 198.51.100.1 ---- 198.51.100.2 far (also 1.2.3.4 and 80.11.12.10)
+    outside 203.0.113.20 ---- 203.0.113.10 node 198.51.100.1 ---- 198.51.100.2 far (also 1.2.3.4 and 80.11.12.10)
                                         |
                               bridge 10.244.0.1
                               /      |        \
@@ -32,11 +32,11 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
 
-NODE_IP = "192.0.2.10"
+NODE_IP = "203.0.113.10"
 NODE_IP6 = "2001:db8:2::10"
 NODE_FAR_IP = "198.51.100.1"
 BRIDGE_IP = "10.244.0.1"
-OUTSIDE_IP = "192.0.2.20"
+OUTSIDE_IP = "203.0.113.20"
 OUTSIDE_IP6 = "2001:db8:2::20"
 CLIENT_POD_IP = "10.244.0.100"
 DATABASE_IP = "1.2.3.4"  # the far host's, as in the seed manifest external-database.yaml

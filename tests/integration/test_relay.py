@@ -603,7 +603,8 @@ def test_out_of_descriptors_accepting_pauses_and_recovers():
         for client in clients[60:100]:  # these waited in the backlog
             client.sendall(b"y")
             assert client.recv(1) == b"y"
-        for client in clients[60:]:
+            client.close()
+        for client in clients[100:]:
             client.close()
         wait_for(lambda: idle(worker, balancer))
         assert worker.total(balancer, s.FAILED) == 0

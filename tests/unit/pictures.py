@@ -32,7 +32,9 @@ def service(name: str, **spec) -> Service:
     return Service(metadata=ObjectMeta(namespace=namespace, name=name), spec=ServiceSpec(**spec))
 
 
-def slice_of(name: str, ports: list[tuple[str, int, Protocol]], *addresses: tuple[str, EndpointConditions]) -> EndpointSlice:
+def slice_of(
+    name: str, ports: list[tuple[str, int, Protocol]], *addresses: tuple[str, EndpointConditions]
+) -> EndpointSlice:
     namespace, _, name = name.partition("/")
     return EndpointSlice(
         metadata=ObjectMeta(namespace=namespace, name=name),
@@ -42,7 +44,13 @@ def slice_of(name: str, ports: list[tuple[str, int, Protocol]], *addresses: tupl
 
 
 def listener(
-    address: str, owner: ServicePortName, state: ListenerState, detail: str = "", role: Role = Role.CLUSTER_IP, mapped_from: str = ""
+    address: str,
+    owner: ServicePortName,
+    state: ListenerState,
+    detail: str = "",
+    *,
+    role: Role = Role.CLUSTER_IP,
+    mapped_from: str = "",
 ) -> ListenerStatus:
     ip, _, port = address.rpartition(":")
     return ListenerStatus(
@@ -83,14 +91,22 @@ def picture(**changes) -> Picture:
                 ServicePort(port=53, name="tcp", protocol=TCP),
             ),
         ),
-        service("prod/sig", cluster_ip="10.0.0.77", ports=(ServicePort(port=3868, name="diameter", protocol=SCTP),)),
-        service("test/late", cluster_ip="10.0.0.10", external_ips=("192.0.2.1",), ports=(ServicePort(port=80),)),
+        service(
+            "prod/sig",
+            cluster_ip="10.0.0.77",
+            ports=(ServicePort(port=3868, name="diameter", protocol=SCTP),),
+        ),
+        service(
+            "test/late", cluster_ip="10.0.0.10", external_ips=("192.0.2.1",), ports=(ServicePort(port=80),)
+        ),
         service("prod/db", cluster_ip="None", selector={"app": "db"}),
         service("prod/ext", type=ServiceType.EXTERNAL_NAME, external_name="my.database.example.com"),
     ]
     slices = [
         slice_of("prod/web", [("", 9376, TCP)], *((f"10.1.0.{n}", READY) for n in (3, 1, 2))),
-        slice_of("prod/dns", [("udp", 53, UDP), ("tcp", 53, TCP)], ("10.1.0.5", NOT_READY), ("10.1.0.6", ENDING)),
+        slice_of(
+            "prod/dns", [("udp", 53, UDP), ("tcp", 53, TCP)], ("10.1.0.5", NOT_READY), ("10.1.0.6", ENDING)
+        ),
         slice_of("prod/sig", [("diameter", 3868, SCTP)], ("10.1.0.7", READY), ("10.1.0.8", READY)),
         slice_of("prod/db", [], ("10.1.0.9", READY)),
     ]
@@ -108,10 +124,16 @@ def picture(**changes) -> Picture:
             listener("10.0.0.10:80", LATE, ListenerState.CONFLICT, "10.0.0.10:80/TCP is held by prod/web"),
             listener("192.0.2.1:80", LATE, ListenerState.NO_ENDPOINTS, role=Role.EXTERNAL_IP),
         ),
-        "balancers": {web: BalancerSpec(key=web, endpoints=tuple(Endpoint(f"10.1.0.{n}", 9376) for n in (1, 2, 3)))},
-        "problems": (Problem(file="config/web.yaml", line=14, subject="Service prod/bad", message="no ports"),),
-        "counters": lambda name: Counters(opened=1328, closed=200, failed=1, bytes_in=5_000_000) if name == WEB else Counters(),
-        "endpoint_counters": lambda name, endpoint: Counters(opened=int(endpoint.ip[-1])),
+        "balancers": {
+            web: BalancerSpec(key=web, endpoints=tuple(Endpoint(f"10.1.0.{n}", 9376) for n in (1, 2, 3)))
+        },
+        "problems": (
+            Problem(file="config/web.yaml", line=14, subject="Service prod/bad", message="no ports"),
+        ),
+        "counters": lambda name: (
+            Counters(opened=1328, closed=200, failed=1, bytes_in=5_000_000) if name == WEB else Counters()
+        ),
+        "endpoint_counters": lambda _, endpoint: Counters(opened=int(endpoint.ip[-1])),
         "version": "0.1.0",
         "pid": 812,
         "phase": "serving",

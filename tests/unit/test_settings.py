@@ -8,7 +8,9 @@ from proxyd.control.durations import format_duration, parse_duration, parse_port
 from proxyd.control.flags import FLAGS
 from proxyd.control.settings import Settings, SettingsError, Surroundings, build
 
-USER = Surroundings(uid=1000, cpus=2, hostname="Node-A", environ={"XDG_RUNTIME_DIR": "/run/user/1000", "HOME": "/home/u"})
+USER = Surroundings(
+    uid=1000, cpus=2, hostname="Node-A", environ={"XDG_RUNTIME_DIR": "/run/user/1000", "HOME": "/home/u"}
+)
 ROOT = Surroundings(uid=0, net_admin=True, cpus=64, hostname="n")
 
 
@@ -50,7 +52,16 @@ def test_a_user_without_a_runtime_folder_gets_one_in_tmp():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("250ms", 0.25), ("1m30s", 90), ("25", 25), ("0.5", 0.5), ("2h", 7200), ("1.5h", 5400), ("0", 0), ("100us", 1e-4)],
+    [
+        ("250ms", 0.25),
+        ("1m30s", 90),
+        ("25", 25),
+        ("0.5", 0.5),
+        ("2h", 7200),
+        ("1.5h", 5400),
+        ("0", 0),
+        ("100us", 1e-4),
+    ],
 )
 def test_durations(text, seconds):
     assert parse_duration(text) == pytest.approx(seconds)
@@ -64,7 +75,16 @@ def test_wrong_durations(text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (0.25, "250ms"), (59, "59s"), (90, "1m30s"), (3600, "1h"), (3605, "1h"), (273600, "3d4h"), (86400, "1d")],
+    [
+        (0, "0s"),
+        (0.25, "250ms"),
+        (59, "59s"),
+        (90, "1m30s"),
+        (3600, "1h"),
+        (3605, "1h"),
+        (273600, "3d4h"),
+        (86400, "1d"),
+    ],
 )
 def test_durations_for_people(seconds, text):
     assert format_duration(seconds) == text
@@ -79,7 +99,7 @@ def test_port_ranges(text, ports):
 
 @pytest.mark.parametrize("text", ["", "0-5", "5-1", "1-65536", "a-b", "65535+1", "1-2-3", "-5"])
 def test_wrong_port_ranges(text):
-    with pytest.raises(ValueError, match="port|range"):
+    with pytest.raises(ValueError, match=r"port|range"):
         parse_port_range(text)
 
 
@@ -126,7 +146,9 @@ def test_manifests_are_required():
 
 
 def test_repeated_and_joined_values():
-    got = settings(nodeport_addresses=["10.0.0.0/8, 127.0.0.0/8", "::1/128"], feature_gates=["SCTPSupport=true"])
+    got = settings(
+        nodeport_addresses=["10.0.0.0/8, 127.0.0.0/8", "::1/128"], feature_gates=["SCTPSupport=true"]
+    )
     assert got.nodeport_addresses == ("10.0.0.0/8", "127.0.0.0/8", "::1/128")
     assert got.sctp
 

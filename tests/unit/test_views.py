@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-
 from pictures import LATE, READY, TCP, WEB, key, listener, picture, service, slice_of
+
 from proxyd.api.service import ServicePort
 from proxyd.cli.show import endpoints_table, listeners_table, services_table, status_text
 from proxyd.cli.tables import table
@@ -65,7 +65,11 @@ def test_dual_stack_endpoints_are_counted_once():
     snapshot = Snapshot(services={key("a/b"): both}, slices={key("a/b"): (four, six)})
     (view,) = views.services(picture(snapshot=snapshot))
     assert (view.endpoints_ready, view.endpoints_total) == (1, 1)
-    assert [e.address for e in views.endpoints(picture(snapshot=snapshot))] == ["10.1.0.1:80", "10.1.0.2:80", "[fd00::9]:80"]
+    assert [e.address for e in views.endpoints(picture(snapshot=snapshot))] == [
+        "10.1.0.1:80",
+        "10.1.0.2:80",
+        "[fd00::9]:80",
+    ]
 
 
 def test_a_service_survives_the_way_to_the_client():
@@ -78,24 +82,39 @@ def test_a_service_survives_the_way_to_the_client():
 
 def test_endpoints_in_order_with_their_conditions_and_counters():
     lines = endpoints_table(views.endpoints(picture(), namespace="prod"), wide=True).splitlines()
-    assert lines[0].split() == "NAMESPACE NAME PORT ENDPOINT READY SERVING TERMINATING CONNS TOTAL FAILED USED IN OUT NODE".split()
+    assert lines[0].split() == [
+        "NAMESPACE",
+        "NAME",
+        "PORT",
+        "ENDPOINT",
+        "READY",
+        "SERVING",
+        "TERMINATING",
+        "CONNS",
+        "TOTAL",
+        "FAILED",
+        "USED",
+        "IN",
+        "OUT",
+        "NODE",
+    ]
     assert [line.split()[:10] for line in lines[1:]] == [
-        "prod dns udp/UDP 10.1.0.5:53 no no no 5 5 0".split(),
-        "prod dns udp/UDP 10.1.0.6:53 no yes yes 6 6 0".split(),
-        "prod dns tcp/TCP 10.1.0.5:53 no no no 5 5 0".split(),
-        "prod dns tcp/TCP 10.1.0.6:53 no yes yes 6 6 0".split(),
-        "prod sig diameter/SCTP 10.1.0.7:3868 yes yes no 7 7 0".split(),
-        "prod sig diameter/SCTP 10.1.0.8:3868 yes yes no 8 8 0".split(),
-        "prod web TCP 10.1.0.1:9376 yes yes no 1 1 0".split(),
-        "prod web TCP 10.1.0.2:9376 yes yes no 2 2 0".split(),
-        "prod web TCP 10.1.0.3:9376 yes yes no 3 3 0".split(),
+        ["prod", "dns", "udp/UDP", "10.1.0.5:53", "no", "no", "no", "5", "5", "0"],
+        ["prod", "dns", "udp/UDP", "10.1.0.6:53", "no", "yes", "yes", "6", "6", "0"],
+        ["prod", "dns", "tcp/TCP", "10.1.0.5:53", "no", "no", "no", "5", "5", "0"],
+        ["prod", "dns", "tcp/TCP", "10.1.0.6:53", "no", "yes", "yes", "6", "6", "0"],
+        ["prod", "sig", "diameter/SCTP", "10.1.0.7:3868", "yes", "yes", "no", "7", "7", "0"],
+        ["prod", "sig", "diameter/SCTP", "10.1.0.8:3868", "yes", "yes", "no", "8", "8", "0"],
+        ["prod", "web", "TCP", "10.1.0.1:9376", "yes", "yes", "no", "1", "1", "0"],
+        ["prod", "web", "TCP", "10.1.0.2:9376", "yes", "yes", "no", "2", "2", "0"],
+        ["prod", "web", "TCP", "10.1.0.3:9376", "yes", "yes", "no", "3", "3", "0"],
     ]
     assert [line.split()[10] for line in lines[1:]] == ["no"] * 6 + ["yes"] * 3
 
 
 def test_listeners_in_order_of_address():
     lines = listeners_table(views.listeners(picture())).splitlines()
-    assert lines[0].split() == "ADDRESS PORT PROTOCOL ROLE SERVICE STATUS".split()
+    assert lines[0].split() == ["ADDRESS", "PORT", "PROTOCOL", "ROLE", "SERVICE", "STATUS"]
     assert [" ".join(line.split()) for line in lines[1:3]] == [
         "10.0.0.10 80 TCP ClusterIP prod/web Serving",
         "10.0.0.10 80 TCP ClusterIP test/late Conflict: 10.0.0.10:80/TCP is held by prod/web",
@@ -109,7 +128,7 @@ def test_a_mapped_address_says_what_it_stands_for():
     mapped = (listener("127.96.0.10:80", WEB, ListenerState.SERVING, mapped_from="10.96.0.10"),)
     heading, line = listeners_table(views.listeners(picture(statuses=mapped))).splitlines()
     assert "FOR" in heading.split()
-    assert line.split() == "127.96.0.10 80 TCP ClusterIP 10.96.0.10 prod/web Serving".split()
+    assert line.split() == ["127.96.0.10", "80", "TCP", "ClusterIP", "10.96.0.10", "prod/web", "Serving"]
 
 
 def test_status_text():

@@ -141,7 +141,8 @@ def _build(
     if service.spec.headless:
         labels[HEADLESS_LABEL] = ""
     slices = []
-    for (family, ports), members in sorted(groups.items(), key=_group_order):
+    ordered = sorted(groups.items(), key=_group_order) if len(groups) > 1 else groups.items()
+    for (family, ports), members in ordered:
         for start in range(0, len(members), MAX_ENDPOINTS):
             # A name that stays the same as long as family and ports do.
             seed = f"{manager} {family} {start} {_described(ports)}"

@@ -27,7 +27,10 @@ class AddressPool:
 
     def __init__(self, cidrs: Collection[str]) -> None:
         networks = [ipaddress.ip_network(cidr, strict=False) for cidr in cidrs]
-        self._networks: dict[int, _Network] = {network.version: network for network in reversed(networks)}
+        # First and last address to hand out, as numbers, by IP version.
+        self._limits: dict[int, tuple[int, int]] = {
+            network.version: _usable(network) for network in reversed(networks)
+        }
         self.families: tuple[int, ...] = tuple(dict.fromkeys(network.version for network in networks))
         self._taken: set[str] = set()
         self._exhausted: set[int] = set()
@@ -37,30 +40,30 @@ class AddressPool:
         self._taken.update(str(ipaddress.ip_address(address)) for address in addresses)
 
     def keep(self, addresses: Collection[str], wanted: Collection[int]) -> dict[int, str]:
-        """Those of `addresses` that are still wanted, in range and free, by IP version."""
+        """Those of `addresses`, in canonical form, that are still wanted, in range and free, by IP version."""
         kept: dict[int, str] = {}
         for address in addresses:
-            parsed = ipaddress.ip_address(address)
-            network = self._networks.get(parsed.version)
-            usable = (
-                parsed.version in wanted
-                and parsed.version not in kept
-                and network is not None
-                and parsed in network
-                and _usable(network)[0] <= int(parsed) - int(network.network_address) <= _usable(network)[1]
-            )
-            if usable and str(parsed) not in self._taken:
-                self._taken.add(str(parsed))
-                kept[parsed.version] = str(parsed)
+            version = 6 if ":" in address else 4
+            if (
+                version in kept
+                or version not in wanted
+                or version not in self._limits
+                or address in self._taken
+            ):
+                continue
+            first, last = self._limits[version]
+            if first <= int(ipaddress.ip_address(address)) <= last:
+                self._taken.add(address)
+                kept[version] = address
         return kept
 
     def new(self, name: ObjectName, version: int) -> str:
         """A free address, the same one for the same name if it can be; "" if there is none."""
         if version in self._exhausted:
             return ""
-        network = self._networks[version]
-        for offset in _probe(name, *_usable(network)):
-            address = str(network[offset])
+        parse = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
+        for number in _probe(name, *self._limits[version]):
+            address = str(parse(number))
             if address not in self._taken:
                 self._taken.add(address)
                 return address
@@ -126,9 +129,10 @@ class NodePortPool:
 
 
 def _usable(network: _Network) -> tuple[int, int]:
-    """First and last offset that may be handed out: not the network's own address, not its broadcast address."""
-    last = network.num_addresses - 1
-    return (1, last - 1) if last > 1 else (0, last)
+    """First and last address that may be handed out: not the network's own address, not its broadcast address."""
+    first = int(network.network_address)
+    last = first + network.num_addresses - 1
+    return (first + 1, last - 1) if last > first + 1 else (first, last)
 
 
 def _probe(name: ObjectName, first: int, last: int, *, salt: str = "") -> Iterator[int]:

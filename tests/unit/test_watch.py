@@ -1,0 +1,303 @@
+"""Watching manifests: every way a file can change is noticed in time, and stopping is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from proxyd.sources.watch import watch
+
+# What the operator is promised, from the edit to its effect, is 200 ms; the machine may be busy.
+PROMISED = 0.15
+SAFETY = 30.0  # so long that no test passes by it
+
+
+class Watching:
+    """Counts what `watch` reports."""
+
+    def __init__(self, *paths: Path | str, **options: float) -> None:
+        self.warnings: list[str] = []
+        self._stream = watch([str(path) for path in paths], warn=self.warnings.append, **options)
+        self._reported = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.count = 0
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+        await asyncio.wait_for(self._reported.wait(), 5)
+        await self.quiet()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _follow(self) -> None:
+        async with contextlib.aclosing(self._stream) as stream:
+            async for _ in stream:
+                self.count += 1
+                self._reported.set()
+
+    async def quiet(self, seconds: float = 0.15) -> None:
+        """Waits until nothing was reported for so long."""
+        deadline = time.monotonic() + 5
+        while True:
+            self._reported.clear()
+            try:
+                await asyncio.wait_for(self._reported.wait(), seconds)
+            except TimeoutError:
+                return
+            assert time.monotonic() < deadline
+
+    async def notices(self, change: Callable[[], object], within: float = 3.0) -> float:
+        """Makes a change; returns after how many seconds it was reported."""
+        await self.quiet()
+        began = time.monotonic()
+        change()
+        await asyncio.wait_for(self._reported.wait(), within)
+        return time.monotonic() - began
+
+    async def ignores(self, change: Callable[[], object]) -> None:
+        await self.quiet()
+        change()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(self._reported.wait(), 0.3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "m"
+    path.mkdir()
+    (path / "a.yaml").write_text("a: 1\n")
+    return path
+
+
+def swap(link: Path, target: str) -> None:
+    temporary = link.with_name(f"{link.name}_tmp")
+    temporary.symlink_to(target)
+    temporary.rename(link)
+
+
+async def test_edits_are_noticed_at_once(folder: Path) -> None:
+    async with Watching(folder, safety_seconds=SAFETY) as watching:
+        times = [
+            await watching.notices(lambda n=n: (folder / "a.yaml").write_text(f"a: {n}\n")) for n in range(10)
+        ]
+        assert sorted(times)[5] < 0.05, times
+        assert max(times) < PROMISED, times
+
+
+@pytest.mark.parametrize("root", ["folder", "file"])
+async def test_every_way_of_changing_a_file(folder: Path, root: str) -> None:
+    file = folder / "a.yaml"
+
+    def rename_over() -> None:
+        (folder / "a.yaml~new").write_text("a: 2\n")
+        (folder / "a.yaml~new").rename(file)
+
+    async with Watching(folder if root == "folder" else file, safety_seconds=SAFETY) as watching:
+        assert await watching.notices(rename_over) < PROMISED
+        assert await watching.notices(rename_over) < PROMISED
+        assert await watching.notices(lambda: file.chmod(0o600)) < PROMISED
+        assert await watching.notices(file.unlink) < PROMISED
+        assert await watching.notices(lambda: file.write_text("a: 3\n")) < PROMISED
+        assert await watching.notices(lambda: os.truncate(file, 0)) < PROMISED
+
+
+async def test_new_folders_are_watched(folder: Path) -> None:
+    deep = folder / "x" / "y"
+    async with Watching(folder, safety_seconds=SAFETY) as watching:
+        assert await watching.notices(lambda: deep.mkdir(parents=True)) < PROMISED
+        assert await watching.notices(lambda: (deep / "b.yaml").write_text("b: 1\n")) < PROMISED
+        assert await watching.notices(lambda: (deep / "b.yaml").write_text("b: 2\n")) < PROMISED
+        assert await watching.notices(lambda: (folder / "x").rename(folder / "z")) < PROMISED
+        assert await watching.notices(lambda: (folder / "z/y/b.yaml").write_text("b: 3\n")) < PROMISED
+
+
+@pytest.mark.parametrize("root", ["folder", "file"])
+async def test_configmap_swaps(tmp_path: Path, root: str) -> None:
+    mount = tmp_path / "cm"
+    for version in ("1", "2", "3"):
+        (mount / f"..{version}").mkdir(parents=True)
+        (mount / f"..{version}" / "a.yaml").write_text(version)
+    (mount / "..data").symlink_to("..1")
+    (mount / "a.yaml").symlink_to("..data/a.yaml")
+    async with Watching(mount if root == "folder" else mount / "a.yaml", safety_seconds=SAFETY) as watching:
+        for version in ("2", "3", "1"):
+            assert await watching.notices(lambda v=version: swap(mount / "..data", f"..{v}")) < PROMISED
+        assert await watching.notices(lambda: (mount / "..1" / "a.yaml").write_text("x")) < PROMISED
+
+
+async def test_targets_of_symbolic_links(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.yaml").write_text(name)
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "real"
+    target.write_text("x")
+    (tmp_path / "one" / "link.yaml").symlink_to(target)
+    root = tmp_path / "current"
+    root.symlink_to("one")
+    async with Watching(root, safety_seconds=SAFETY) as watching:
+        assert await watching.notices(lambda: target.write_text("y")) < PROMISED
+        assert await watching.notices(lambda: (tmp_path / "one" / "a.yaml").write_text("z")) < PROMISED
+        assert await watching.notices(lambda: swap(root, "two")) < PROMISED
+        assert await watching.notices(lambda: (tmp_path / "two" / "a.yaml").write_text("z")) < PROMISED
+        await watching.ignores(lambda: target.write_text("not ours any more"))
+
+
+async def test_a_root_that_goes_and_comes_back(tmp_path: Path) -> None:
+    root = tmp_path / "etc" / "proxyd"
+    root.mkdir(parents=True)
+    async with Watching(root, safety_seconds=SAFETY) as watching:
+        for away in (root, root.parent):
+            assert await watching.notices(lambda away=away: shutil.rmtree(away)) < PROMISED
+            assert await watching.notices(lambda: root.mkdir(parents=True)) < PROMISED
+            assert await watching.notices(lambda: (root / "a.yaml").write_text("a: 1\n")) < PROMISED
+
+
+async def test_a_file_that_is_not_there_yet(tmp_path: Path) -> None:
+    path = tmp_path / "later" / "a.yaml"
+    async with Watching(path, safety_seconds=SAFETY) as watching:
+        assert await watching.notices(path.parent.mkdir) < PROMISED
+        assert await watching.notices(lambda: path.write_text("a: 1\n")) < PROMISED
+
+
+async def test_what_inotify_cannot_see_is_found_by_stamps(tmp_path: Path) -> None:
+    root = tmp_path / "a" / "b" / "m"
+    root.mkdir(parents=True)
+    (root / "x.yaml").write_text("x: 1\n")
+    async with Watching(root, safety_seconds=0.3) as watching:
+        # A grandparent is moved: no watched folder has an event.
+        assert await watching.notices(lambda: (tmp_path / "a").rename(tmp_path / "z")) < 2
+        assert await watching.notices(lambda: (tmp_path / "z").rename(tmp_path / "a")) < 2
+        assert await watching.notices(lambda: (root / "x.yaml").write_text("x: 2\n")) < PROMISED
+
+
+async def test_neighbours_are_none_of_its_business(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 1\n")
+    (tmp_path / "big" / "tree").mkdir(parents=True)
+    async with Watching(file, safety_seconds=SAFETY) as watching:
+        await watching.ignores(lambda: (tmp_path / "b.yaml").write_text("b"))
+        await watching.ignores(lambda: (tmp_path / "big" / "tree" / "c.yaml").write_text("c"))
+        await watching.ignores(file.read_text)
+
+
+async def test_names_that_are_not_utf8_are_found_by_stamps(folder: Path) -> None:
+    odd = folder / os.fsdecode(b"\xff")
+    odd.mkdir()
+    async with Watching(folder, safety_seconds=0.3, poll_seconds=0.3) as watching:
+        assert await watching.notices(lambda: (odd / "x.yaml").write_text("x: 1\n")) < 2
+        assert await watching.notices(lambda: (odd / os.fsdecode(b"\xff.yaml")).write_text("x: 1\n")) < 2
+        assert await watching.notices(lambda: (folder / "a.yaml").write_text("a: 2\n")) < 2
+        assert len(watching.warnings) <= 1
+
+
+async def test_hidden_files_are_ignored(folder: Path) -> None:
+    async with Watching(folder, safety_seconds=SAFETY) as watching:
+        await watching.ignores(lambda: (folder / ".a.yaml.swp").write_text("x"))
+
+
+async def test_a_stream_of_changes_is_reported_while_it_lasts(folder: Path) -> None:
+    async with Watching(folder, safety_seconds=SAFETY) as watching:
+        before = watching.count
+        until = time.monotonic() + 1
+        n = 0
+        while time.monotonic() < until:
+            n += 1
+            (folder / "a.yaml").write_text(f"a: {n}\n")
+            await asyncio.sleep(0.003)
+        assert 4 <= watching.count - before <= 50
+
+
+async def test_it_ends_at_once_and_takes_its_thread_along(folder: Path) -> None:
+    def threads() -> int:
+        return sum(thread.name == "manifest-watch" for thread in threading.enumerate())
+
+    async with Watching(folder):
+        assert threads() == 1
+        began = time.monotonic()
+    assert time.monotonic() - began < 0.2
+    assert threads() == 0
+
+
+async def test_changes_while_the_caller_is_busy_are_reported_once(folder: Path) -> None:
+    stream = watch([str(folder)], safety_seconds=SAFETY)
+    async with contextlib.aclosing(stream):
+        await asyncio.wait_for(anext(stream), 5)
+        for n in range(5):
+            (folder / "a.yaml").write_text(f"a: {n}\n")
+            await asyncio.sleep(0.1)  # the caller's work
+        began = time.monotonic()
+        await asyncio.wait_for(anext(stream), 1)
+        assert time.monotonic() - began < 0.05
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.3)
+
+
+PROGRAM = """
+import asyncio, sys
+from proxyd.sources.watch import watch
+
+async def main():
+    stream = watch(sys.argv[1:], warn=lambda text: print("warn", text, flush=True), poll_seconds=0.2)
+    async for _ in stream:
+        print("changed", flush=True)
+
+asyncio.run(main())
+"""
+
+
+def limited(limit: str) -> bool:
+    """Whether a user namespace with that limit at 0 can be made here."""
+    script = f"echo 0 > /proc/sys/user/{limit}"
+    return subprocess.run(["unshare", "-Ur", "sh", "-c", script], check=False).returncode == 0
+
+
+@pytest.fixture
+async def starved(folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`watch` over `folder` in a user namespace that has no inotify left of the named kind."""
+    limit = f"/proc/sys/user/{request.param}"
+    if not limited(request.param):
+        pytest.skip("user namespaces are not allowed here")
+    script = f'echo 0 > {limit}; exec "$@"'
+    process = await asyncio.create_subprocess_exec(
+        *("unshare", "-Ur", "sh", "-c", script, "sh", sys.executable, "-c", PROGRAM, str(folder)),
+        stdout=subprocess.PIPE,
+    )
+    yield process
+    process.kill()
+    await process.communicate()
+
+
+@pytest.mark.parametrize("starved", ["max_inotify_instances", "max_inotify_watches"], indirect=True)
+async def test_without_inotify_it_compares_stamps(starved: asyncio.subprocess.Process, folder: Path) -> None:
+    assert starved.stdout is not None
+
+    async def line() -> str:
+        assert starved.stdout is not None
+        return (await asyncio.wait_for(starved.stdout.readline(), 10)).decode().strip()
+
+    assert (
+        await line()
+        == "warn manifests: no more inotify watches or instances: looking for changes every 0.2 s instead; "
+        "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+    )
+    assert await line() == "changed"
+    for n in range(3):
+        (folder / "a.yaml").write_text(f"a: {n}\n")
+        assert await line() == "changed"
