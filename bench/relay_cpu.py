@@ -60,7 +60,7 @@ class Answer(asyncio.Protocol):
         while self.on and not self.transport.is_closing():
             self.transport.write(bytes(1 << 18))
 
-    def connection_lost(self, error):
+    def connection_lost(self, _error):
         self.on = False
 
 

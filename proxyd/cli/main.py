@@ -157,10 +157,10 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_socket(parser: argparse.ArgumentParser) -> None:
-    from proxyd.control.settings import Surroundings, default_admin_socket  # noqa: PLC0415 - as above
+    from proxyd.control.settings import Surroundings, client_admin_socket  # noqa: PLC0415 - as above
 
     env = parser.env if isinstance(parser, _Parser) else Env.here()
-    default = default_admin_socket(Surroundings(uid=os.getuid(), environ=env.environ))
+    default = client_admin_socket(Surroundings(uid=os.getuid(), environ=env.environ))
     parser.add_argument(
         "--admin-socket",
         metavar="PATH",

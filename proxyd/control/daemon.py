@@ -14,6 +14,7 @@ from proxyd.control.accesslog import AccessLog
 from proxyd.control.admin import AdminServer
 from proxyd.control.feed import Feed
 from proxyd.control.logs import Summariser, get_logger
+from proxyd.control.notify import Notifier
 from proxyd.control.picture import draw
 from proxyd.control.publication import Publication
 from proxyd.control.reconciler import Reconciler
@@ -21,6 +22,7 @@ from proxyd.control.settings import Settings
 from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
 from proxyd.control.tasks import describe, spawn
 from proxyd.control.views import Picture
+from proxyd.control.watchdog import Watchdog
 from proxyd.host import limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
 from proxyd.host.claim import claim_addresses
@@ -77,7 +79,9 @@ class Daemon:
         self._on_serving = on_serving
         self.phase = "starting"
         self.snapshot = Snapshot()
+        self.turns = 0  # of the reconcile loop
         self._dirty = asyncio.Event()
+        self._reconciled = False  # the last reconcile went through
         self._stop = asyncio.Event()
         self._drain = 0.0
         self._fatal = ""
@@ -91,6 +95,8 @@ class Daemon:
         with self._resources:
             self._loop = asyncio.get_running_loop()
             limits.raise_nofile()
+            self.watchdog = Watchdog(self, Notifier.here())
+            self._resources.callback(self.watchdog.close)
             self._options = self._decide_vip_mode()
             self._claim_addresses()
             await self._start_admin()
@@ -108,6 +114,10 @@ class Daemon:
     def picture(self) -> Picture:
         """What the daemon is and does at this moment."""
         return draw(self)
+
+    def turn_is_due(self) -> bool:
+        """Whether the reconcile loop has something to do."""
+        return self._dirty.is_set()
 
     # Start
 
@@ -195,6 +205,7 @@ class Daemon:
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
         self.supervisor.start()
         self.phase = "serving"
+        self.watchdog.start()
         following = spawn(self.feed.follow(), name="manifests", on_failure=self._failed)
         try:
             await self._reconcile_forever()
@@ -207,6 +218,7 @@ class Daemon:
         resync = time.monotonic() + RESYNC_SECONDS
         try:
             while not self._stop.is_set():
+                self.turns += 1
                 self._dirty.clear()
                 self._reconcile_or_say_why()
                 changed = asyncio.ensure_future(self._dirty.wait())
@@ -224,6 +236,7 @@ class Daemon:
 
     def _reconcile_or_say_why(self) -> None:
         try:
+            self._reconciled = False
             self._reconcile()
         except Exception as error:  # noqa: BLE001 - what is served goes on; what was done so far is known to the next plan
             self._said.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
@@ -234,10 +247,14 @@ class Daemon:
         update = self.reconciler.reconcile(desired, self.supervisor.workers)
         if update:
             self.supervisor.publish(update)
+        self._reconciled = True
         self._acknowledged()
 
     def _acknowledged(self) -> None:
-        if self._on_serving is None or self.supervisor.lagging():
+        if not self._reconciled or self._dirty.is_set() or self.supervisor.lagging():
+            return
+        self.watchdog.in_force()
+        if self._on_serving is None:
             return
         on_serving, self._on_serving = self._on_serving, None
         on_serving(self.picture())
@@ -272,8 +289,16 @@ class Daemon:
 
     def _reload(self) -> None:
         log.info("reloading")
+        self.watchdog.reloading()
         self._access.reopen()
-        spawn(self.feed.rescan(), name="reload")
+        spawn(self._read_again(), name="reload")
+
+    async def _read_again(self) -> None:
+        try:
+            await self.feed.rescan()
+        finally:
+            self.watchdog.reloaded()
+            self._dirty.set()
 
     # End
 
@@ -283,6 +308,7 @@ class Daemon:
             self.supervisor.kill()
             return
         log.info("stopping", drain_seconds=drain)
+        self.watchdog.stopping(drain)
         self._drain = drain
         self.phase = "draining"
         self._stop.set()

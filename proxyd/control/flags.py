@@ -149,6 +149,44 @@ def _feature_gates(texts: Sequence[str]) -> Mapping[str, bool]:
     return gates
 
 
+def _bind_address(text: str) -> str:
+    """Off (an empty text), an address, or address:port, in canonical form."""
+    given = text.strip()
+    if not given:
+        return ""
+    host, port = given, ""
+    if given.startswith("["):
+        host, _, rest = given[1:].partition("]")
+        port = rest.removeprefix(":") if rest.startswith(":") else ""
+        wrong = bool(rest) and not rest.startswith(":")
+    elif given.count(":") == 1:
+        host, _, port = given.partition(":")
+        wrong = not port
+    else:
+        wrong = False
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        wrong = True
+    if wrong or (port and (not port.isdecimal() or int(port) > 65535)):
+        raise ValueError(f'expected IP:port such as 127.0.0.1:10249, or "" for none, got "{text}"')
+    shown = f"[{ip}]" if ip.version == 6 else str(ip)
+    return f"{shown}:{int(port)}" if port else str(ip)
+
+
+def _port(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) > 65535:
+        raise ValueError(f'expected a port, or 0 for none, got "{text}"')
+    return int(text)
+
+
+def _period(text: str) -> float:
+    seconds = parse_duration(text)
+    if not seconds:
+        raise ValueError("expected a duration greater than 0")
+    return seconds
+
+
 FLAGS: tuple[Flag, ...] = (
     Flag(
         name="manifests",
@@ -282,5 +320,63 @@ FLAGS: tuple[Flag, ...] = (
         parse=_feature_gates,
         default=",".join(f"{name}={str(on).lower()}" for name, on in FEATURE_GATES.items()),
         help="features that are off until asked for; repeatable",
+    ),
+    Flag(
+        name="config",
+        metavar="FILE",
+        parse=_path,
+        default="none",
+        help="KubeProxyConfiguration file, with proxyd's own settings under proxyd:; flags win over it",
+    ),
+    Flag(
+        name="healthz-bind-address",
+        metavar="IP[:PORT]",
+        parse=_bind_address,
+        default="0.0.0.0:10256",
+        help='where /healthz and /livez are answered; "" for nowhere',
+    ),
+    Flag(
+        name="metrics-bind-address",
+        metavar="IP[:PORT]",
+        parse=_bind_address,
+        default="127.0.0.1:10249",
+        help='where /metrics, /proxyMode and /configz are answered; "" for nowhere',
+    ),
+    Flag(
+        name="healthz-port",
+        metavar="PORT",
+        parse=_port,
+        default="10256",
+        help="port of --healthz-bind-address where it names none; 0 answers nowhere",
+    ),
+    Flag(
+        name="metrics-port",
+        metavar="PORT",
+        parse=_port,
+        default="10249",
+        help="port of --metrics-bind-address where it names none; 0 answers nowhere",
+    ),
+    Flag(
+        name="bind-address-hard-fail",
+        metavar="true|false",
+        kind="switch",
+        parse=_boolean,
+        default="false",
+        help="end when the health or metrics address is taken; else it is tried again every 5 s",
+    ),
+    Flag(
+        name="metrics-endpoints",
+        metavar="true|false",
+        kind="switch",
+        parse=_boolean,
+        default="true",
+        help="metrics for every endpoint, of the first 10,000; false leaves those of service ports",
+    ),
+    Flag(
+        name="sync-period",
+        metavar="DURATION",
+        parse=_period,
+        default="30s",
+        help="how often routes and rules are compared with the kernel's; a change older than two of them is unhealthy",
     ),
 )

@@ -13,6 +13,7 @@ import msgspec
 
 from proxyd.control.flags import FEATURE_GATES, FLAGS
 
+SYSTEM_SOCKET = "/run/proxyd/admin.sock"
 _CAP_NET_ADMIN = 12  # linux/capability.h
 
 
@@ -66,6 +67,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     verbosity: int = 0  # 0 = info, 1 and more = debug
     hostname_override: str = ""  # the node's name
     feature_gates: Mapping[str, bool] = msgspec.field(default_factory=lambda: dict(FEATURE_GATES))
+    config: str = ""  # KubeProxyConfiguration file, "" = none
+    healthz_bind_address: str = "0.0.0.0:10256"  # IP or IP:port, "" = off
+    metrics_bind_address: str = "127.0.0.1:10249"
+    healthz_port: int = 10256  # where the address names none; 0 = off
+    metrics_port: int = 10249
+    bind_address_hard_fail: bool = False  # end when one of the two is taken
+    metrics_endpoints: bool = True  # metrics for every endpoint
+    sync_period: float = 30.0  # between two comparisons with the kernel; twice that old is unhealthy
 
     @property
     def node_name(self) -> str:
@@ -76,6 +85,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def sctp(self) -> bool:
         """Whether SCTP may be served."""
         return self.feature_gates.get("SCTPSupport", False)
+
+    @property
+    def healthz_address(self) -> tuple[str, int] | None:
+        """Where health is answered; None: nowhere."""
+        return _ip_and_port(self.healthz_bind_address, self.healthz_port)
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Where metrics are answered; None: nowhere."""
+        return _ip_and_port(self.metrics_bind_address, self.metrics_port)
+
+
+def _ip_and_port(address: str, default_port: int) -> tuple[str, int] | None:
+    """Of a checked bind address (kubernetes cmd/kube-proxy/app/options.go, addressFromDeprecatedFlags)."""
+    if not address or not default_port:
+        return None
+    host, port = address, default_port
+    if address.startswith("["):
+        host, _, text = address[1:].partition("]:")
+        port = int(text)
+    elif address.count(":") == 1:
+        host, _, text = address.partition(":")
+        port = int(text)
+    return (host, port) if port else None
 
 
 def build(given: Mapping[str, Any], surroundings: Surroundings) -> Settings:
@@ -106,25 +139,44 @@ def build(given: Mapping[str, Any], surroundings: Surroundings) -> Settings:
         )
     if problems:
         raise SettingsError(problems)
+    for name, here in (("healthz", ("0.0.0.0", "::")), ("metrics", ("127.0.0.1", "::1"))):
+        if values.get(f"{name}_port") and given.get(f"{name}_bind_address") is None:
+            # A port alone is for the default address.
+            values[f"{name}_bind_address"] = here[":" in values.get("bind_address", "")]
+    if ":" in values.get("bind_address", ""):
+        # As in kubernetes pkg/proxy/apis/config/v1alpha1/defaults.go.
+        values.setdefault("healthz_bind_address", "[::]:10256")
+        values.setdefault("metrics_bind_address", "[::1]:10249")
     return Settings(**values)
 
 
 def default_admin_socket(surroundings: Surroundings) -> str:
     """Where a daemon listens, and a client looks, when not told.
 
-    /run/proxyd as root; else $XDG_RUNTIME_DIR/proxyd; else /tmp/proxyd-UID, which is used only if it is the user's own
+    The RuntimeDirectory of a systemd unit; /run/proxyd as root; else $XDG_RUNTIME_DIR/proxyd; else /tmp/proxyd-UID, which is used only if it is the user's own
     (see `check_folder`).
     """
+    if folder := _unit_folder(surroundings, "RUNTIME_DIRECTORY"):
+        return f"{folder}/admin.sock"
     if surroundings.uid == 0:
-        return "/run/proxyd/admin.sock"
+        return SYSTEM_SOCKET
     runtime = surroundings.environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/"):
         return f"{runtime}/proxyd/admin.sock"
     return f"/tmp/proxyd-{surroundings.uid}/admin.sock"  # noqa: S108 - owner and mode are checked before use
 
 
+def client_admin_socket(surroundings: Surroundings) -> str:
+    """Where a client looks when not told: the user's own daemon if there is one, else the system's."""
+    own = default_admin_socket(surroundings)
+    system = not os.path.lexists(own) and os.path.isdir(os.path.dirname(SYSTEM_SOCKET))  # noqa: PTH112, PTH120 - paths are texts here
+    return SYSTEM_SOCKET if system else own
+
+
 def default_state_file(surroundings: Surroundings) -> str:
-    """Where allocations are remembered when not told."""
+    """Where allocations are remembered when not told: the StateDirectory of a systemd unit, /var/lib, or the user's own."""
+    if folder := _unit_folder(surroundings, "STATE_DIRECTORY"):
+        return f"{folder}/state.json"
     if surroundings.uid == 0:
         return "/var/lib/proxyd/state.json"
     state = surroundings.environ.get("XDG_STATE_HOME", "")
@@ -132,6 +184,12 @@ def default_state_file(surroundings: Surroundings) -> str:
         home = surroundings.environ.get("HOME", "")
         state = f"{home}/.local/state" if home.startswith("/") else f"/tmp/proxyd-{surroundings.uid}"  # noqa: S108 - as above
     return f"{state}/proxyd/state.json"
+
+
+def _unit_folder(surroundings: Surroundings, variable: str) -> str:
+    """The first folder that systemd made for the unit: systemd.exec(5), RuntimeDirectory=."""
+    folder = surroundings.environ.get(variable, "").partition(":")[0]
+    return folder if folder.startswith("/") else ""
 
 
 def _defaults(surroundings: Surroundings) -> dict[str, Any]:

@@ -34,6 +34,9 @@ log = get_logger("supervisor")
 
 # A worker that has this many messages unread is not reading: it is replaced.
 MAX_QUEUED = 20_000
+# A worker that leaves this many probes unanswered is not fit; one that leaves more is replaced.
+SILENT_PROBES = 4
+MAX_UNANSWERED = 7
 # A worker that lived this long is started again at once; one that keeps dying, after a growing pause.
 STEADY_SECONDS = 10.0
 MAX_PAUSE_SECONDS = 5.0
@@ -73,6 +76,7 @@ class Worker:
     started: float
     ready: bool = False
     acknowledged: int = 0
+    unanswered: int = 0  # probes since it last acknowledged anything
     outgoing: deque[tuple[ToWorker, list[Held]]] = field(default_factory=deque)
     writing: bool = False
 
@@ -121,6 +125,25 @@ class Supervisor:
         return len(self.workers) < max(self.count, 1) or any(
             not worker.ready or worker.acknowledged < newest for worker in self.workers.values()
         )
+
+    def probe(self) -> str:
+        """Ask every worker for a sign of life, an empty update that it acknowledges; replace one that gives none.
+
+        Returns:
+            What is wrong with the workers in one line; "" where all run and answer.
+        """
+        for worker in list(self.workers.values()):
+            worker.unanswered += 1
+            if worker.unanswered > MAX_UNANSWERED:
+                log.error("worker does not answer: it is replaced", worker=worker.index, pid=worker.pid)
+                self._remove(worker)
+        self.publish(Update(self._publication.generation))
+        count = max(self.count, 1)
+        running = [worker for worker in self.workers.values() if worker.ready]
+        if len(running) < count:
+            return f"{count - len(running)} of {count} workers do not run"
+        silent = sum(worker.unanswered > SILENT_PROBES for worker in running)
+        return f"{silent} of {count} workers do not answer" if silent else ""
 
     async def stop(self, drain: float) -> None:
         """Let the workers finish what they relay, for at most `drain` seconds; then they are gone."""
@@ -244,6 +267,7 @@ class Supervisor:
                 log.debug("worker runs", worker=worker.index, pid=worker.pid)
             case Acknowledged(generation=generation):
                 worker.acknowledged = generation
+                worker.unanswered = 0
                 self._events.acknowledged()
             case Drained(listeners=listeners):
                 self._events.drained(worker.index, listeners)

@@ -105,7 +105,7 @@ class TcpListener:
 
     def resume(self) -> None:
         """Accept again after a pause."""
-        if not self.closed:
+        if self._socket.fileno() >= 0:
             self.plane.poller.modify(self._socket.fileno(), IN)
 
     def _ready(self, _events: int) -> None:
@@ -149,7 +149,8 @@ class TcpListener:
             self.plane.pause(f"{os.strerror(error.errno or 0)}: accepting paused")
         elif error.errno in _UNUSABLE:
             self.plane.reporter.trouble(f"listener {self.address}: can't accept any more: {error.strerror}")
-            self.plane.poller.modify(self._socket.fileno(), 0)
+            # Muting is not enough: a hang-up is reported always.
+            self.plane.poller.close_shared(self._socket)
         # Anything else is the fate of the one connection (accept(2), "Error handling").
 
 

@@ -90,7 +90,7 @@ class Connection(msgspec.Struct, frozen=True, array_like=True):
     bytes_in: int  # client to endpoint
     bytes_out: int  # endpoint to client
     seconds: float
-    reason: str  # closed, reset by client, reset by endpoint, no endpoint, idle, drained
+    reason: str  # closed, reset by client, reset by endpoint, no endpoint, idle, drained, internal error
     finished: float  # Unix time
 
 

@@ -36,7 +36,7 @@ class Side:
 
     __slots__ = (
         "broken", "eof", "held", "moved", "peer", "pending", "plane", "readable", "recv_into", "relay", "send", "sock",
-        "stalled", "thorough",
+        "thorough",
     )  # fmt: skip
 
     peer: Side
@@ -51,7 +51,6 @@ class Side:
         self.pending: memoryview | None = None  # to be written to this socket before anything else
         self.held = held  # not to be read now
         self.readable = False  # an edge came while held
-        self.stalled = False  # the peer has been too slow at least once
         self.thorough = False  # a short read does not mean that the socket is drained
         self.broken = False  # an error was reported
         self.eof = False
@@ -64,7 +63,7 @@ class Side:
         peer = self.peer
         budget = TURN_BYTES
         while True:
-            view = plane.slow_view if self.stalled else plane.view
+            view = plane.view
             try:
                 size = self.recv_into(view, 0, _NOWAIT)
             except BlockingIOError:
@@ -155,7 +154,6 @@ class Side:
         self.peer.pending = memoryview(bytes(rest))
         self.plane.keep(len(rest))
         self.held = True
-        self.stalled = True
         self.readable = more or self.thorough
 
     def _end_of_stream(self) -> None:

@@ -117,8 +117,8 @@ class _Watcher(threading.Thread):
                     self._by_comparing()
                 else:
                     self._by_inotify()
-            except (FileNotFoundError, PermissionError):
-                self._stopping.wait(STEP_MS / 1000)  # a folder changed before it was watched: look again
+            except FileNotFoundError:
+                self._stopping.wait(STEP_MS / 1000)  # a folder vanished before it was watched: look again
             except (OSError, RuntimeError) as error:
                 # RuntimeError is also what a closed loop gives, and then stop() is on its way.
                 self._degrade(error)

@@ -1,4 +1,7 @@
-"""YAML text to values, through libyaml's events: no recursion, bounded aliases, duplicate keys refused."""
+"""YAML text to values: plain documents line by line, all others through libyaml's events.
+
+No recursion, bounded aliases, duplicate keys refused.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from yaml._yaml import CParser  # libyaml's events; CSafeLoader would set up res
 from yaml.reader import ReaderError
 
 from proxyd.api.findings import Path, clip, shown
+from proxyd.sources import yaml_plain
 from proxyd.sources.scalars import CORE_TAG, SUSPECTS, plain, tagged
 
 # Kubernetes objects are about ten levels deep, those with templates and schemas in them forty.
@@ -62,6 +66,12 @@ def read(text: str, line: int) -> object:
     Raises:
         Unreadable: it is not YAML, or has something in it that is refused.
     """
+    value = yaml_plain.read(text)
+    return value if value is not None else read_fully(text, line)
+
+
+def read_fully(text: str, line: int) -> object:
+    """As `read`, by libyaml alone."""
     try:
         return _Builder(line).build(text)
     except ReaderError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 
 import msgspec
 
@@ -31,31 +32,39 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Planner:
-    """Computes desired states, and remembers what each Service wished for.
+    """Computes desired states, and remembers what led to the last one.
 
     The result depends on the arguments alone: the memory only saves the work for Services that did not change (the
-    same immutable objects, compared by identity), so that one change among thousands costs about the same as one
-    change among ten.
+    same immutable objects, compared by identity). A change of a few Services that touches no address of any other is
+    put into a copy of the last result, so that one change among thousands costs little more than one among ten.
     """
 
     def __init__(self) -> None:
         self._context: tuple[NodeView, Options] | None = None
-        self._memory: dict[ObjectName, tuple[Service, object, ServiceWishes]] = {}
+        self._snapshot = Snapshot()
+        self._wishes: dict[ObjectName, ServiceWishes] = {}
+        self._merged: _Merged | None = None
 
     def desired(self, snapshot: Snapshot, node: NodeView, options: Options) -> DesiredState:
         """The desired state of a node. See `desired_state`."""
         if self._context != (node, options):
             self._context = (node, options)
-            self._memory = {}
-        memory: dict[ObjectName, tuple[Service, object, ServiceWishes]] = {}
-        for name, service in snapshot.services.items():
-            slices = snapshot.slices.get(name, ())
-            known = self._memory.get(name)
-            if known is None or known[0] is not service or known[1] is not slices:
-                known = (service, slices, service_wishes(service, slices, node, options))
-            memory[name] = known
-        self._memory = memory
-        return _merge(known[2] for known in sorted(memory.values(), key=lambda known: known[2].order))
+            self._snapshot, self._wishes, self._merged = Snapshot(), {}, None
+        last, self._snapshot = self._snapshot, snapshot
+        touched = _touched(last.services, snapshot.services) | _touched(last.slices, snapshot.slices)
+        changes: list[tuple[ServiceWishes, ServiceWishes]] = []
+        for name in touched:
+            old, new = self._wishes.pop(name, _NO_WISHES), _NO_WISHES
+            service = snapshot.services.get(name)
+            if service is not None:
+                new = service_wishes(service, snapshot.slices.get(name, ()), node, options)
+                self._wishes[name] = new
+            if old != new:
+                changes.append((old, new))
+        if self._merged is None or not self._merged.patch(changes):
+            self._merged = None  # what is half changed is of no use, should merging fail
+            self._merged = _Merged(self._wishes.values())
+        return self._merged.result
 
 
 def desired_state(snapshot: Snapshot, node: NodeView, options: Options) -> DesiredState:
@@ -67,35 +76,130 @@ def desired_state(snapshot: Snapshot, node: NodeView, options: Options) -> Desir
     return Planner().desired(snapshot, node, options)
 
 
-def _merge(all_wishes: Iterator[ServiceWishes]) -> DesiredState:
-    """Join the wishes of Services, which come in the order in which they may take addresses."""
-    holders: dict[ListenerKey, ListenerSpec] = {}
-    listeners: dict[ListenerKey, ListenerSpec] = {}
-    balancers: dict[BalancerKey, BalancerSpec] = {}
-    steering: dict[ListenerKey, Steering] = {}
-    unopened: list[ListenerStatus] = []
-    vips: set[str] = set()
-    for wishes in all_wishes:
-        unopened += wishes.unopened
-        vips.update(wishes.vips)
-        for listener in wishes.listeners:
-            key = listener.key
-            holder = holders.setdefault(key, listener)
-            if holder is not listener:
-                # The same service port may want an address twice, say as externalIP and load-balancer IP.
-                if holder.service_port != listener.service_port:
-                    unopened.append(_conflict(listener, holder))
-                continue
-            balancer = wishes.balancers.get(listener.balancer)
+_NO_WISHES = ServiceWishes(order=(False, "", "", ""))
+
+
+def _touched(old: Mapping[ObjectName, object], new: Mapping[ObjectName, object]) -> set[ObjectName]:
+    """Names whose value is not the same object any more, those that are gone included."""
+    if old is new:
+        return set()
+    touched = {name for name, value in new.items() if old.get(name) is not value}
+    # As many as before and none of them new: none is gone.
+    if len(old) != len(new) or any(name not in old for name in touched):
+        touched.update(old.keys() - new.keys())
+    return touched
+
+
+class _Merged:
+    """The wishes of all Services joined into a desired state, and what is needed to change it a little."""
+
+    def __init__(self, all_wishes: Iterable[ServiceWishes]) -> None:
+        self._holders: dict[ListenerKey, ListenerSpec] = {}  # also of listeners without endpoints
+        self._contested: set[ListenerKey] = set()  # wanted more than once
+        self._vips: dict[str, int] = {}  # how many Services want each
+        listeners: dict[ListenerKey, ListenerSpec] = {}
+        balancers: dict[BalancerKey, BalancerSpec] = {}
+        steering: dict[ListenerKey, Steering] = {}
+        unopened: list[ListenerStatus] = []
+        for wishes in sorted(all_wishes, key=attrgetter("order")):
+            unopened += wishes.unopened
+            for vip in wishes.vips:
+                self._vips[vip] = self._vips.get(vip, 0) + 1
+            for listener in wishes.listeners:
+                key = listener.key
+                holder = self._holders.setdefault(key, listener)
+                if holder is not listener:
+                    self._contested.add(key)
+                    # The same service port may want an address twice, say as externalIP and load-balancer IP.
+                    if holder.service_port != listener.service_port:
+                        unopened.append(_conflict(listener, holder))
+                    continue
+                balancer = wishes.balancers.get(listener.balancer)
+                if listener.steered:
+                    steering[key] = Steering.LOCAL if balancer else Steering.UNREACHABLE
+                if balancer is None:
+                    unopened.append(status_of(listener, ListenerState.NO_ENDPOINTS))
+                    continue
+                listeners[key] = listener
+                balancers[listener.balancer] = balancer
+        self.result = DesiredState(
+            host=HostState(
+                balancers=balancers, listeners=listeners, vips=frozenset(self._vips), steering=steering
+            ),
+            unopened=tuple(unopened),
+        )
+
+    def patch(self, changes: Iterable[tuple[ServiceWishes, ServiceWishes]]) -> bool:
+        """Put other wishes of some Services in place of their old ones; False where they must be merged anew.
+
+        That is where the order of Services or of statuses would matter: an address that is wanted twice, a listener
+        that is not to be opened.
+        """
+        changes = list(changes)
+        if not changes:
+            return True
+        for old, new in changes:
+            keys = {listener.key for listener in new.listeners}
+            if not (_all_open(old) and _all_open(new)) or len(keys) < len(new.listeners):
+                return False
+            mine = {listener.key for listener in old.listeners}
+            if not self._contested.isdisjoint(keys | mine):
+                return False
+            if any(key in self._holders for key in keys - mine):
+                return False
+        if len({l.key for _, new in changes for l in new.listeners}) < sum(len(n.listeners) for _, n in changes):
+            return False
+        host = self.result.host
+        listeners, balancers = dict(host.listeners), dict(host.balancers)
+        steering = dict(host.steering)
+        before = dict(self._vips) if any(old.vips != new.vips for old, new in changes) else None
+        for old, new in changes:
+            self._replace(old, new, listeners, balancers, steering)
+        vips = host.vips if before is None or before.keys() == self._vips.keys() else frozenset(self._vips)
+        self.result = DesiredState(
+            host=HostState(
+                balancers=balancers,
+                listeners=host.listeners if listeners == host.listeners else listeners,
+                vips=vips,
+                steering=steering,
+            ),
+            unopened=self.result.unopened,
+        )
+        return True
+
+    def _replace(
+        self,
+        old: ServiceWishes,
+        new: ServiceWishes,
+        listeners: dict[ListenerKey, ListenerSpec],
+        balancers: dict[BalancerKey, BalancerSpec],
+        steering: dict[ListenerKey, Steering],
+    ) -> None:
+        keys = {listener.key for listener in new.listeners}
+        for listener in old.listeners:
+            if listener.key not in keys:
+                del self._holders[listener.key], listeners[listener.key]
+                steering.pop(listener.key, None)
+            if listener.balancer not in new.balancers:
+                balancers.pop(listener.balancer, None)
+        for listener in new.listeners:
+            self._holders[listener.key] = listener
+            listeners[listener.key] = listener
+            balancers[listener.balancer] = new.balancers[listener.balancer]
             if listener.steered:
-                steering[key] = Steering.LOCAL if balancer else Steering.UNREACHABLE
-            if balancer is None:
-                unopened.append(status_of(listener, ListenerState.NO_ENDPOINTS))
-                continue
-            listeners[key] = listener
-            balancers[listener.balancer] = balancer
-    host = HostState(balancers=balancers, listeners=listeners, vips=frozenset(vips), steering=steering)
-    return DesiredState(host=host, unopened=tuple(unopened))
+                steering[listener.key] = Steering.LOCAL
+            else:
+                steering.pop(listener.key, None)
+        for vip in new.vips - old.vips:
+            self._vips[vip] = self._vips.get(vip, 0) + 1
+        for vip in old.vips - new.vips:
+            self._vips[vip] -= 1
+            if not self._vips[vip]:
+                del self._vips[vip]
+
+
+def _all_open(wishes: ServiceWishes) -> bool:
+    return not wishes.unopened and all(listener.balancer in wishes.balancers for listener in wishes.listeners)
 
 
 def _conflict(loser: ListenerSpec, holder: ListenerSpec) -> ListenerStatus:

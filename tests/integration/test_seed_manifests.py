@@ -132,7 +132,7 @@ def test_external_database(lab: Lab, seed: Proxyd) -> None:
 
 @pytest.mark.parametrize("seed", [("external-name.yaml", NO_FLAGS)], indirect=True)
 def test_external_name_is_shown_and_does_nothing(seed: Proxyd) -> None:
-    shown = wait_for(lambda: seed.get("services"), "the ExternalName Service in the list")
+    shown = wait_for(lambda: seed.cli_get("services"), "the ExternalName Service in the list")
     assert [(each["namespace"], each["name"], each["type"]) for each in shown] == [
         ("prod", "my-service", "ExternalName")
     ]

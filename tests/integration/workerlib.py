@@ -317,6 +317,11 @@ class Frontend:
             self.address, timeout=timeout, source_address=(source, 0) if source else None
         )
 
+    def read(self, source: str | None = None) -> bytes:
+        """What comes to a client that neither says anything nor ends."""
+        with self.connect(source) as sock:
+            return read_all(sock)
+
     def ask(self, source: str | None = None) -> bytes:
         """What the server says to a client that says nothing."""
         with self.connect(source) as sock:

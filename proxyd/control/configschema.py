@@ -1,0 +1,230 @@
+"""The fields of the configuration file: which setting each is, and what becomes of those that proxyd does not use."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from proxyd.control.durations import parse_duration
+from proxyd.control.flags import FEATURE_GATES, FLAGS, Flag
+
+API_GROUP = "kubeproxy.config.k8s.io"
+API_VERSION = f"{API_GROUP}/v1alpha1"
+KIND = "KubeProxyConfiguration"
+OWN = "proxyd"
+
+Type = Literal["string", "boolean", "number", "duration", "strings", "map"]
+Path = tuple[str, ...]
+
+
+class Field(NamedTuple):
+    """One field of the file.
+
+    `setting` is the settings field that gets its text, "" where proxyd has no use for it. `check` raises ValueError.
+    `told` is said where such a field has a value. Of fields that are not proxyd's own "", 0s, [] and {} mean the default:
+    kubeadm writes many of them.
+    """
+
+    type: Type
+    setting: str = ""
+    check: Callable[[Any], object] | None = None
+    told: str = ""
+
+
+def _score(value: int) -> None:
+    if not -1000 <= value <= 1000:
+        raise ValueError(f"expected a number from -1000 to 1000, got {value}")
+
+
+def _mode(value: str) -> None:
+    if value == "kernelspace":
+        raise ValueError("kernelspace is a mode of Windows; use userspace")
+    if value not in {"userspace", "iptables", "ipvs", "nftables"}:
+        raise ValueError(f'expected userspace, iptables, ipvs or nftables, got "{value}"')
+
+
+def _address_with_port(value: str) -> None:
+    match = re.fullmatch(r"(?:\[(.*)\]|([^:]*)):(\d+)", value)
+    try:
+        ipaddress.ip_address((match[1] or match[2]) if match else "")
+    except ValueError:
+        match = None
+    if match is None or not 1 <= int(match[3]) <= 65535:
+        raise ValueError(f'expected IP:port with a port from 1 to 65535, got "{value}"')
+
+
+def _cluster_cidrs(value: str) -> None:
+    networks = [ipaddress.ip_network(text.strip(), strict=False) for text in value.split(",")]
+    if len(networks) > 2 or len({network.version for network in networks}) != len(networks):
+        raise ValueError(f'expected one CIDR, or an IPv4 and an IPv6 one, got "{value}"')
+
+
+def _bit(value: int) -> None:
+    if not 0 <= value <= 31:
+        raise ValueError(f"expected a number from 0 to 31, got {value}")
+
+
+_NO_MODE = "its mode is not proxyd's"
+_NO_CLUSTER = "Services are read from manifests"
+_NO_USE = "proxyd has no use for it"
+
+# kubernetes staging/src/k8s.io/kube-proxy/config/v1alpha1/types.go
+KUBE_PROXY: dict[Path, Field] = {
+    ("bindAddress",): Field("string", "bind_address"),
+    ("healthzBindAddress",): Field("string", "healthz_bind_address", _address_with_port),
+    ("metricsBindAddress",): Field("string", "metrics_bind_address", _address_with_port),
+    ("bindAddressHardFail",): Field("boolean", "bind_address_hard_fail"),
+    ("enableProfiling",): Field("boolean", told="there is no profiling server"),
+    ("clusterCIDR",): Field("string", check=_cluster_cidrs),
+    ("hostnameOverride",): Field("string", "hostname_override"),
+    ("mode",): Field("string", check=_mode),
+    ("detectLocalMode",): Field("string"),
+    ("detectLocal", "bridgeInterface"): Field("string", told=_NO_USE),
+    ("detectLocal", "interfaceNamePrefix"): Field("string", told=_NO_USE),
+    ("portRange",): Field("string", told="there are no intermediate ports"),
+    ("showHiddenMetricsForVersion",): Field("string"),
+    ("clientConnection", "kubeconfig"): Field("string", told=_NO_CLUSTER),
+    ("clientConnection", "acceptContentTypes"): Field("string"),
+    ("clientConnection", "contentType"): Field("string"),
+    ("clientConnection", "qps"): Field("number"),
+    ("clientConnection", "burst"): Field("number"),
+    ("iptables", "masqueradeBit"): Field("number", check=_bit),
+    ("iptables", "masqueradeAll"): Field("boolean", told=_NO_USE),
+    ("iptables", "localhostNodePorts"): Field("boolean"),
+    ("iptables", "syncPeriod"): Field("duration", "sync_period"),
+    ("iptables", "minSyncPeriod"): Field("duration"),
+    ("ipvs", "syncPeriod"): Field("duration"),
+    ("ipvs", "minSyncPeriod"): Field("duration"),
+    ("ipvs", "scheduler"): Field("string", told=_NO_MODE),
+    ("ipvs", "excludeCIDRs"): Field("strings", told=_NO_MODE),
+    ("ipvs", "strictARP"): Field("boolean", told=_NO_MODE),
+    ("ipvs", "tcpTimeout"): Field("duration", told=_NO_MODE),
+    ("ipvs", "tcpFinTimeout"): Field("duration", told=_NO_MODE),
+    ("ipvs", "udpTimeout"): Field("duration", told=_NO_MODE),
+    ("nftables", "masqueradeBit"): Field("number", check=_bit),
+    ("nftables", "masqueradeAll"): Field("boolean", told=_NO_USE),
+    ("nftables", "syncPeriod"): Field("duration"),
+    ("nftables", "minSyncPeriod"): Field("duration"),
+    ("conntrack", "maxPerCore"): Field("number"),
+    ("conntrack", "min"): Field("number"),
+    ("conntrack", "tcpEstablishedTimeout"): Field("duration"),
+    ("conntrack", "tcpCloseWaitTimeout"): Field("duration"),
+    ("conntrack", "tcpBeLiberal"): Field("boolean"),
+    ("conntrack", "udpTimeout"): Field("duration"),
+    ("conntrack", "udpStreamTimeout"): Field("duration"),
+    ("oomScoreAdj",): Field("number", check=_score),
+    ("configSyncPeriod",): Field("duration"),
+    ("udpIdleTimeout",): Field("duration"),
+    ("nodePortAddresses",): Field("strings", "nodeport_addresses"),
+    ("featureGates",): Field("map", "feature_gates"),
+    ("winkernel",): Field("map", told="it is for Windows"),
+    ("logging", "format"): Field("string", "log_format"),
+    ("logging", "flushFrequency"): Field("string"),
+    ("logging", "verbosity"): Field("number", "verbosity"),
+    ("logging", "options"): Field("map"),
+}
+# Periods that must not be longer than the other: (shorter, longer).
+ORDERED = [((mode, "minSyncPeriod"), (mode, "syncPeriod")) for mode in ("iptables", "ipvs", "nftables")]
+
+# Settings that the Kubernetes part says already, or that a file cannot say.
+_ELSEWHERE = {field.setting for field in KUBE_PROXY.values()} | {"config"}
+_BY_FIELD = {flag.field: flag for flag in FLAGS}
+
+
+def own_name(flag: Flag) -> str:
+    """The name under `proxyd:` of a flag, as Kubernetes would write it: serviceClusterIPRange."""
+    first, *others = flag.name.split("-")
+    return first + "".join("IP" if word == "ip" else word.capitalize() for word in others)
+
+
+# Every setting without a field of Kubernetes' own; and the log's, whose values are more here than there.
+OWN_FIELDS: dict[str, Flag] = {
+    own_name(flag): flag
+    for flag in FLAGS
+    if flag.field not in _ELSEWHERE or flag.field in {"log_format", "verbosity"}
+}
+
+
+def flag_of(setting: str) -> Flag:
+    """The flag of a settings field."""
+    return _BY_FIELD[setting]
+
+
+def own_text(flag: Flag, value: object) -> object:
+    """What the flag's `parse` takes, from a value under `proxyd:`.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    if flag.kind == "switch":
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {_typed(value)}")
+        return value
+    if isinstance(value, list):
+        if not all(isinstance(item, str) for item in value):
+            raise ValueError("expected a list of strings")
+        return value if flag.kind == "repeat" else ",".join(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        wanted = "a list" if flag.kind == "repeat" else "a string"
+        raise ValueError(f"expected {wanted}, got {_typed(value)}")  # noqa: TRY004 - as flags' `parse` does
+    return [str(value)] if flag.kind == "repeat" else str(value)
+
+
+def kube_text(field: Field, value: Any) -> object:
+    """What the flag's `parse` takes, from a checked value of a Kubernetes field; None: the default."""
+    match field.setting:
+        case "feature_gates":
+            return [f"{gate}={str(on).lower()}" for gate, on in value.items() if gate in FEATURE_GATES]
+        case "log_format":
+            # Kubernetes has text, its default, and json.
+            return "json" if value == "json" else None
+        case "verbosity":
+            # klog's 0 to 3 are for operators, what is above for who looks for a fault.
+            return "1" if value >= 4 else None
+    return value
+
+
+def checked(field: Field, value: Any) -> object:
+    """A value of a Kubernetes field; None where it means the default.
+
+    Raises:
+        ValueError: it is wrong.
+    """
+    if value is None or value in ("", [], {}):
+        return None
+    match field.type:
+        case "boolean" if isinstance(value, bool):
+            return value or None
+        case "number" if isinstance(value, int | float) and not isinstance(value, bool):
+            pass
+        case "string" | "duration" if isinstance(value, str):
+            if field.type == "duration" and not parse_duration(value):
+                return None
+        case "strings" if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            pass
+        case "map" if isinstance(value, dict):
+            if field.setting and not all(isinstance(on, bool) for on in value.values()):
+                raise ValueError("expected a map of names to true or false")
+        case _:
+            raise ValueError(f"expected {_ARTICLE[field.type]}, got {_typed(value)}")
+    if field.check is not None:
+        field.check(value)
+    return value
+
+
+_ARTICLE = {
+    "string": "a string",
+    "boolean": "true or false",
+    "number": "a number",
+    "duration": "a duration such as 30s",
+    "strings": "a list of strings",
+    "map": "a map",
+}
+
+
+def _typed(value: object) -> str:
+    from proxyd.api.findings import shown  # noqa: PLC0415 - only for a mistake
+
+    return shown(value)

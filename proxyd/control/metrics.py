@@ -1,0 +1,337 @@
+"""Metrics: what is counted in control, what is asked of the daemon at each scrape, and both as Prometheus text."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from collections import Counter as Count
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from proxyd import __version__
+from proxyd.control import exposition
+from proxyd.control.exposition import NOTHING, Chosen, Row
+from proxyd.control.publication import Publication
+from proxyd.relay.slots import FIELDS
+from proxyd.state.desired import DesiredState
+from proxyd.state.snapshot import Snapshot
+from proxyd.state.spec import Endpoint, ListenerState, ServicePortName
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_TROUBLES = 50  # kinds of trouble that are told apart
+
+# Nobody reads the times at which counters began, and each would double a counter's series.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no annotation there
+
+
+class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker at the time of a scrape."""
+
+    index: int
+    pid: int  # 0: it is not there
+    ready: bool
+    lag: int  # generations it has not acknowledged
+    restarts: int
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon at the time of a scrape: taken in the loop, in a moment; rendered in a thread.
+
+    `publication` is only asked for counters, which is safe from a thread.
+    """
+
+    phase: str
+    healthy: bool
+    endpoints: bool = True  # a series for each endpoint
+    desired: DesiredState | None = None
+    failed: int = 0  # listeners that could not be opened
+    services: int = 0
+    publication: Publication | None = None
+    generation: int = 0
+    workers: tuple[WorkerState, ...] = ()
+    problems: Mapping[str, int] = {}  # by severity
+    synced_at: float = 0.0
+    access_written: int = 0
+    access_dropped: int = 0
+    access_queued: int = 0
+
+
+class Metrics:
+    """Counts what happens in control, and writes everything down when asked."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._scrape = _Scrape()
+        self._chosen = Chosen()
+        self._troubles: set[str] = set()
+        self._before: Snapshot | None = None
+        counter, gauge = self._counter, self._gauge
+        # The names of kubernetes pkg/proxy/metrics/metrics.go.
+        self._sync_seconds = Histogram(
+            "kubeproxy_sync_proxy_rules_duration_seconds",
+            "Time to carry out what changed: plan, routes, rules, sockets, and telling the workers.",
+            buckets=[0.001 * 2**power for power in range(15)],
+            registry=self.registry,
+        )
+        self._last_sync = gauge(
+            "kubeproxy_sync_proxy_rules_last_timestamp_seconds", "When changes were last carried out."
+        )
+        self._last_queued = gauge(
+            "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds", "When a change last came."
+        )
+        self._changes = {
+            kind: (
+                gauge(f"kubeproxy_sync_proxy_rules_{kind}_changes_pending", f"Changes of {text} that wait."),
+                counter(f"kubeproxy_sync_proxy_rules_{kind}_changes_total", f"Changes of {text} that came."),
+            )
+            for kind, text in (("service", "Services"), ("endpoint", "EndpointSlices"))
+        }
+        self._healthz = counter("kubeproxy_proxy_healthz_total", "Answers of /healthz.", "code")
+        self._livez = counter("kubeproxy_proxy_livez_total", "Answers of /livez.", "code")
+        # proxyd's own.
+        self._sync_failures = counter(
+            "proxyd_reconcile_failures_total", "Reconciles that ended in an internal error."
+        )
+        self._trouble = counter("proxyd_trouble_total", "What workers met with, by kind.", "kind")
+        self._config = gauge(
+            "proxyd_config_last_reload_successful", "Whether the configuration read last is valid."
+        )
+        self._config.set(1)
+        self._seconds = gauge("proxyd_scrape_seconds", "How long writing the previous answer took.")
+        self.registry.register(_Process(registry=None))
+        self.registry.register(self._scrape)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def changed(self, snapshot: Snapshot) -> None:
+        """A snapshot came."""
+        before, self._before = self._before or Snapshot(), snapshot
+        self._last_queued.set_to_current_time()
+        for kind, old, new in (
+            ("service", before.services, snapshot.services),
+            ("endpoint", before.slices, snapshot.slices),
+        ):
+            if old is new:
+                continue
+            count = len(new.keys() - old.keys())
+            # What did not change is mostly the same object.
+            count += sum((now := new.get(key)) is not value and now != value for key, value in old.items())
+            pending, total = self._changes[kind]
+            pending.inc(count)
+            total.inc(count)
+
+    def reconciled(self, seconds: float) -> None:
+        """A reconcile took so long, and nothing waits any more."""
+        self._sync_seconds.observe(seconds)
+        self._last_sync.set_to_current_time()
+        for pending, _ in self._changes.values():
+            pending.set(0)
+
+    def reconcile_failed(self) -> None:
+        """A reconcile ended in an internal error."""
+        self._sync_failures.inc()
+
+    def trouble(self, kind: str, count: int) -> None:
+        """A worker met with something so many times."""
+        if kind not in self._troubles and len(self._troubles) >= MAX_TROUBLES:
+            kind = exposition.OTHER
+        self._troubles.add(kind)
+        self._trouble.labels(kind).inc(count)
+
+    def health(self, path: str, code: int) -> None:
+        """An answer of /healthz or /livez was given."""
+        (self._healthz if path == "/healthz" else self._livez).labels(str(code)).inc()
+
+    def config_read(self, *, valid: bool) -> None:
+        """The configuration was read again."""
+        self._config.set(valid)
+
+    def render(self, facts: Facts) -> bytes:
+        """All metrics as text. Not for two threads at once."""
+        began = time.perf_counter()
+        self._scrape.facts = facts
+        text = traffic(facts, self._chosen, self._scrape)
+        data = generate_latest(self.registry) + text.encode()
+        self._seconds.set(time.perf_counter() - began)
+        return data
+
+
+def traffic(facts: Facts, chosen: Chosen, unlisted: _Scrape) -> str:
+    """The families of service ports and endpoints; `unlisted` gets how many are summed up."""
+    desired, publication = facts.desired, facts.publication
+    if desired is None or publication is None:
+        return exposition.tables([], [] if facts.endpoints else None)
+    endpoints: dict[ServicePortName, dict[Endpoint, list[Row]]] = {
+        status.service_port: {} for status in desired.unopened
+    }
+    for key, balancer in desired.host.balancers.items():
+        mine = endpoints.setdefault(key.service_port, {})
+        if facts.endpoints:
+            for endpoint in balancer.endpoints:
+                mine.setdefault(endpoint, []).append(publication.counters((key, endpoint), range(FIELDS)))
+    ports: list[tuple[str, Row]] = []
+    rest: list[Row] = []
+    names = sorted(endpoints)
+    for position, name in enumerate(names):
+        row = exposition.add(
+            [publication.counters(key, range(FIELDS)) for key in publication.balancer_keys(name)]
+        )
+        if position < exposition.MAX_SERVICE_PORTS:
+            ports.append((exposition.port_labels(name), row))
+        else:
+            rest.append(row)
+    unlisted.ports = len(rest)
+    if rest:
+        ports.append((exposition.OTHER_PORTS, exposition.add(rest)))
+    if not facts.endpoints:
+        return exposition.tables(ports, None)
+    return exposition.tables(ports, _endpoints(names, endpoints, chosen, unlisted))
+
+
+def _endpoints(
+    names: Sequence[ServicePortName],
+    endpoints: Mapping[ServicePortName, Mapping[Endpoint, list[Row]]],
+    chosen: Chosen,
+    unlisted: _Scrape,
+) -> list[tuple[str, Row]]:
+    names = [name for name in names[: exposition.MAX_SERVICE_PORTS] if endpoints[name]]
+    listed = chosen.choose({name: len(endpoints[name]) for name in names})
+    samples: list[tuple[str, Row]] = []
+    unlisted.endpoints = 0
+    for name in names:
+        port, mine = exposition.port_labels(name), endpoints[name]
+        if name in listed:
+            samples += [
+                (exposition.endpoint_labels(port, endpoint), exposition.add(rows))
+                for endpoint, rows in mine.items()
+            ]
+        else:
+            unlisted.endpoints += len(mine)
+            together = exposition.add([exposition.add(rows) for rows in mine.values()] or [NOTHING])
+            samples.append((exposition.endpoint_labels(port, None), together))
+    return samples
+
+
+class _Scrape(Collector):
+    """What is asked of the daemon at each scrape, but for the traffic."""
+
+    def __init__(self) -> None:
+        self.facts = Facts(phase="starting", healthy=True)
+        self.ports = 0
+        self.endpoints = 0
+
+    def describe(self) -> list[Metric]:
+        """Nothing: it cannot clash with itself."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after the other."""
+        facts = self.facts
+        yield _labelled(
+            "proxyd_build_info",
+            "The version.",
+            ("version", "python"),
+            {(__version__, platform.python_version()): 1},
+        )
+        yield GaugeMetricFamily("proxyd_healthy", "Whether /livez says so.", value=facts.healthy)
+        phases = {(phase,): phase == facts.phase for phase in ("starting", "serving", "draining")}
+        yield _labelled("proxyd_phase", "What the daemon is doing.", ("phase",), phases)
+        yield GaugeMetricFamily("proxyd_services", "Services known.", value=facts.services)
+        yield _labelled("proxyd_listeners", "Listeners wanted, by state.", ("state",), _listeners(facts))
+        yield GaugeMetricFamily(
+            "proxyd_generation", "The newest state the workers were told.", value=facts.generation
+        )
+        problems = {(severity,): facts.problems.get(severity, 0) for severity in ("error", "warning")}
+        yield _labelled("proxyd_manifest_problems", "What is wrong with manifests.", ("severity",), problems)
+        yield GaugeMetricFamily(
+            "proxyd_manifest_last_read_timestamp_seconds",
+            "When manifests were last read.",
+            value=facts.synced_at,
+        )
+        yield CounterMetricFamily(
+            "proxyd_access_log_records", "Records in the access log.", value=facts.access_written
+        )
+        yield CounterMetricFamily(
+            "proxyd_access_log_dropped",
+            "Records that the access log had no room for.",
+            value=facts.access_dropped,
+        )
+        yield GaugeMetricFamily("proxyd_access_log_queued", "Records that wait.", value=facts.access_queued)
+        summed = {("service_ports",): self.ports, ("endpoints",): self.endpoints}
+        yield _labelled("proxyd_metrics_unlisted", 'What is in a series "other".', ("what",), summed)
+        yield from _workers(facts.workers)
+
+
+def _labelled(name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
+
+
+def _listeners(facts: Facts) -> dict[tuple[str, ...], float]:
+    counts = Count(status.state for status in facts.desired.unopened) if facts.desired else Count()
+    wanted = len(facts.desired.host.listeners) if facts.desired else 0
+    counts[ListenerState.FAILED] += facts.failed
+    counts[ListenerState.SERVING] += wanted - facts.failed
+    return {(str(state),): counts[state] for state in ListenerState}
+
+
+def _workers(workers: Sequence[WorkerState]) -> Iterator[Metric]:
+    up = GaugeMetricFamily("proxyd_worker_up", "Whether the worker runs.", labels=("worker",))
+    restarts = CounterMetricFamily(
+        "proxyd_worker_restarts", "How often it was started again.", labels=("worker",)
+    )
+    lag = GaugeMetricFamily(
+        "proxyd_worker_generation_lag", "Generations it has not acknowledged.", labels=("worker",)
+    )
+    cpu = CounterMetricFamily("proxyd_worker_cpu_seconds", "Processor time it took.", labels=("worker",))
+    memory = GaugeMetricFamily("proxyd_worker_resident_memory_bytes", "Memory it has.", labels=("worker",))
+    for worker in workers:
+        label = (str(worker.index),)
+        up.add_metric(label, worker.ready)
+        restarts.add_metric(label, worker.restarts)
+        lag.add_metric(label, worker.lag)
+        if worker.pid and (used := _used(worker.pid)):
+            cpu.add_metric(label, used[0])
+            memory.add_metric(label, used[1])
+    yield from (up, restarts, lag, cpu, memory)
+
+
+def _used(pid: int) -> tuple[float, int] | None:
+    """Processor seconds and resident bytes of a process: proc_pid_stat(5)."""
+    try:
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        )
+    except OSError:
+        return None
+    ticks = os.sysconf("SC_CLK_TCK")
+    return (int(fields[11]) + int(fields[12])) / ticks, int(fields[21]) * resource.getpagesize()
+
+
+class _Process(ProcessCollector):
+    """process_*, also where /proc/stat is hidden, as with ProcSubset=pid in a systemd unit."""
+
+    def _boot_time(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,102 @@
+"""The protocol of sd_notify(3): tells the service manager how the daemon is doing. Without one it does nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Self
+
+_MAX_STATUS = 300  # characters
+
+
+class Notifier:
+    """Sends states to the service manager. No method blocks or raises.
+
+    A datagram that the manager has no room for is not lost: the newest state and status text go with the next one.
+
+    Args:
+        address: of the manager's datagram socket: a path, or an abstract name with `@`; "" for no manager.
+        watchdog_seconds: how often the manager wants to hear at the latest; 0 where it does not watch.
+    """
+
+    def __init__(self, address: str = "", watchdog_seconds: float = 0.0) -> None:
+        self.watchdog_seconds = watchdog_seconds
+        self._address = ""
+        self._socket: socket.socket | None = None
+        self._state = ""  # READY, RELOADING or STOPPING that could not be sent yet
+        self._text = ""  # status text that could not be sent yet
+        self._said = ""  # status text that was sent last
+        if address[:1] not in {"/", "@"} or "\0" in address:
+            return  # none, or of a kind that is not for a local process, such as vsock:
+        self._address = f"\0{address[1:]}" if address[0] == "@" else address
+        with contextlib.suppress(OSError):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+
+    @classmethod
+    def here(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """For this process: of NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+
+        A watchdog that is meant for another process, as after a fork, is none: sd_watchdog_enabled(3).
+        """
+        environ = os.environ if environ is None else environ
+        usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+        ours = not pid or pid == str(os.getpid())
+        watched = ours and usec.isascii() and usec.isdecimal() and len(usec) < 16
+        return cls(environ.get("NOTIFY_SOCKET", ""), int(usec) / 1e6 if watched else 0.0)
+
+    def close(self) -> None:
+        """Close the socket; what is said later is lost."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    @property
+    def listening(self) -> bool:
+        """Whether there is a manager to talk to."""
+        return self._socket is not None
+
+    def ready(self, text: str) -> None:
+        """The start, or a reload, is finished."""
+        self._state = "READY=1"
+        self.status(text)
+
+    def reloading(self) -> None:
+        """A reload begins; `ready` ends it."""
+        self._state = f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
+        self.status("reloading")
+
+    def stopping(self, text: str, within: float) -> None:
+        """The end begins, and takes at most `within` seconds, whatever TimeoutStopSec says."""
+        self._state = f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(within * 1e6)}"
+        self.status(text)
+
+    def status(self, text: str) -> None:
+        """Say in one line what `systemctl status` shows. Nothing is sent where nothing is new."""
+        self._text = " ".join(text.split())[:_MAX_STATUS]
+        if self._state or self._text != self._said:
+            self._send()
+
+    def alive(self) -> None:
+        """Feed the watchdog."""
+        self._send("WATCHDOG=1")
+
+    def retry(self) -> None:
+        """Send what could not be sent."""
+        if self._state or self._text != self._said:
+            self._send()
+
+    def _send(self, more: str = "") -> None:
+        if self._socket is None:
+            return
+        text = f"STATUS={self._text}" if self._text != self._said else ""
+        message = "\n".join(line for line in (self._state, text, more) if line)
+        try:
+            self._socket.sendto(
+                message.encode("utf-8", "replace"), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, self._address
+            )
+        except (OSError, ValueError):
+            return  # no room, or the manager is being started again: `retry`
+        self._state, self._said = "", self._text
