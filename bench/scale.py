@@ -201,9 +201,7 @@ class Daemon:
             connection.close()
 
     def workers(self) -> list[int]:
-        return [
-            int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        ]
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def wait_serving(self, listeners: int) -> None:
         deadline = time.monotonic() + DEADLINE
@@ -303,7 +301,15 @@ def measure(layout: str, listeners: int, rounds: int, folder: Path) -> dict[str,
             say("re-read", len(read), f"{len(read)} file(s) for one edit")
         times = []
         for _ in range(5):
-            command = [sys.executable, "-m", "proxyd", "get", "services", "-A", f"--admin-socket={daemon.admin}"]
+            command = [
+                sys.executable,
+                "-m",
+                "proxyd",
+                "get",
+                "services",
+                "-A",
+                f"--admin-socket={daemon.admin}",
+            ]
             began = time.monotonic()
             done = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=True)
             times.append((time.monotonic() - began) * 1000)

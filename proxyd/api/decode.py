@@ -8,6 +8,7 @@ import msgspec
 
 from proxyd.api.canonical import canonical
 from proxyd.api.discovery import Endpoints, EndpointSlice
+from proxyd.api.fields import check_fields
 from proxyd.api.findings import Findings, Path, clip, field_path, shown
 from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
@@ -209,6 +210,8 @@ def _one(raw: object, head: tuple[str, str], place: Path, out: _Collector) -> No
     thing = fit(raw, _KINDS[kind][0], found)
     if thing is not None:
         validate(thing, out.rules, found)
+    if out.rules.unknown_fields:
+        check_fields(raw, _KINDS[kind][0], found)
     if found.found:
         subject = _subject(kind, raw)
         for finding in found.found:

@@ -19,6 +19,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     node_port_range: tuple[int, int] = DEFAULT_NODE_PORT_RANGE  # first and last
     service_cidrs: tuple[str, ...] = ()  # where VIPs come from: no endpoint may be in there
     allow_loopback_endpoints: bool = False  # endpoints in 127.0.0.0/8 and ::1, for local testing
+    unknown_fields: bool = False  # warn of fields that no Kubernetes object has and that look like one it has
 
     def __post_init__(self) -> None:
         for text in self.service_cidrs:

@@ -22,12 +22,17 @@ _REFUSED = (msgspec.ValidationError, ValueError)
 _SHAPES: dict[type, inspect.Type] = {}  # of the few kinds of objects there are
 
 
+def shape_of(kind: type) -> inspect.Type:
+    """What a struct type is made of."""
+    return _SHAPES.get(kind) or _SHAPES.setdefault(kind, inspect.type_info(kind))
+
+
 def fit(raw: object, kind: type[T], found: Findings) -> T | None:
     """`raw` as a `kind` (a struct type), or None with the errors added to `found`."""
     with suppress(*_REFUSED):
         return msgspec.convert(raw, kind)
     mine = Findings()
-    clean = _clean(raw, _SHAPES.get(kind) or _SHAPES.setdefault(kind, inspect.type_info(kind)), (), mine)
+    clean = _clean(raw, shape_of(kind), (), mine)
     found.found.extend(mine.found)
     if mine.errors:
         return None

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
-from proxyd.api.problems import Severity
+import msgspec
+
+from proxyd.api.meta import ObjectName
+from proxyd.api.problems import Problem, Severity
 from proxyd.api.rules import Rules
-from proxyd.cli.env import INVALID, OK, Env
-from proxyd.cli.run import given, settings_of
+from proxyd.api.service import Service
+from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
+from proxyd.cli.run import given
 from proxyd.cli.tables import clean, count
-from proxyd.sources.manifests import ManifestSource
+from proxyd.control.configfile import ConfigError, Configuration
+from proxyd.control.settings import Settings, SettingsError, Surroundings
+from proxyd.host.addresses import node_addresses
+from proxyd.host.holders import occupied
+from proxyd.sources.locate import located
+from proxyd.sources.manifests import ManifestSet, ManifestSource
 from proxyd.sources.standalone.allocation import Allocations
 from proxyd.sources.standalone.allocation import Settings as AllocationSettings
-from proxyd.sources.standalone.assemble import assemble
+from proxyd.sources.standalone.assemble import Assembled, assemble
+from proxyd.state.desired import DesiredState, desired_state
+from proxyd.state.snapshot import NodeView, Options, VipMode
+from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerState, ListenerStatus, Role
+
+_ANY_ADDRESS = ("0.0.0.0", "::", "")
+
+
+class Reading(NamedTuple):
+    """What a check knows: the objects, what the daemon would make of them on this node, and every problem.
+
+    `held` are listeners whose port a process of this node has, with who that is ("" where unknown).
+    """
+
+    manifests: ManifestSet
+    assembled: Assembled
+    node: NodeView
+    options: Options
+    desired: DesiredState
+    held: dict[ListenerKey, str]
+    problems: list[Problem]
 
 
 def check(args: argparse.Namespace, env: Env) -> int:
@@ -21,32 +54,183 @@ def check(args: argparse.Namespace, env: Env) -> int:
 
     Nothing is remembered from one check to the next: what is allocated here may be another number in the daemon.
     """
-    settings = settings_of({**given(args), "manifests": args.paths}, env)
+    reading = read(args.paths, _settings(args, env))
+    if args.explain:
+        from proxyd.cli.explain import explain  # noqa: PLC0415 - a check alone need not wait for it
+
+        return explain(args, env, reading)
+    counts = Counter(problem.severity for problem in reading.problems)
+    shown = [p for p in reading.problems if p.severity is Severity.ERROR or not args.quiet]
+    if args.output == "json":
+        answer = {"problems": [as_json(problem) for problem in shown], "summary": _totals(reading, counts)}
+        env.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
+    else:
+        for problem in shown:
+            env.stdout.write(clean(str(problem)) + "\n")
+        if not args.quiet:
+            env.stdout.write(_summary(_totals(reading, counts)) + "\n")
+    return INVALID if counts[Severity.ERROR] else OK
+
+
+def as_json(problem: Problem) -> dict[str, object]:
+    """A problem as an object; `line` and `column` count from 1, and are 0 where they are unknown."""
+    kind, _, name = problem.subject.partition(" ")
+    return {**msgspec.to_builtins(problem), "kind": kind, "object": name}
+
+
+def _settings(args: argparse.Namespace, env: Env) -> Settings:
+    values = {**given(args), "manifests": args.paths}
+    try:
+        settings, warnings = Configuration(values, Surroundings.here(env.environ)).load()
+    except SettingsError as error:
+        code = INVALID if isinstance(error, ConfigError) else USAGE
+        raise CommandError(*error.problems, code=code) from None
+    for warning in warnings:
+        env.say(str(warning))
+    return settings
+
+
+def read(paths: list[str], settings: Settings) -> Reading:
+    """Read manifests, and plan what the daemon would do with them if it had every right."""
     rules = Rules(
         node_port_range=settings.service_node_port_range,
         service_cidrs=settings.service_cluster_ip_range,
         allow_loopback_endpoints=settings.allow_loopback_endpoints,
+        unknown_fields=True,
     )
-    found = ManifestSource(args.paths, rules).scan()
+    found = ManifestSource(paths, rules).scan()
     ranges = AllocationSettings(
         cluster_cidrs=settings.service_cluster_ip_range, node_port_range=settings.service_node_port_range
     )
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
     assembled = assemble(found, Allocations(), ranges, now)
-    problems = sorted(
-        {*found.problems, *assembled.problems}, key=lambda p: (p.file, p.line, p.column, p.subject, p.path)
+    node, options = _node(settings), _options(settings)
+    desired = desired_state(assembled.snapshot, node, options)
+    held: dict[ListenerKey, str] = {}
+    with contextlib.suppress(OSError):  # a sandbox: then nothing is known of other processes
+        held = occupied(desired.host.listeners)
+    services = found.services
+    problems = located(
+        {
+            *found.problems,
+            *assembled.problems,
+            *_placed(found, _conflicts(desired.unopened, services)),
+            *_placed(found, _held(desired.host.listeners.values(), held, services)),
+        },
+        paths,
     )
+    problems.sort(key=lambda p: (p.file, p.line, p.column, p.subject, p.path, p.message))
+    return Reading(found, assembled, node, options, desired, held, problems)
+
+
+def _node(settings: Settings) -> NodeView:
+    try:
+        addresses = node_addresses()
+    except OSError:
+        addresses = ()
+    return NodeView(name=settings.node_name, addresses=addresses)
+
+
+def _options(settings: Settings) -> Options:
+    mode = settings.vip_mode
+    return Options(
+        vip_mode=VipMode(route=mode in ("auto", "route"), loopback=mode == "loopback", serve=mode != "none"),
+        nodeport_addresses=settings.nodeport_addresses,
+        bind_addresses=() if settings.bind_address in _ANY_ADDRESS else (settings.bind_address,),
+        steer_external_ips=mode in ("auto", "route", "none") and settings.external_ip_mode == "steer",
+    )
+
+
+def _placed(found: ManifestSet, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """The problems of Services, with the file each was found in."""
     for problem in problems:
-        env.stdout.write(clean(str(problem)) + "\n")
-    errors = sum(problem.severity is Severity.ERROR for problem in problems)
-    if not args.quiet:
-        objects = [
-            (len(found.services), "service"),
-            (len(found.endpoints), "endpoints object"),
-            (len(found.slices), "endpointslice"),
-            (len(found.pods), "pod"),
-        ]
-        seen = [count(found.files, "file"), *(count(*item) for item in objects if item[0])]
-        outcome = f"{count(errors, 'error')}, {count(len(problems) - errors, 'warning')}"
-        env.stdout.write(f"checked {', '.join(seen)}: {outcome}\n")
-    return INVALID if errors else OK
+        name = ObjectName(*problem.subject.removeprefix("Service ").split("/", 1))
+        yield msgspec.structs.replace(problem, file=found.origins.get((Service.__name__, name), ""))
+
+
+def _conflicts(
+    statuses: Iterable[ListenerStatus], services: Mapping[ObjectName, Service]
+) -> Iterator[Problem]:
+    """A warning for every address that two Services want. NodePorts once, not for each address of the node."""
+    for status in statuses:
+        if status.state is not ListenerState.CONFLICT:
+            continue
+        holder = status.detail.partition(" is held by ")[2]
+        what = _what(status.key, status.role)
+        yield _warning(
+            status, services, f"{what} is held by Service {holder}, which comes first: one must change"
+        )
+
+
+def _held(
+    listeners: Iterable[ListenerSpec],
+    held: dict[ListenerKey, str],
+    services: Mapping[ObjectName, Service],
+) -> Iterator[Problem]:
+    for listener in listeners:
+        who = held.get(listener.key)
+        if who is not None:
+            what = _what(listener.key, listener.role)
+            yield _warning(listener, services, f"{what} is in use on this node by {who or 'another process'}")
+
+
+def _what(key: ListenerKey, role: Role) -> str:
+    return f"NodePort {key.port}/{key.protocol}" if role is Role.NODE_PORT else str(key)
+
+
+def _warning(
+    listener: ListenerSpec | ListenerStatus, services: Mapping[ObjectName, Service], message: str
+) -> Problem:
+    """A warning about a listener, at the field that asks for it."""
+    owner = ObjectName(listener.service_port.namespace, listener.service_port.name)
+    service = services.get(owner)
+    path = _field(listener, service) if service else ""
+    return Problem(severity=Severity.WARNING, subject=f"Service {owner}", path=path, message=message)
+
+
+def _field(listener: ListenerSpec | ListenerStatus, service: Service) -> str:
+    spec = service.spec
+    ip = listener.mapped_from or listener.key.ip
+    match listener.role:
+        case Role.NODE_PORT:
+            wanted = listener.service_port
+            for i, port in enumerate(spec.ports):
+                if (port.name, port.protocol) == (wanted.port, wanted.protocol):
+                    return f"spec.ports[{i}].nodePort"
+        case Role.EXTERNAL_IP if ip in spec.external_ips:
+            return f"spec.externalIPs[{spec.external_ips.index(ip)}]"
+        case Role.LOAD_BALANCER:
+            for i, ingress in enumerate(service.status.load_balancer.ingress):
+                if ingress.ip == ip:
+                    return f"status.loadBalancer.ingress[{i}].ip"
+        case Role.CLUSTER_IP if ip in spec.cluster_ips:
+            return f"spec.clusterIPs[{spec.cluster_ips.index(ip)}]"
+        case _:
+            pass
+    return "spec.clusterIP"
+
+
+def _totals(reading: Reading, counts: Counter[Severity]) -> dict[str, int]:
+    found = reading.manifests
+    return {
+        "files": found.files,
+        "services": len(found.services),
+        "endpoints": len(found.endpoints),
+        "endpointslices": len(found.slices),
+        "pods": len(found.pods),
+        "errors": counts[Severity.ERROR],
+        "warnings": counts[Severity.WARNING],
+    }
+
+
+def _summary(totals: Mapping[str, int]) -> str:
+    nouns = {
+        "services": "service",
+        "endpoints": "endpoints object",
+        "endpointslices": "endpointslice",
+        "pods": "pod",
+    }
+    seen = [count(totals["files"], "file")]
+    seen += [count(totals[key], noun) for key, noun in nouns.items() if totals[key]]
+    outcome = f"{count(totals['errors'], 'error')}, {count(totals['warnings'], 'warning')}"
+    return f"checked {', '.join(seen)}: {outcome}"

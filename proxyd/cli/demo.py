@@ -43,6 +43,9 @@ def demo(args: argparse.Namespace, env: Env) -> int:
             "allow_loopback_endpoints": "true",
             "drain_timeout": "0",
             "access_log": "-",
+            # Another proxy of this machine may have these ports.
+            "healthz_bind_address": "",
+            "metrics_bind_address": "",
             "admin_socket": socket,
             "state_file": f"{scratch}/state.json",
         }

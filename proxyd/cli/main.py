@@ -209,10 +209,20 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of manifests")
     parser.add_argument(
-        "-q", "--quiet", action="store_true", help="no summary, only problems (default: both)"
+        "--explain",
+        metavar="NAME",
+        help="show what the Service NAME or NAMESPACE/NAME would get, and why (default: only what is wrong)",
     )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="errors only: no warnings, no summary (default: all)"
+    )
+    _add_output(parser, "text", "json")
     _add_settings(
-        parser, only=("service-cluster-ip-range", "service-node-port-range", "allow-loopback-endpoints")
+        parser,
+        only=(
+            *("service-cluster-ip-range", "service-node-port-range", "allow-loopback-endpoints", "vip-mode"),
+            *("external-ip-mode", "nodeport-addresses", "bind-address", "hostname-override", "config"),
+        ),
     )
 
 

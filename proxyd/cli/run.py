@@ -9,6 +9,7 @@ from typing import Any
 
 from proxyd.cli.env import INVALID, USAGE, CommandError, Env
 from proxyd.control import logs
+from proxyd.control.configfile import ConfigError, Configuration
 from proxyd.control.flags import FLAGS
 from proxyd.control.settings import Settings, SettingsError, Surroundings, build
 from proxyd.control.views import Picture
@@ -16,13 +17,20 @@ from proxyd.control.views import Picture
 
 def run(args: argparse.Namespace, env: Env) -> int:
     """`proxyd run --manifests PATH ...`."""
-    settings = settings_of(given(args), env)
+    configuration = Configuration(given(args), Surroundings.here(env.environ))
+    try:
+        settings, warnings = configuration.load()
+    except SettingsError as error:
+        code = INVALID if isinstance(error, ConfigError) else USAGE
+        raise CommandError(*error.problems, code=code) from None
     missing = [path for path in settings.manifests if not os.path.lexists(path)]
     if missing:
         raise CommandError(
             *(f"--manifests: {path}: no such file or folder" for path in missing), code=INVALID
         )
-    return serve(settings, env)
+    for warning in warnings:
+        env.say(str(warning))
+    return serve(settings, env, configuration=configuration)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
@@ -42,7 +50,12 @@ def settings_of(values: Mapping[str, Any], env: Env) -> Settings:
         raise CommandError(*error.problems, code=USAGE) from None
 
 
-def serve(settings: Settings, env: Env, on_serving: Callable[[Picture], None] | None = None) -> int:
+def serve(
+    settings: Settings,
+    env: Env,
+    on_serving: Callable[[Picture], None] | None = None,
+    configuration: Configuration | None = None,
+) -> int:
     """Run the daemon in the foreground. Returns its exit code.
 
     Raises:
@@ -54,7 +67,7 @@ def serve(settings: Settings, env: Env, on_serving: Callable[[Picture], None] | 
     from proxyd.control.daemon import run as run_daemon  # noqa: PLC0415 - as above
 
     try:
-        return run_daemon(settings, on_serving)
+        return run_daemon(settings, on_serving, configuration)
     except StartError as error:
         raise CommandError(str(error), code=error.code) from None
     except AdminError as error:

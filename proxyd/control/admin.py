@@ -1,40 +1,81 @@
-"""The admin API: JSON over HTTP on a Unix socket. It shows, and changes nothing."""
+"""The admin API: JSON over HTTP on a Unix socket; docs/admin-api.md describes it."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 import os
+import platform
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
 
 from proxyd import __version__
-from proxyd.control import views
+from proxyd.control import description, logs, views
 from proxyd.control.adminsocket import BACKLOG, AdminError, listen
+from proxyd.control.answers import ConnectionsView, DrainView, LogLevelView, ReloadView, VersionView
+from proxyd.control.history import History
+from proxyd.control.logs import get_logger
+from proxyd.control.roundup import MAX_RECORDS
+from proxyd.control.selector import Selector, SelectorError
+from proxyd.control.tasks import describe
 from proxyd.control.views import Picture
 
-__all__ = ["AdminError", "AdminServer"]
+__all__ = ["AdminError", "AdminServer", "Operations"]
+
+log = get_logger("admin")
+
+MAX_CLIENTS = 64  # one more ends the oldest
+MAX_BODY = 16 * 1024  # of a request
+MAX_UNSENT = 64 << 20  # bytes of answers that clients have not taken yet; a further answer is refused
+SEND_SECONDS = 30.0  # that a client has to take an answer
+MAX_WAIT = 60.0  # seconds that a client may wait for a change
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Operations(Protocol):
+    """What the API does beyond showing a picture."""
+
+    history: History
+
+    async def connections(
+        self, *, namespace: str, name: str, selector: Selector, limit: int
+    ) -> ConnectionsView:
+        """The connections that are alive."""
+
+    async def reload(self) -> ReloadView:
+        """Read everything again."""
+
+    def drain(self, seconds: float | None) -> DrainView:
+        """Stop after so many seconds, or the daemon's own drain timeout."""
 
 
 class AdminServer:
-    """Serves views of the current picture.
-
-    Paths: /v1/services, /v1/endpoints, /v1/listeners (each `{"items": [...]}`, with `?namespace=` and `?name=`), and
-    /v1/status.
+    """Serves views of the current picture, and carries out what an operator orders.
 
     Args:
         path: of the Unix socket.
         picture: gives the picture at this moment; called once for each request.
+        operations: the rest; None while the daemon cannot do any of it.
     """
 
-    def __init__(self, path: str, picture: Callable[[], Picture]) -> None:
+    def __init__(
+        self, path: str, picture: Callable[[], Picture], operations: Operations | None = None
+    ) -> None:
         self.path = path
         self._picture = picture
+        self._operations = operations
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
         self._identity: tuple[int, int] | None = None  # device and inode of the socket file
+        self._changes = 0
+        self._changed = asyncio.Event()
+        self._unsent = 0
 
     async def start(self) -> None:
         """Open the socket and answer.
@@ -45,18 +86,18 @@ class AdminServer:
         listening = listen(self.path)
         about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, before serving
         self._identity = (about.st_dev, about.st_ino)
-        app = web.Application()
-        app.on_response_prepare.append(_sign)
-        app.router.add_get("/v1/services", self._services)
-        app.router.add_get("/v1/endpoints", self._endpoints)
-        app.router.add_get("/v1/listeners", self._listeners)
-        app.router.add_get("/v1/status", self._status)
         self._runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, keepalive_timeout=15, shutdown_timeout=1.0
+            self._application(),
+            access_log=None,
+            handle_signals=False,
+            keepalive_timeout=15,
+            shutdown_timeout=1.0,
         )
         try:
             await self._runner.setup()
-            await web.SockSite(self._runner, listening, backlog=BACKLOG).start()
+            self._server = await asyncio.get_running_loop().create_unix_server(
+                self._protocol, sock=listening, backlog=BACKLOG
+            )
         except BaseException:
             listening.close()
             raise
@@ -70,27 +111,236 @@ class AdminServer:
             about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, at exit
             if (about.st_dev, about.st_ino) == self._identity:
                 os.unlink(self.path)  # noqa: PTH108 - as above
+        if self._server is not None:
+            self._server.close()
+        self._changed.set()  # nobody waits for a change any more
         await runner.cleanup()
 
-    async def _services(self, request: web.Request) -> web.Response:
-        return _answer({"items": views.services(self._picture(), **_filters(request))})
+    def changed(self) -> None:
+        """What is shown may have changed: those who wait for that are answered."""
+        self._changes += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def _endpoints(self, request: web.Request) -> web.Response:
-        return _answer({"items": views.endpoints(self._picture(), **_filters(request))})
+    # -- the server -----------------------------------------------------------------------------------------------
 
-    async def _listeners(self, request: web.Request) -> web.Response:
-        return _answer({"items": views.listeners(self._picture(), **_filters(request))})
+    def _application(self) -> web.Application:
+        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY)
+        app.on_response_prepare.append(_sign)
+        routes: tuple[tuple[str, str, Handler], ...] = (
+            ("GET", "/v1/services", self._items(views.services)),
+            ("GET", "/v1/services/{namespace}/{name}", self._description),
+            ("GET", "/v1/endpoints", self._items(views.endpoints)),
+            ("GET", "/v1/listeners", self._items(views.listeners)),
+            ("GET", "/v1/connections", self._connections),
+            ("GET", "/v1/status", self._status),
+            ("GET", "/v1/version", _version),
+            ("POST", "/v1/reload", self._reload),
+            ("POST", "/v1/drain", self._drain),
+            ("GET", "/v1/log-level", _log_level),
+            ("PUT", "/v1/log-level", _set_log_level),
+        )
+        for method, path, handler in routes:
+            app.router.add_route(method, path, handler)
+        return app
 
-    async def _status(self, _request: web.Request) -> web.Response:
+    def _protocol(self) -> asyncio.BaseProtocol:
+        assert self._runner is not None
+        server = self._runner.server
+        assert server is not None
+        if len(server.connections) >= MAX_CLIENTS:
+            server.connections[0].force_close()
+        return server()
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Errors as JSON; and answers that are not taken cost a bounded amount of memory and time."""
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            response = _explained(request, error)
+        except Exception as error:  # noqa: BLE001 - the daemon goes on, and the client is told
+            log.error("request failed", method=request.method, path=request.path, error=describe(error))
+            response = _error(500, f"internal error: {describe(error)}")
+        assert isinstance(response, web.Response)
+        size = len(response.body) if isinstance(response.body, bytes) else 0
+        if self._unsent + size > MAX_UNSENT and self._unsent:
+            response = _error(503, "other clients are slow to take their answers; try again")
+            size = 0
+        self._unsent += size
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            self._unsent -= size
+        return response
+
+    # -- what is shown --------------------------------------------------------------------------------------------
+
+    def _items(self, view: Callable[..., list[Any]]) -> Handler:
+        async def answer(request: web.Request) -> web.Response:
+            query = _query(request, "namespace", "name", "labelSelector", "revision", "wait")
+            selector = _selector(query)
+            if "revision" in query:
+                await self._wait(query["revision"], _seconds(query, "wait", 0.0))
+                if query["revision"] == self._revision():
+                    return web.Response(status=304)
+            picture = self._picture()
+            items = view(
+                picture,
+                namespace=query.get("namespace", ""),
+                name=query.get("name", ""),
+                selector=selector,
+            )
+            return _answer({"revision": self._revision(), "items": items})
+
+        return answer
+
+    async def _wait(self, revision: str, seconds: float) -> None:
+        """Wait until what is shown differs from a revision, for some seconds."""
+        if revision != self._revision() or seconds <= 0:
+            return
+        changed = self._changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, MAX_WAIT)):
+                await changed.wait()
+        if self._runner is None:
+            raise web.HTTPServiceUnavailable(text="the daemon is stopping")
+
+    def _revision(self) -> str:
+        # Not to be taken for one of an earlier daemon's.
+        inode = self._identity[1] if self._identity else 0
+        return f"{os.getpid():x}-{inode:x}-{self._changes:x}"
+
+    async def _description(self, request: web.Request) -> web.Response:
+        _query(request)
+        namespace, name = request.match_info["namespace"], request.match_info["name"]
+        history = self._operations.history if self._operations else History()
+        found = description.describe(self._picture(), history, namespace, name)
+        if found is None:
+            raise web.HTTPNotFound(text=f"service {namespace}/{name} not found")
+        return _answer(found)
+
+    async def _connections(self, request: web.Request) -> web.Response:
+        query = _query(request, "namespace", "name", "labelSelector", "limit")
+        limit = query.get("limit", str(MAX_RECORDS))
+        if not limit.isascii() or not limit.isdecimal() or not 0 < int(limit[:9]) <= MAX_RECORDS:
+            raise web.HTTPBadRequest(text=f'limit: expected a number from 1 to {MAX_RECORDS}, got "{limit}"')
+        found = await self._able().connections(
+            namespace=query.get("namespace", ""),
+            name=query.get("name", ""),
+            selector=_selector(query),
+            limit=int(limit),
+        )
+        return _answer(found)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        _query(request)
         return _answer(views.status(self._picture(), now=time.time()))
 
+    # -- what is ordered ------------------------------------------------------------------------------------------
 
-def _filters(request: web.Request) -> dict[str, str]:
-    return {key: request.query[key] for key in ("namespace", "name") if key in request.query}
+    async def _reload(self, request: web.Request) -> web.Response:
+        _query(request)
+        return _answer(await self._able().reload())
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        query = _query(request, "timeout")
+        seconds = _seconds(query, "timeout", 0.0) if "timeout" in query else None
+        return _answer(self._able().drain(seconds), status=202)
+
+    def _able(self) -> Operations:
+        if self._operations is None or self._picture().phase == "starting":
+            raise web.HTTPServiceUnavailable(text="the daemon is starting; try again")
+        return self._operations
 
 
-def _answer(value: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+async def _version(request: web.Request) -> web.Response:
+    _query(request)
+    return _answer(VersionView(version=__version__, python=platform.python_version(), pid=os.getpid()))
+
+
+async def _log_level(request: web.Request) -> web.Response:
+    _query(request)
+    return _answer(LogLevelView(level=logs.level()))
+
+
+async def _set_log_level(request: web.Request) -> web.Response:
+    _query(request)
+    try:
+        wanted = msgspec.json.decode(await request.read(), type=LogLevelView).level
+        logs.set_level(wanted)
+    except msgspec.DecodeError as error:
+        raise web.HTTPBadRequest(text=f'expected {{"level": "info"}}: {error}') from None
+    except ValueError as error:
+        raise web.HTTPBadRequest(text=str(error)) from None
+    log.info("log level set", to=wanted)
+    return _answer(LogLevelView(level=logs.level()))
+
+
+def _query(request: web.Request, *known: str) -> dict[str, str]:
+    """The parameters of a request.
+
+    Raises:
+        web.HTTPBadRequest: one is unknown or given twice.
+    """
+    for key in request.query:
+        if key not in known:
+            offer = f"known are {', '.join(known)}" if known else "there are none here"
+            raise web.HTTPBadRequest(text=f'unknown parameter "{key[:60]}"; {offer}')
+        if len(request.query.getall(key)) > 1:
+            raise web.HTTPBadRequest(text=f'parameter "{key}" is given twice')
+    return dict(request.query)
+
+
+def _selector(query: dict[str, str]) -> Selector:
+    try:
+        return Selector(query.get("labelSelector", ""))
+    except SelectorError as error:
+        raise web.HTTPBadRequest(text=str(error)) from None
+
+
+def _seconds(query: dict[str, str], key: str, default: float) -> float:
+    text = query.get(key)
+    if text is None:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 86400:
+        raise web.HTTPBadRequest(text=f'{key}: expected seconds from 0 to 86400, got "{text}"')
+    return seconds
+
+
+def _answer(value: Any, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _error(status: int, why: str, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        status=status,
+        body=msgspec.json.encode({"error": why}),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def _explained(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The answer for an error of a handler's, or of aiohttp's own."""
+    path = request.path[:200]
+    if error.status == 405:
+        why = f"{request.method[:20]} is not possible for {path}"
+        return _error(405, why, {"Allow": error.headers["Allow"]})
+    if error.status == 404 and request.match_info.route.resource is None:
+        return _error(404, f"no path {path}; see docs/admin-api.md")
+    if error.status == 413:
+        return _error(413, f"a body has at most {MAX_BODY} bytes")
+    return _error(error.status, error.text or error.reason)
 
 
 async def _sign(_request: web.Request, response: web.StreamResponse) -> None:

@@ -21,6 +21,8 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     attempts: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    connect_us: int = 0  # microseconds from connect to connected, added up
+    refused: int = 0  # turned away: source range, or no endpoint left
 
     @property
     def active(self) -> int:
@@ -35,6 +37,8 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
             attempts=self.attempts + other.attempts,
             bytes_in=self.bytes_in + other.bytes_in,
             bytes_out=self.bytes_out + other.bytes_out,
+            connect_us=self.connect_us + other.connect_us,
+            refused=self.refused + other.refused,
         )
 
 
@@ -70,6 +74,7 @@ class ServiceView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     namespace: str
     name: str
+    labels: dict[str, str] = {}
     type: str
     cluster_ips: tuple[str, ...] = ()
     external_ips: tuple[str, ...] = ()  # and those of its load balancer
@@ -148,3 +153,100 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     counters: Counters
     failing: tuple[ListenerView, ...]  # failed and in conflict
     problems: tuple[Problem, ...]
+
+
+class ConnectionView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One connection that is alive. Bytes in go from client to endpoint."""
+
+    namespace: str
+    name: str
+    port: str = ""  # the service port's name
+    protocol: str
+    client: str  # ip:port
+    frontend: str  # ip:port
+    endpoint: str = ""  # ip:port; "" while there is none
+    state: str  # connecting, established, half-closed
+    age: float  # seconds
+    bytes_in: int = 0
+    bytes_out: int = 0
+    worker: int = 0  # its process
+
+    @property
+    def service(self) -> str:
+        """The service port: namespace/name:port."""
+        return f"{self.namespace}/{self.name}" + (f":{self.port}" if self.port else "")
+
+
+class ConnectionsView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Connections that are alive, at most as many as were asked for."""
+
+    items: tuple[ConnectionView, ...] = ()
+    more: int = 0  # that are not among the items
+    silent_workers: tuple[int, ...] = ()  # processes that did not answer in time: theirs are missing
+
+
+class FailureView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One kind of failure of a Service."""
+
+    time: float  # of the last one, Unix
+    first: float  # of the first one that is remembered
+    port: str = ""  # the service port's name
+    endpoint: str = ""  # ip:port; "" where no single one is to blame
+    why: str
+    count: int
+
+
+class EventView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Something that became of a Service's listeners."""
+
+    time: float  # Unix
+    what: str
+
+
+class ServiceDescription(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Everything about one Service."""
+
+    service: ServiceView
+    created: str = ""  # RFC 3339
+    selector: dict[str, str] = {}
+    affinity_seconds: int = 0  # ClientIP affinity; 0 = none
+    internal_traffic_policy: str = ""
+    external_traffic_policy: str = ""  # "" where nothing comes from outside
+    source_ranges: tuple[str, ...] = ()  # CIDRs that may connect from outside; () = all
+    listeners: tuple[ListenerView, ...] = ()
+    endpoints: tuple[EndpointView, ...] = ()
+    failures: tuple[FailureView, ...] = ()  # the latest first
+    events: tuple[EventView, ...] = ()  # the latest first
+
+
+class VersionView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The program that runs."""
+
+    version: str
+    python: str
+    pid: int
+
+
+class ReloadView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What was found when everything was read again."""
+
+    files: int
+    services: int
+    problems: tuple[Problem, ...] = ()
+    configuration: tuple[
+        str, ...
+    ] = ()  # what is wrong with the configuration file; the earlier one is in force
+
+
+class DrainView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A daemon that is stopping."""
+
+    phase: str
+    timeout_seconds: float
+    connections: int
+
+
+class LogLevelView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What is logged: this level and all above it."""
+
+    level: str  # debug, info, warning, error

@@ -33,6 +33,10 @@ AT_RUN_TIME = frozenset(
 )
 
 
+class ConfigError(SettingsError):
+    """A configuration file that cannot be used; a line for everything that is wrong, with its place."""
+
+
 class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     """What a file says: texts for `proxyd.control.settings.build`, and warnings."""
 
@@ -65,7 +69,7 @@ class Configuration:
         """The settings, and warnings of the file.
 
         Raises:
-            SettingsError: with every flag and every field that is wrong.
+            SettingsError: with every flag that is wrong; ConfigError: with every field that is.
         """
         file = read(self.path) if self.path else ConfigFile()
         return build(merge(file.values, self._flags, self._winning), self._surroundings), file.warnings
@@ -88,15 +92,15 @@ def read(path: str) -> ConfigFile:
     """Read a file: strictly at first; what is only unknown is then left out with a warning.
 
     Raises:
-        SettingsError: a line for everything that is wrong, `file:line:col: error: field: what is wrong`.
+        ConfigError: a line for everything that is wrong, `file:line:col: error: field: what is wrong`.
     """
     try:
         with FilePath(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SettingsError([f"--config: {path}: {error.strerror}"]) from None
+        raise ConfigError([f"--config: {path}: {error.strerror}"]) from None
     if len(data) > MAX_BYTES:
-        raise SettingsError([f"--config: {path}: a configuration has at most 1 MiB"])
+        raise ConfigError([f"--config: {path}: a configuration has at most 1 MiB"])
     return parse(path, data)
 
 
@@ -106,10 +110,10 @@ def parse(path: str, data: bytes) -> ConfigFile:
     for document in documents:
         if isinstance(document, Unreadable):
             problem = Problem(file=path, line=document.line, column=document.column, message=document.message)
-            raise SettingsError([str(problem)])
+            raise ConfigError([str(problem)])
     if len(documents) != 1:
         found = "is empty" if not documents else f"has {len(documents)} documents"
-        raise SettingsError([f"{path}: error: the file {found}: expected one {KIND}"])
+        raise ConfigError([f"{path}: error: the file {found}: expected one {KIND}"])
     document = documents[0]
     assert isinstance(document, Document)
     reading = _Reading(document.value)
@@ -123,7 +127,7 @@ def parse(path: str, data: bytes) -> ConfigFile:
     ]
     errors = [str(problem) for problem in sorted(problems) if problem.severity is Severity.ERROR]
     if errors:
-        raise SettingsError(errors)
+        raise ConfigError(errors)
     return ConfigFile(values=reading.values, warnings=tuple(sorted(problems)))
 
 

@@ -15,7 +15,7 @@ API_VERSION = f"{API_GROUP}/v1alpha1"
 KIND = "KubeProxyConfiguration"
 OWN = "proxyd"
 
-Type = Literal["string", "boolean", "number", "duration", "strings", "map"]
+Type = Literal["string", "boolean", "number", "duration", "strings", "map", "any"]
 Path = tuple[str, ...]
 
 
@@ -56,8 +56,11 @@ def _address_with_port(value: str) -> None:
 
 
 def _cluster_cidrs(value: str) -> None:
-    networks = [ipaddress.ip_network(text.strip(), strict=False) for text in value.split(",")]
-    if len(networks) > 2 or len({network.version for network in networks}) != len(networks):
+    try:
+        versions = [ipaddress.ip_network(text.strip(), strict=False).version for text in value.split(",")]
+    except ValueError:
+        versions = []
+    if len(versions) not in {1, 2} or len(set(versions)) != len(versions):
         raise ValueError(f'expected one CIDR, or an IPv4 and an IPv6 one, got "{value}"')
 
 
@@ -121,7 +124,7 @@ KUBE_PROXY: dict[Path, Field] = {
     ("featureGates",): Field("map", "feature_gates"),
     ("winkernel",): Field("map", told="it is for Windows"),
     ("logging", "format"): Field("string", "log_format"),
-    ("logging", "flushFrequency"): Field("string"),
+    ("logging", "flushFrequency"): Field("any"),  # a duration or nanoseconds
     ("logging", "verbosity"): Field("number", "verbosity"),
     ("logging", "options"): Field("map"),
 }
@@ -207,6 +210,10 @@ def checked(field: Field, value: Any) -> object:
         case "map" if isinstance(value, dict):
             if field.setting and not all(isinstance(on, bool) for on in value.values()):
                 raise ValueError("expected a map of names to true or false")
+            if not any(value.values()):
+                return value if field.setting else None
+        case "any":
+            pass
         case _:
             raise ValueError(f"expected {_ARTICLE[field.type]}, got {_typed(value)}")
     if field.check is not None:
@@ -221,6 +228,7 @@ _ARTICLE = {
     "duration": "a duration such as 30s",
     "strings": "a list of strings",
     "map": "a map",
+    "any": "a value",
 }
 
 

@@ -12,9 +12,13 @@ import uvloop
 
 from proxyd.control.accesslog import AccessLog
 from proxyd.control.admin import AdminServer
+from proxyd.control.configfile import Configuration
 from proxyd.control.feed import Feed
 from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.notify import Notifier
+from proxyd.control.observation import Observation
+from proxyd.control.observers import BusyError
+from proxyd.control.operations import Operations
 from proxyd.control.picture import draw
 from proxyd.control.publication import Publication
 from proxyd.control.reconciler import Reconciler
@@ -37,9 +41,6 @@ from proxyd.state.spec import ListenerState
 
 log = get_logger("proxyd")
 
-# How often routes and rules are compared with what the kernel has: somebody may have flushed them.
-RESYNC_SECONDS = 30.0
-
 
 class StartError(Exception):
     """The daemon can't start: one line for the user, and the exit code."""
@@ -49,12 +50,17 @@ class StartError(Exception):
         self.code = code
 
 
-def run(settings: Settings, on_serving: Callable[[Picture], None] | None = None) -> int:
+def run(
+    settings: Settings,
+    on_serving: Callable[[Picture], None] | None = None,
+    configuration: Configuration | None = None,
+) -> int:
     """Run the daemon until a signal ends it.
 
     Args:
         settings: what to do.
         on_serving: called once, when everything that can be open is open and every worker knows it.
+        configuration: where the settings came from, so that they can be read again.
 
     Returns:
         The exit code.
@@ -62,18 +68,27 @@ def run(settings: Settings, on_serving: Callable[[Picture], None] | None = None)
     Raises:
         StartError: it can't start.
     """
-    return uvloop.run(_run(settings, on_serving))
+    return uvloop.run(_run(settings, on_serving, configuration))
 
 
-async def _run(settings: Settings, on_serving: Callable[[Picture], None] | None) -> int:
-    daemon = Daemon(settings, on_serving)
+async def _run(
+    settings: Settings,
+    on_serving: Callable[[Picture], None] | None,
+    configuration: Configuration | None,
+) -> int:
+    daemon = Daemon(settings, on_serving, configuration)
     return await daemon.run()
 
 
 class Daemon:
     """Joins the feed, the planner, the reconciler, the workers and the admin API."""
 
-    def __init__(self, settings: Settings, on_serving: Callable[[Picture], None] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        on_serving: Callable[[Picture], None] | None = None,
+        configuration: Configuration | None = None,
+    ) -> None:
         self.settings = settings
         self.started = time.time()
         self._on_serving = on_serving
@@ -89,6 +104,8 @@ class Daemon:
         self._said = Summariser(log)
         self._node = NodeView(name=settings.hostname_override)
         self._planner = Planner()
+        self.observation = Observation(self, configuration)
+        self.operations = Operations(self)
 
     async def run(self) -> int:
         """Start, serve until told to stop, take everything back."""
@@ -101,6 +118,7 @@ class Daemon:
             self._claim_addresses()
             await self._start_admin()
             try:
+                await self._start_observation()
                 self._start_data_plane()
                 self._start_feed()
                 await self._serve()
@@ -151,8 +169,14 @@ class Daemon:
         self._resources.enter_context(claim)
 
     async def _start_admin(self) -> None:
-        self._admin = AdminServer(self.settings.admin_socket, self.picture)
+        self._admin = AdminServer(self.settings.admin_socket, self.picture, self.operations)
         await self._admin.start()
+
+    async def _start_observation(self) -> None:
+        try:
+            await self.observation.start()
+        except BusyError as error:
+            raise StartError(str(error)) from None
 
     def _start_data_plane(self) -> None:
         settings, options = self.settings, self._options
@@ -168,10 +192,15 @@ class Daemon:
                 log.warning("no VIP guard: other ports of VIPs reach this node's own daemons", reason=reason)
                 guard = None
         self.reconciler = Reconciler(
-            self.publication, routes=routes, rules=rules, guard=guard, drain_seconds=settings.drain_timeout
+            self.publication,
+            routes=routes,
+            rules=rules,
+            guard=guard,
+            drain_seconds=settings.drain_timeout,
+            note=self.operations.history.note,
         )
-        self._access = AccessLog(settings.access_log)
-        self._resources.callback(self._access.close)
+        self.access = AccessLog(settings.access_log)
+        self._resources.callback(self.access.close)
         self.supervisor = Supervisor(
             settings.workers,
             slots,
@@ -183,6 +212,7 @@ class Daemon:
                 died=self._died,
                 connections=self._connections,
                 trouble=self._trouble,
+                failures=lambda message: self.operations.history.failed(message.records),
             ),
         )
 
@@ -199,7 +229,7 @@ class Daemon:
 
     async def _serve(self) -> None:
         loop = self._loop
-        loop.add_signal_handler(signal.SIGTERM, self._stop_after, self.settings.drain_timeout)
+        loop.add_signal_handler(signal.SIGTERM, lambda: self._stop_after(self.settings.drain_timeout))
         loop.add_signal_handler(signal.SIGINT, self._stop_after, 0.0)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
@@ -215,7 +245,7 @@ class Daemon:
 
     async def _reconcile_forever(self) -> None:
         stopped = asyncio.ensure_future(self._stop.wait())
-        resync = time.monotonic() + RESYNC_SECONDS
+        resync = time.monotonic() + self.settings.sync_period
         try:
             while not self._stop.is_set():
                 self.turns += 1
@@ -230,7 +260,7 @@ class Daemon:
                 if time.monotonic() >= resync:
                     self.reconciler.observe()
                     self._said.flush()
-                    resync = time.monotonic() + RESYNC_SECONDS
+                    resync = time.monotonic() + self.settings.sync_period
         finally:
             stopped.cancel()
 
@@ -240,17 +270,24 @@ class Daemon:
             self._reconcile()
         except Exception as error:  # noqa: BLE001 - what is served goes on; what was done so far is known to the next plan
             self._said.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
+            self.observation.reconcile_failed()
             self._loop.call_later(1.0, self._dirty.set)
 
     def _reconcile(self) -> None:
+        began = time.perf_counter()
         desired = self._planner.desired(self.snapshot, self._node, self._options)
         update = self.reconciler.reconcile(desired, self.supervisor.workers)
         if update:
             self.supervisor.publish(update)
+            self.observation.published()
+        self.observation.reconciled(time.perf_counter() - began)
         self._reconciled = True
         self._acknowledged()
+        self.operations.history.unopened(desired.unopened)
+        self._admin.changed()
 
     def _acknowledged(self) -> None:
+        self.observation.acknowledged()
         if not self._reconciled or self._dirty.is_set() or self.supervisor.lagging():
             return
         self.watchdog.in_force()
@@ -261,12 +298,14 @@ class Daemon:
 
     def _snapshot_changed(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
+        self.observation.changed(snapshot)
         self._dirty.set()
 
     def _addresses_changed(self) -> None:
         if self._monitor.drain():
             self._read_addresses()
             self.reconciler.addresses_changed()
+            self.observation.changed()
             self._dirty.set()
 
     def _read_addresses(self) -> None:
@@ -277,30 +316,48 @@ class Daemon:
             self._dirty.set()
 
     def _died(self, worker: int) -> None:
+        self.observation.published()
         if self.reconciler.worker_died(worker):
             self._dirty.set()
 
     def _connections(self, message: Connections) -> None:
-        self._access.write(message.records, message.dropped)
+        self.access.write(message.records, message.dropped)
 
     def _trouble(self, worker: int, counts: dict[str, int]) -> None:
         for text, count in counts.items():
             self._said.warning(text, text, count=count, worker=worker)
+            self.observation.metrics.trouble(text, count)
 
     def _reload(self) -> None:
+        spawn(self.reload(), name="reload")
+
+    async def reload(self) -> None:
+        """Read the configuration and the manifests again."""
         log.info("reloading")
         self.watchdog.reloading()
-        self._access.reopen()
-        spawn(self._read_again(), name="reload")
-
-    async def _read_again(self) -> None:
+        self.access.reopen()
         try:
+            await self.observation.reload()
             await self.feed.rescan()
         finally:
             self.watchdog.reloaded()
             self._dirty.set()
 
+    def set_anew(self, settings: Settings) -> None:
+        """Put settings in force that differ only in what may change at run time."""
+        self.settings = settings
+        self._options = self._decide_vip_mode()
+        self.reconciler.set_drain(settings.drain_timeout)
+        self.observation.changed()
+        self._dirty.set()
+
     # End
+
+    def drain(self, seconds: float) -> float:
+        """Stop after so many seconds at most, unless that was begun before. Returns how long it takes at most."""
+        if not self._stop.is_set():
+            self._stop_after(seconds)
+        return self._drain
 
     def _stop_after(self, drain: float) -> None:
         if self._stop.is_set():
@@ -323,6 +380,7 @@ class Daemon:
             self.reconciler.close_listeners()
             await self.supervisor.stop(self._drain)
             self.reconciler.remove_addresses()
+        await self.observation.stop()
         await self._admin.stop()
 
     def serving(self) -> int:

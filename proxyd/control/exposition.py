@@ -7,7 +7,6 @@ format is the same, Prometheus text 0.0.4.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import starmap
 from typing import NamedTuple
 
 from proxyd.relay.slots import (
@@ -23,8 +22,10 @@ from proxyd.relay.slots import (
 )
 from proxyd.state.spec import Endpoint, ServicePortName
 
-MAX_SERVICE_PORTS = 20_000  # further ones are one series of each family
-MAX_ENDPOINTS = 10_000  # the endpoints of further service ports are one series for each port
+MAX_SERVICE_PORTS = 20_000  # further ones are only counted
+MAX_ENDPOINTS = (
+    10_000  # those of further service ports are only counted: the service ports' own series have the sums
+)
 
 OTHER = "other"
 NOTHING = (0,) * FIELDS
@@ -39,7 +40,11 @@ class Family(NamedTuple):
     name: str
     kind: str
     text: str
-    value: Callable[[Row], float]
+    values: tuple[tuple[str, Callable[[Row], float]], ...]  # suffix and value of each line of a sample
+
+
+def _family(name: str, kind: str, text: str, value: Callable[[Row], float]) -> Family:
+    return Family(name, kind, text, (("", value),))
 
 
 def _active(row: Row) -> int:
@@ -47,30 +52,30 @@ def _active(row: Row) -> int:
 
 
 PORT_FAMILIES = (
-    Family("proxyd_connections_total", "counter", "Connections accepted.", lambda row: row[OPENED]),
-    Family("proxyd_connections_active", "gauge", "Connections that are open.", _active),
-    Family(
+    _family("proxyd_connections_total", "counter", "Connections accepted.", lambda row: row[OPENED]),
+    _family("proxyd_connections_active", "gauge", "Connections that are open.", _active),
+    _family(
         "proxyd_connections_refused_total",
         "counter",
         "Connections turned away: by source range, or for want of an endpoint.",
         lambda row: row[REFUSED],
     ),
-    Family(
+    _family(
         "proxyd_connections_failed_total",
         "counter",
         "Connections for which no endpoint could be reached.",
         lambda row: row[FAILED],
     ),
-    Family(
+    _family(
         "proxyd_dial_attempts_total", "counter", "Attempts to connect to an endpoint.", lambda r: r[ATTEMPTS]
     ),
-    Family(
+    _family(
         "proxyd_received_bytes_total",
         "counter",
         "Bytes relayed from clients to endpoints.",
         lambda r: r[BYTES_IN],
     ),
-    Family(
+    _family(
         "proxyd_sent_bytes_total",
         "counter",
         "Bytes relayed from endpoints to clients.",
@@ -79,41 +84,47 @@ PORT_FAMILIES = (
 )
 
 ENDPOINT_FAMILIES = (
-    Family(
+    _family(
         "proxyd_endpoint_connections_total",
         "counter",
         "Connections made to the endpoint.",
         lambda row: row[OPENED],
     ),
-    Family(
+    _family(
         "proxyd_endpoint_connections_active", "gauge", "Connections to the endpoint that are open.", _active
     ),
-    Family(
+    _family(
         "proxyd_endpoint_dial_attempts_total",
         "counter",
         "Attempts to connect to the endpoint.",
         lambda r: r[ATTEMPTS],
     ),
-    Family(
+    _family(
         "proxyd_endpoint_dial_failures_total",
         "counter",
         "Attempts to connect to the endpoint that failed or took too long.",
         lambda row: row[FAILED],
     ),
-    Family(
+    _family(
         "proxyd_endpoint_received_bytes_total",
         "counter",
         "Bytes relayed to the endpoint.",
         lambda r: r[BYTES_IN],
     ),
-    Family(
+    _family(
         "proxyd_endpoint_sent_bytes_total",
         "counter",
         "Bytes relayed from the endpoint.",
         lambda r: r[BYTES_OUT],
     ),
+    # Without quantiles.
+    Family(
+        "proxyd_endpoint_connect_seconds",
+        "summary",
+        "Time from the attempt to the connection.",
+        (("_sum", lambda row: row[CONNECT_US] / 1e6), ("_count", lambda row: row[OPENED])),
+    ),
 )
-CONNECT_SECONDS = "proxyd_endpoint_connect_seconds"  # a summary without quantiles: sum and count
 
 
 def escape(value: str) -> str:
@@ -129,63 +140,53 @@ def port_labels(port: ServicePortName) -> str:
     )
 
 
-OTHER_PORTS = f'namespace="",service="{OTHER}",port="",protocol=""'
-
-
-def endpoint_labels(port: str, endpoint: Endpoint | None) -> str:
-    """The labels of an endpoint; None: of all that are not listed one by one."""
-    return f'{port},endpoint="{endpoint or OTHER}"'
+def endpoint_labels(port: str, endpoint: Endpoint) -> str:
+    """The labels of an endpoint, after those of its service port."""
+    return f'{port},endpoint="{endpoint}"'
 
 
 def add(rows: Sequence[Row]) -> Row:
     """Rows added up."""
-    if len(rows) == 1:
-        return rows[0]
-    return tuple(map(sum, zip(*rows, strict=True))) if rows else NOTHING
+    return rows[0] if len(rows) == 1 else tuple(map(sum, zip(*rows, strict=True))) if rows else NOTHING
 
 
-def tables(ports: Sequence[tuple[str, Row]], endpoints: Sequence[tuple[str, Row]] | None) -> str:
-    """The text of all families: (labels, row) of each service port and, unless None, of each endpoint."""
-    parts = [_table(family, ports) for family in PORT_FAMILIES]
-    if endpoints is not None:
-        parts += [_table(family, endpoints) for family in ENDPOINT_FAMILIES]
-        parts.append(_connect_seconds(endpoints))
-    return "".join(parts)
+class Table:
+    """Families that have the same samples. Only texts are kept, which the garbage collector need not look at."""
 
+    def __init__(self, families: Sequence[Family]) -> None:
+        self._lines = [[f"# HELP {f.name} {f.text}\n# TYPE {f.name} {f.kind}\n"] for f in families]
+        # Once for each line of a sample: a summary has two.
+        self._columns = [
+            (lines.append, f"{family.name}{suffix}{{", value)
+            for family, lines in zip(families, self._lines, strict=True)
+            for suffix, value in family.values
+        ]
 
-def _table(family: Family, samples: Sequence[tuple[str, Row]]) -> str:
-    name, value = family.name, family.value
-    lines = [f"{name}{{{labels}}} {value(row)}\n" for labels, row in samples]
-    return "".join([f"# HELP {name} {family.text}\n# TYPE {name} {family.kind}\n", *lines])
+    def add(self, labels: str, row: Row) -> None:
+        """One sample of each family."""
+        for append, name, value in self._columns:
+            append(f"{name}{labels}}} {value(row)}\n")
 
-
-def _connect_seconds(samples: Sequence[tuple[str, Row]]) -> str:
-    name = CONNECT_SECONDS
-
-    def pair(labels: str, row: Row) -> str:
-        return f"{name}_sum{{{labels}}} {row[CONNECT_US] / 1e6}\n{name}_count{{{labels}}} {row[OPENED]}\n"
-
-    head = f"# HELP {name} Time from the attempt to the connection.\n# TYPE {name} summary\n"
-    return "".join([head, *starmap(pair, samples)])
+    def encode(self) -> bytes:
+        """The text."""
+        return b"".join(["".join(lines).encode() for lines in self._lines])
 
 
 class Chosen:
-    """Which service ports have their endpoints listed one by one; the choice is kept, so that series do not flap."""
+    """Which of too many service ports are listed; the choice is kept, so that series do not come and go."""
 
-    def __init__(self, limit: int = MAX_ENDPOINTS) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._kept: dict[ServicePortName, None] = {}
 
-    def choose(self, counts: dict[ServicePortName, int]) -> frozenset[ServicePortName]:
-        """Of service ports and how many endpoints each has."""
+    def choose(self, sizes: dict[ServicePortName, int]) -> frozenset[ServicePortName]:
+        """Service ports whose sizes add up to the limit at most: those chosen before, then in order of name."""
         left = self._limit
         kept: dict[ServicePortName, None] = {}
-        for port in (
-            *(port for port in self._kept if port in counts),
-            *sorted(counts.keys() - self._kept.keys()),
-        ):
-            if counts[port] <= left:
-                left -= counts[port]
+        before = [port for port in self._kept if port in sizes]
+        for port in (*before, *sorted(sizes.keys() - self._kept.keys())):
+            if sizes[port] <= left:
+                left -= sizes[port]
                 kept[port] = None
         self._kept = kept
         return frozenset(kept)

@@ -156,9 +156,9 @@ def _bind_address(text: str) -> str:
         return ""
     host, port = given, ""
     if given.startswith("["):
-        host, _, rest = given[1:].partition("]")
-        port = rest.removeprefix(":") if rest.startswith(":") else ""
-        wrong = bool(rest) and not rest.startswith(":")
+        host, bracket, rest = given[1:].partition("]")
+        port = rest.removeprefix(":")
+        wrong = not bracket or (bool(rest) and (not rest.startswith(":") or not port))
     elif given.count(":") == 1:
         host, _, port = given.partition(":")
         wrong = not port

@@ -33,6 +33,28 @@ def get_logger(room: str) -> Log:
     return cast("Log", structlog.get_logger(room=room))
 
 
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_level = "info"
+
+
+def level() -> str:
+    """The lowest level that is logged: debug, info, warning or error."""
+    return _level
+
+
+def set_level(name: str) -> None:
+    """Log this level and all above it, until the next `configure`.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    global _level  # noqa: PLW0603 - as the logging it describes, one for the process
+    if name not in LEVELS:
+        raise ValueError(f'log level: expected {", ".join(LEVELS)}, got "{name[:60]}"')
+    _level = name
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[name]))
+
+
 def configure(
     log_format: str = "auto",
     verbosity: int = 0,
@@ -52,7 +74,6 @@ def configure(
     """
     out = sys.stderr if stream is None else stream
     terminal = out.isatty()
-    level = logging.DEBUG if verbosity > 0 else logging.INFO
     console = log_format == "console" or (log_format == "auto" and terminal)
     processors: list[Any] = [structlog.processors.add_log_level]
     if console:
@@ -75,11 +96,11 @@ def configure(
         ]
     structlog.configure(
         processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: _LineWriter(out),
         # Loggers are made when modules are imported; caching would freeze the first configuration.
         cache_logger_on_first_use=False,
     )
+    set_level("debug" if verbosity > 0 else "info")
 
 
 class _LineWriter:

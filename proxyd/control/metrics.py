@@ -26,12 +26,10 @@ from prometheus_client.registry import Collector
 
 from proxyd import __version__
 from proxyd.control import exposition
-from proxyd.control.exposition import NOTHING, Chosen, Row
+from proxyd.control.exposition import ENDPOINT_FAMILIES, PORT_FAMILIES, Chosen, Row
 from proxyd.control.publication import Publication
-from proxyd.relay.slots import FIELDS
-from proxyd.state.desired import DesiredState
 from proxyd.state.snapshot import Snapshot
-from proxyd.state.spec import Endpoint, ListenerState, ServicePortName
+from proxyd.state.spec import BalancerSpec, Endpoint, ListenerState, ListenerStatus, ServicePortName
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_TROUBLES = 50  # kinds of trouble that are told apart
@@ -59,8 +57,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     healthy: bool
     endpoints: bool = True  # a series for each endpoint
-    desired: DesiredState | None = None
-    failed: int = 0  # listeners that could not be opened
+    balancers: tuple[BalancerSpec, ...] = ()
+    wanted: int = 0  # listeners to be open
+    failed: int = 0  # of them those that could not be opened
+    unopened: tuple[ListenerStatus, ...] = ()  # and those that are not to be open
     services: int = 0
     publication: Publication | None = None
     generation: int = 0
@@ -77,8 +77,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._scrape = _Scrape()
-        self._chosen = Chosen()
+        self._traffic = _Traffic()
+        self._scrape = _Scrape(self._traffic)
         self._troubles: set[str] = set()
         self._before: Snapshot | None = None
         counter, gauge = self._counter, self._gauge
@@ -170,75 +170,74 @@ class Metrics:
         """All metrics as text. Not for two threads at once."""
         began = time.perf_counter()
         self._scrape.facts = facts
-        text = traffic(facts, self._chosen, self._scrape)
-        data = generate_latest(self.registry) + text.encode()
+        traffic = self._traffic.render(facts)
+        data = generate_latest(self.registry) + traffic
         self._seconds.set(time.perf_counter() - began)
         return data
 
 
-def traffic(facts: Facts, chosen: Chosen, unlisted: _Scrape) -> str:
-    """The families of service ports and endpoints; `unlisted` gets how many are summed up."""
-    desired, publication = facts.desired, facts.publication
-    if desired is None or publication is None:
-        return exposition.tables([], [] if facts.endpoints else None)
-    endpoints: dict[ServicePortName, dict[Endpoint, list[Row]]] = {
-        status.service_port: {} for status in desired.unopened
-    }
-    for key, balancer in desired.host.balancers.items():
-        mine = endpoints.setdefault(key.service_port, {})
-        if facts.endpoints:
-            for endpoint in balancer.endpoints:
-                mine.setdefault(endpoint, []).append(publication.counters((key, endpoint), range(FIELDS)))
-    ports: list[tuple[str, Row]] = []
-    rest: list[Row] = []
-    names = sorted(endpoints)
-    for position, name in enumerate(names):
-        row = exposition.add(
-            [publication.counters(key, range(FIELDS)) for key in publication.balancer_keys(name)]
-        )
-        if position < exposition.MAX_SERVICE_PORTS:
-            ports.append((exposition.port_labels(name), row))
-        else:
-            rest.append(row)
-    unlisted.ports = len(rest)
-    if rest:
-        ports.append((exposition.OTHER_PORTS, exposition.add(rest)))
-    if not facts.endpoints:
-        return exposition.tables(ports, None)
-    return exposition.tables(ports, _endpoints(names, endpoints, chosen, unlisted))
+class _Traffic:
+    """The families of service ports and endpoints."""
+
+    def __init__(self) -> None:
+        self.unlisted_ports = 0
+        self.unlisted_endpoints = 0
+        self._ports = Chosen(exposition.MAX_SERVICE_PORTS)
+        self._endpoints = Chosen(exposition.MAX_ENDPOINTS)
+
+    def render(self, facts: Facts) -> bytes:
+        """Their text."""
+        table, endpoints = exposition.Table(PORT_FAMILIES), exposition.Table(ENDPOINT_FAMILIES)
+        balancers: dict[ServicePortName, list[BalancerSpec]] = {
+            status.service_port: [] for status in facts.unopened
+        }
+        for balancer in facts.balancers:
+            balancers.setdefault(balancer.key.service_port, []).append(balancer)
+        listed = self._ports.choose(dict.fromkeys(balancers, 1))
+        sizes = {port: _size(mine) for port, mine in balancers.items() if mine} if facts.endpoints else {}
+        detailed = self._endpoints.choose({port: size for port, size in sizes.items() if port in listed})
+        self.unlisted_ports = len(balancers) - len(listed)
+        self.unlisted_endpoints = sum(size for port, size in sizes.items() if port not in detailed)
+        publication = facts.publication
+        if publication is not None:
+            for port in sorted(listed):
+                labels = exposition.port_labels(port)
+                keys = publication.balancer_keys(port)
+                table.add(labels, exposition.add([publication.row(key) for key in keys]))
+                if port in detailed:
+                    for endpoint, row in _rows(publication, balancers[port]):
+                        endpoints.add(exposition.endpoint_labels(labels, endpoint), row)
+        return table.encode() + (endpoints.encode() if facts.endpoints else b"")
 
 
-def _endpoints(
-    names: Sequence[ServicePortName],
-    endpoints: Mapping[ServicePortName, Mapping[Endpoint, list[Row]]],
-    chosen: Chosen,
-    unlisted: _Scrape,
-) -> list[tuple[str, Row]]:
-    names = [name for name in names[: exposition.MAX_SERVICE_PORTS] if endpoints[name]]
-    listed = chosen.choose({name: len(endpoints[name]) for name in names})
-    samples: list[tuple[str, Row]] = []
-    unlisted.endpoints = 0
-    for name in names:
-        port, mine = exposition.port_labels(name), endpoints[name]
-        if name in listed:
-            samples += [
-                (exposition.endpoint_labels(port, endpoint), exposition.add(rows))
-                for endpoint, rows in mine.items()
-            ]
-        else:
-            unlisted.endpoints += len(mine)
-            together = exposition.add([exposition.add(rows) for rows in mine.values()] or [NOTHING])
-            samples.append((exposition.endpoint_labels(port, None), together))
-    return samples
+def _size(balancers: Sequence[BalancerSpec]) -> int:
+    """How many endpoints they have, each counted once."""
+    if len(balancers) == 1:
+        return len(balancers[0].endpoints)
+    return len({endpoint for balancer in balancers for endpoint in balancer.endpoints})
+
+
+def _rows(publication: Publication, balancers: Sequence[BalancerSpec]) -> Iterator[tuple[Endpoint, Row]]:
+    """The endpoints of a service port's balancers, each once."""
+    if len(balancers) == 1:
+        (balancer,) = balancers
+        for endpoint in balancer.endpoints:
+            yield endpoint, publication.row((balancer.key, endpoint))
+        return
+    found: dict[Endpoint, list[Row]] = {}
+    for balancer in balancers:
+        for endpoint in balancer.endpoints:
+            found.setdefault(endpoint, []).append(publication.row((balancer.key, endpoint)))
+    for endpoint, rows in found.items():
+        yield endpoint, exposition.add(rows)
 
 
 class _Scrape(Collector):
     """What is asked of the daemon at each scrape, but for the traffic."""
 
-    def __init__(self) -> None:
+    def __init__(self, traffic: _Traffic) -> None:
         self.facts = Facts(phase="starting", healthy=True)
-        self.ports = 0
-        self.endpoints = 0
+        self._traffic = traffic
 
     def describe(self) -> list[Metric]:
         """Nothing: it cannot clash with itself."""
@@ -277,8 +276,12 @@ class _Scrape(Collector):
             value=facts.access_dropped,
         )
         yield GaugeMetricFamily("proxyd_access_log_queued", "Records that wait.", value=facts.access_queued)
-        summed = {("service_ports",): self.ports, ("endpoints",): self.endpoints}
-        yield _labelled("proxyd_metrics_unlisted", 'What is in a series "other".', ("what",), summed)
+        traffic = self._traffic
+        unlisted = {
+            ("service_ports",): traffic.unlisted_ports,
+            ("endpoints",): traffic.unlisted_endpoints,
+        }
+        yield _labelled("proxyd_metrics_unlisted", "Beyond the limits of this list.", ("what",), unlisted)
         yield from _workers(facts.workers)
 
 
@@ -290,10 +293,9 @@ def _labelled(name: str, text: str, labels: Sequence[str], values: Mapping[Any, 
 
 
 def _listeners(facts: Facts) -> dict[tuple[str, ...], float]:
-    counts = Count(status.state for status in facts.desired.unopened) if facts.desired else Count()
-    wanted = len(facts.desired.host.listeners) if facts.desired else 0
+    counts = Count(status.state for status in facts.unopened)
     counts[ListenerState.FAILED] += facts.failed
-    counts[ListenerState.SERVING] += wanted - facts.failed
+    counts[ListenerState.SERVING] += facts.wanted - facts.failed
     return {(str(state),): counts[state] for state in ListenerState}
 
 

@@ -43,6 +43,7 @@ class Observation:
         self._configuration = configuration
         self._following: asyncio.Task[None] | None = None
         self._told: tuple[str, ...] = ()
+        self.refused: tuple[str, ...] = ()  # what is wrong with the configuration; () = nothing
         self._observers = Observers(
             healthz=settings.healthz_address,
             metrics_at=settings.metrics_address,
@@ -82,6 +83,11 @@ class Observation:
         self.health.updated()
         self.metrics.reconciled(seconds)
 
+    def reconcile_failed(self) -> None:
+        """An internal error kept something from being carried out."""
+        self.health.queued()
+        self.metrics.reconcile_failed()
+
     def published(self) -> None:
         """The workers were told something; or a worker that begins anew is told everything."""
         self.health.published(self._daemon.publication.generation)
@@ -117,7 +123,10 @@ class Observation:
             phase=daemon.phase,
             healthy=healthy,
             endpoints=daemon.settings.metrics_endpoints,
-            desired=desired,
+            # Copies: the rest is done in a thread.
+            balancers=tuple(desired.host.balancers.values()),
+            unopened=tuple(desired.unopened),
+            wanted=len(desired.host.listeners),
             failed=sum(key in desired.host.listeners for key in daemon.reconciler.failures),
             services=len(daemon.snapshot.services),
             publication=publication,
@@ -135,21 +144,15 @@ class Observation:
     async def reload(self) -> None:
         """Read the configuration again, and put in force what can be. A wrong one changes nothing."""
         configuration, daemon = self._configuration, self._daemon
-        if configuration is None or not configuration.path:
+        if configuration is None or not configuration.path or not hasattr(daemon, "reconciler"):
             return
         try:
             wanted, warnings = await asyncio.to_thread(configuration.load)
         except SettingsError as error:
-            self.metrics.config_read(valid=False)
-            if self._told != error.problems:
-                for problem in error.problems:
-                    log.error(problem)
-                log.error(
-                    "the configuration is not valid: the earlier one stays in force", path=configuration.path
-                )
-            self._told = error.problems
+            self._refuse(error.problems)
             return
         self.metrics.config_read(valid=True)
+        self.refused = ()
         lines = tuple(str(warning) for warning in warnings)
         if lines and self._told != lines:
             for line in lines:
@@ -163,6 +166,15 @@ class Observation:
         if restart and self._told != (*lines, *restart):
             log.warning(f"restart needed for {', '.join(restart)}")  # noqa: G004 - the line is for people
         self._told = (*lines, *restart)
+
+    def _refuse(self, problems: tuple[str, ...]) -> None:
+        self.metrics.config_read(valid=False)
+        self.refused = tuple(problems)
+        if self._told != problems:
+            for problem in problems:
+                log.error(problem)
+            log.error("the configuration is not valid: the earlier one stays in force")
+        self._told = problems
 
     def _apply(self, settings: Settings, changed: frozenset[str]) -> None:
         if changed & {"verbosity", "log_format"}:

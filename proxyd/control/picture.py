@@ -12,13 +12,13 @@ from proxyd import __version__
 from proxyd.control.answers import Counters, SourceFacts, WorkerFacts
 from proxyd.control.publication import Publication
 from proxyd.control.views import Picture
-from proxyd.relay.slots import ATTEMPTS, BYTES_IN, BYTES_OUT, CLOSED, FAILED, OPENED
+from proxyd.relay.slots import ATTEMPTS, BYTES_IN, BYTES_OUT, CLOSED, CONNECT_US, FAILED, OPENED, REFUSED
 from proxyd.state.spec import Endpoint, ServicePortName
 
 if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon
 
-_FIELDS = (OPENED, CLOSED, FAILED, ATTEMPTS, BYTES_IN, BYTES_OUT)
+_FIELDS = (OPENED, CLOSED, FAILED, ATTEMPTS, BYTES_IN, BYTES_OUT, CONNECT_US, REFUSED)
 
 
 def draw(daemon: Daemon) -> Picture:
@@ -67,7 +67,16 @@ def draw(daemon: Daemon) -> Picture:
 
 
 def _counters(publication: Publication, owner: Hashable) -> Counters:
-    opened, closed, failed, attempts, bytes_in, bytes_out = publication.counters(owner, _FIELDS)
+    opened, closed, failed, attempts, bytes_in, bytes_out, connect_us, refused = publication.counters(
+        owner, _FIELDS
+    )
     return Counters(
-        opened=opened, closed=closed, failed=failed, attempts=attempts, bytes_in=bytes_in, bytes_out=bytes_out
+        opened=opened,
+        closed=closed,
+        failed=failed,
+        attempts=attempts,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        connect_us=connect_us,
+        refused=refused,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import zlib
@@ -14,7 +15,7 @@ import msgspec
 from proxyd.api.service import Protocol
 from proxyd.control.slotbook import SlotBook
 from proxyd.relay.messages import MAX_DESCRIPTORS, Apply, BalancerConfig, CloseListener, ListenerConfig
-from proxyd.relay.slots import Slots
+from proxyd.relay.slots import FIELDS, Slots
 from proxyd.state.spec import BalancerKey, BalancerSpec, ListenerKey, ListenerSpec, ServicePortName
 
 _T = TypeVar("_T")
@@ -127,13 +128,13 @@ class Publication:
         """Close a listener. Returns the number under which its relays drain, as `change` does."""
         held = self.held.pop(key)
         number = self._retire(held, drain)
-        held.socket.close()
+        _close(held.socket)
         return number
 
     def close_all(self) -> None:
         """Close every socket, without telling the workers."""
         for held in self.held.values():
-            held.socket.close()
+            _close(held.socket)
         self.held.clear()
 
     def take_update(self) -> Update:
@@ -156,6 +157,11 @@ class Publication:
         if slot is None:
             return [0 for _ in fields]
         return [self._slots.total(slot, one, self._workers) for one in fields]
+
+    def row(self, owner: Hashable) -> list[int]:
+        """All counters of a balancer, or of a (balancer, endpoint), as `counters` has them. Safe from another thread."""
+        slot = self._book.get(owner)
+        return [0] * FIELDS if slot is None else self._slots.read(slot, self._workers)
 
     def balancer_keys(self, service_port: ServicePortName) -> frozenset[BalancerKey]:
         """The balancers of a service port that have counters."""
@@ -215,6 +221,17 @@ class Publication:
         if spec.key.protocol is Protocol.UDP or balancer.affinity_seconds:
             return zlib.crc32(str(spec.service_port).encode()) % self._workers
         return None
+
+
+def _close(sock: socket.socket) -> None:
+    """Close a listening socket that workers hold too.
+
+    The address is free and clients are refused at once, also while a worker is too busy to close its duplicate.
+    """
+    if sock.type == socket.SOCK_STREAM:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RD)
+    sock.close()
 
 
 def still_open(message: Apply, listeners: list[Held]) -> tuple[Apply, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from proxyd.control.logs import get_logger
@@ -23,6 +23,7 @@ from proxyd.state.spec import (
     ListenerSpec,
     ListenerState,
     ListenerStatus,
+    ServicePortName,
     Steering,
     status_of,
 )
@@ -58,6 +59,7 @@ class Reconciler:
         rules: SteeringRules | None,
         guard: VipGuard | None,
         drain_seconds: float,
+        note: Callable[[ServicePortName, str], None] = lambda _service_port, _what: None,
     ) -> None:
         self.desired = DesiredState()
         self.failures: dict[ListenerKey, Failure] = {}
@@ -66,6 +68,7 @@ class Reconciler:
         self._rules = rules
         self._guard = guard
         self._drain = drain_seconds
+        self._note = note  # what became of a service port's listener, for people
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
         self._listeners: dict[ListenerKey, ListenerSpec] = {}
         # What a killed daemon left is taken over: the first plan removes what is not wanted any more.
@@ -126,6 +129,10 @@ class Reconciler:
         for key in [key for key in self.failures if key not in desired.host.listeners]:
             del self.failures[key]
         return self._publication.take_update()
+
+    def set_drain(self, seconds: float) -> None:
+        """Relays of what is closed from now on have so long."""
+        self._drain = seconds
 
     def observe(self) -> None:
         """Look at the node again: what somebody else removed is missing in the next plan."""
@@ -251,11 +258,13 @@ class Reconciler:
                 log.warning(
                     "listener failed", listener=str(spec.key), service=str(spec.service_port), error=message
                 )
+                self._note(spec.service_port, f"Failed: {message}: {spec.key}")
             pause = min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
             self.failures[spec.key] = Failure(spec, message, attempts, now + pause)
             return
         if self.failures.pop(spec.key, None):
             log.info("listener opened after failures", listener=str(spec.key), service=str(spec.service_port))
+        self._note(spec.service_port, f"Opened {spec.key}")
         self._publication.open(spec, sock)
         self._listeners[spec.key] = spec
 
@@ -268,6 +277,7 @@ class Reconciler:
         self._listeners[spec.key] = spec
 
     def _close(self, key: ListenerKey, drain: float | None, crew: set[int]) -> None:
+        self._note(self._listeners[key].service_port, f"Closed {key}")
         self._keep(self._publication.close(key, drain), key, crew)
         del self._listeners[key]
 

@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 
 from proxyd.control.logs import get_logger
 from proxyd.control.publication import Held, Publication, Update, still_open
+from proxyd.control.roundup import Roundups
 from proxyd.relay.channel import Channel, ChannelError
 from proxyd.relay.messages import (
     Acknowledged,
     Apply,
     Connections,
     Drained,
+    Failures,
+    ListConnections,
+    LiveConnections,
     Ready,
     Shutdown,
     ToWorker,
@@ -63,6 +67,7 @@ class Events:
     died: Callable[[int], None]  # worker
     connections: Callable[[Connections], None]
     trouble: Callable[[int, dict[str, int]], None]
+    failures: Callable[[Failures], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +100,7 @@ class Supervisor:
         self.count = count
         self.restarts: dict[int, int] = {}
         self.workers: dict[int, Worker] = {}
+        self.roundups = Roundups(self._ask)
         self._slots = slots
         self._publication = publication
         self._options = options
@@ -145,6 +151,12 @@ class Supervisor:
         silent = sum(worker.unanswered > SILENT_PROBES for worker in running)
         return f"{silent} of {count} workers do not answer" if silent else ""
 
+    def acknowledged(self) -> int:
+        """The newest generation that every worker has acknowledged; -1 where a worker is missing."""
+        if len(self.workers) < max(self.count, 1):
+            return -1
+        return min(worker.acknowledged if worker.ready else -1 for worker in self.workers.values())
+
     async def stop(self, drain: float) -> None:
         """Let the workers finish what they relay, for at most `drain` seconds; then they are gone."""
         self._stopping = True
@@ -184,6 +196,7 @@ class Supervisor:
                     ],
                     pass_fds=(theirs.fileno(), self._slots.fd),
                     stdin=subprocess.DEVNULL,
+                    process_group=0,  # out of reach of a terminal's Ctrl-C: their end is for control to say
                 )
                 pidfd = os.pidfd_open(process.pid)
                 worker = Worker(index, process, pidfd, Channel(ours), time.monotonic())
@@ -205,6 +218,16 @@ class Supervisor:
     def _tell(self, worker: Worker, update: Update) -> None:
         worker.outgoing.extend(self._publication.parts(update, worker.index))
         self._flush(worker)
+
+    def _ask(self, question: ListConnections) -> set[int]:
+        """Ask every worker that runs. Returns their numbers."""
+        asked = [worker for worker in self.workers.values() if worker.ready]
+        for worker in asked:
+            worker.outgoing.append((question, []))
+        numbers = {worker.index for worker in asked}
+        for worker in asked:
+            self._flush(worker)
+        return numbers
 
     def _flush(self, worker: Worker) -> None:
         outgoing = worker.outgoing
@@ -273,6 +296,10 @@ class Supervisor:
                 self._events.drained(worker.index, listeners)
             case Connections():
                 self._events.connections(message)
+            case LiveConnections():
+                self.roundups.heard(worker.index, message)
+            case Failures():
+                self._events.failures(message)
             case Trouble(counts=counts):
                 self._events.trouble(worker.index, counts)
             case _:
@@ -302,6 +329,7 @@ class Supervisor:
                 worker.process.kill()
                 worker.process.wait()
         self._settle_counters(worker.index)
+        self.roundups.gone(worker.index)
         self._events.died(worker.index)
         self._gone.set()
         if self._stopping:

@@ -23,6 +23,7 @@ from proxyd.control.answers import (
     StatusView,
     WorkerFacts,
 )
+from proxyd.control.selector import Selector
 from proxyd.state.endpoints import Candidate, candidates
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import (
@@ -39,6 +40,7 @@ __all__ = [
     "Picture",
     "SourceFacts",
     "WorkerFacts",
+    "chosen",
     "endpoints",
     "listeners",
     "services",
@@ -77,7 +79,9 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     sources: tuple[SourceFacts, ...] = ()
 
 
-def services(picture: Picture, *, namespace: str = "", name: str = "") -> list[ServiceView]:
+def services(
+    picture: Picture, *, namespace: str = "", name: str = "", selector: Selector | None = None
+) -> list[ServiceView]:
     """Every Service in order of namespace and name, or those of one namespace or name."""
     statuses: dict[ObjectName, list[ListenerStatus]] = {}
     for status in picture.statuses:
@@ -85,17 +89,19 @@ def services(picture: Picture, *, namespace: str = "", name: str = "") -> list[S
         statuses.setdefault(owner, []).append(status)
     return [
         _service(picture, service, statuses.get(key, []))
-        for key, service in _chosen(picture, namespace, name)
+        for key, service in _chosen(picture, namespace, name, selector)
     ]
 
 
-def endpoints(picture: Picture, *, namespace: str = "", name: str = "") -> list[EndpointView]:
+def endpoints(
+    picture: Picture, *, namespace: str = "", name: str = "", selector: Selector | None = None
+) -> list[EndpointView]:
     """Every endpoint of every service port, IPv4 first, then by address."""
     used: dict[ServicePortName, set[Endpoint]] = {}
     for key, balancer in picture.balancers.items():
         used.setdefault(key.service_port, set()).update(balancer.endpoints)
     found = []
-    for owner, service in _chosen(picture, namespace, name):
+    for owner, service in _chosen(picture, namespace, name, selector):
         slices = picture.snapshot.slices.get(owner, ())
         for port in service.spec.ports:
             service_port = _name_of(owner, port)
@@ -107,15 +113,22 @@ def endpoints(picture: Picture, *, namespace: str = "", name: str = "") -> list[
     return found
 
 
-def listeners(picture: Picture, *, namespace: str = "", name: str = "") -> list[ListenerView]:
+def listeners(
+    picture: Picture, *, namespace: str = "", name: str = "", selector: Selector | None = None
+) -> list[ListenerView]:
     """Every listener that is wanted, in order of address, port and protocol."""
-    chosen = [
+    admitted = chosen(picture, selector) if selector else None
+    found = [
         _listener(status)
         for status in picture.statuses
         if (not namespace or status.service_port.namespace == namespace)
         and (not name or status.service_port.name == name)
+        and (
+            admitted is None
+            or ObjectName(status.service_port.namespace, status.service_port.name) in admitted
+        )
     ]
-    return sorted(chosen, key=_listener_order)
+    return sorted(found, key=_listener_order)
 
 
 def status(picture: Picture, *, now: float) -> StatusView:
@@ -146,10 +159,26 @@ def status(picture: Picture, *, now: float) -> StatusView:
     )
 
 
-def _chosen(picture: Picture, namespace: str, name: str) -> Iterator[tuple[ObjectName, Service]]:
-    for key in sorted(picture.snapshot.services):
+def chosen(picture: Picture, selector: Selector) -> set[ObjectName]:
+    """The Services whose labels a selector admits."""
+    return {
+        key for key, service in picture.snapshot.services.items() if selector.admits(service.metadata.labels)
+    }
+
+
+def _chosen(
+    picture: Picture, namespace: str, name: str, selector: Selector | None
+) -> Iterator[tuple[ObjectName, Service]]:
+    if namespace and name:
+        one = ObjectName(namespace, name)
+        keys = [one] if one in picture.snapshot.services else []
+    else:
+        keys = sorted(picture.snapshot.services)
+    for key in keys:
         if (not namespace or key.namespace == namespace) and (not name or key.name == name):
-            yield key, picture.snapshot.services[key]
+            service = picture.snapshot.services[key]
+            if not selector or selector.admits(service.metadata.labels):
+                yield key, service
 
 
 def _name_of(owner: ObjectName, port: ServicePort) -> ServicePortName:
@@ -177,6 +206,7 @@ def _service(picture: Picture, service: Service, statuses: list[ListenerStatus])
     return ServiceView(
         namespace=owner.namespace,
         name=owner.name,
+        labels=service.metadata.labels,
         type=str(spec.type),
         cluster_ips=("None",) if spec.headless else () if alias else spec.all_cluster_ips,
         external_ips=_external_ips(service),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 # An abstract name: it belongs to the network namespace, and goes with the process that holds it.
-_NAME = "\0proxyd-addresses"
+CLAIM = "proxyd-addresses"
 
 
 def claim_addresses() -> socket.socket | None:
@@ -16,7 +16,7 @@ def claim_addresses() -> socket.socket | None:
     """
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        claim.bind(_NAME)
+        claim.bind(f"\0{CLAIM}")
     except OSError:
         claim.close()
         return None

@@ -1,4 +1,4 @@
-"""Who holds a port: asked only when a bind has failed, to tell the operator."""
+"""Who holds a port: asked when a bind has failed, or whether it would, to tell the operator."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from proxyd.api.service import Protocol
-from proxyd.host.netlink import NETLINK_SOCK_DIAG, Message, Netlink, packed
+from proxyd.host.claim import CLAIM
+from proxyd.host.netlink import NETLINK_SOCK_DIAG, Message, Netlink, attributes, packed
 from proxyd.state.spec import ListenerKey
 
 # linux/inet_diag.h, linux/sock_diag.h
@@ -20,7 +23,9 @@ _SOCKET = struct.Struct(
 )  # ports and addresses of source and destination, then interface and cookie
 _ANSWER_SOURCE = 4  # family, state, timer, retransmits come before the socket
 _ANSWER_INODE = 68
+_V6ONLY = 11  # INET_DIAG_SKV6ONLY
 _LISTEN = 1 << 10
+_UNCONNECTED = 1 << 7
 _ANY_STATE = 0xFFFFFFFF
 _NUMBERS = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 
@@ -29,6 +34,11 @@ _SCAN_SECONDS = 0.05
 # ... and a tenth of the time in the long run; what was not used adds up to this many seconds of waiting.
 _PAUSE = 10
 _SAVED = 5.0
+# A command that is asked for it may look longer.
+_LONG_SCAN_SECONDS = 1.0
+# Where the program's name may be: `python3 -P -m proxyd run`.
+_COMMAND_WORDS = 6
+_NOBODY, _PROXYD = "", "proxyd"  # told apart by identity
 
 
 class _Scan:
@@ -53,6 +63,111 @@ def holder(key: ListenerKey) -> str:
     now = time.monotonic()
     _Scan.not_before = max(_Scan.not_before, now - _SAVED) + _PAUSE * (now - started)
     return found
+
+
+def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
+    """Which of many listeners could not be opened now, because another process holds the port; nothing is bound.
+
+    Returns:
+        For each such key who that is, as from `holder`. Left out are sockets of a proxyd, which is likely the one that
+        serves these very listeners; also sockets of unknown processes where a proxyd manages this node's addresses.
+
+    Raises:
+        OSError: the kernel does not say.
+    """
+    keys = list(keys)
+    sockets: dict[tuple[Protocol, int], list[_Bound]] = {}
+    with Netlink(NETLINK_SOCK_DIAG) as netlink:
+        for protocol in {key.protocol for key in keys} & _NUMBERS.keys():
+            for version in (socket.AF_INET, socket.AF_INET6):
+                for bound in _bound(netlink, version, protocol):
+                    sockets.setdefault((protocol, bound.port), []).append(bound)
+    found = {}
+    for key in keys:
+        family, address = packed(key.ip)
+        inodes = {
+            bound.inode
+            for bound in sockets.get((key.protocol, key.port), ())
+            if bound.in_the_way(family, address)
+        }
+        if inodes:
+            found[key] = inodes
+    if not found:
+        return {}
+    owners = _owners(set().union(*found.values()), time.monotonic() + _LONG_SCAN_SECONDS)
+    managed = _proxyd_is_here()
+    return {
+        key: who
+        for key, inodes in found.items()
+        for who in [next((owners[inode] for inode in inodes if inode in owners), _NOBODY)]
+        if not (who is _PROXYD or (who is _NOBODY and managed))
+    }
+
+
+class _Bound(NamedTuple):
+    """One socket that is bound to a port."""
+
+    family: int
+    address: bytes
+    port: int
+    inode: int
+    v6only: bool
+
+    def in_the_way(self, family: int, address: bytes) -> bool:
+        """Whether nobody else can bind its port at this address."""
+        if any(self.address):
+            return (self.family, self.address) == (family, address)
+        return self.family == family or (self.family == socket.AF_INET6 and not self.v6only)
+
+
+def _bound(netlink: Netlink, family: int, protocol: Protocol) -> Iterator[_Bound]:
+    """Listening TCP sockets, or UDP sockets that take datagrams of everybody."""
+    states = _LISTEN if protocol is Protocol.TCP else _UNCONNECTED
+    body = _REQUEST.pack(family, _NUMBERS[protocol], 0, 0, states) + _SOCKET.pack(0, 0, b"", b"") + bytes(12)
+    for message in netlink.dump(Message(_SOCK_DIAG_BY_FAMILY, body)):
+        port, _, source, _ = _SOCKET.unpack_from(message.body, _ANSWER_SOURCE)
+        (inode,) = struct.unpack_from("=I", message.body, _ANSWER_INODE)
+        address = source[:4] if family == socket.AF_INET else source
+        v6only = attributes(message.body, _ANSWER_INODE + 4).get(_V6ONLY, b"") == b"\1"
+        yield _Bound(family, address, port, inode, v6only)
+
+
+def _proxyd_is_here() -> bool:
+    try:
+        return (
+            f"@{CLAIM}" in Path("/proc/self/net/unix").read_text(encoding="utf-8", errors="replace").split()
+        )
+    except OSError:
+        return False
+
+
+def _owners(inodes: set[int], deadline: float) -> dict[int, str]:
+    """Who holds each socket, as far as it can be found until the deadline."""
+    names = {f"socket:[{inode}]": inode for inode in inodes}
+    found: dict[int, str] = {}
+    with os.scandir("/proc") as folders:
+        processes = sorted(int(folder.name) for folder in folders if folder.name.isdigit())
+    for process in processes:
+        if time.monotonic() > deadline or len(found) == len(names):
+            break
+        try:
+            with os.scandir(f"/proc/{process}/fd") as descriptors:
+                held = {os.readlink(descriptor.path) for descriptor in descriptors} & names.keys()  # noqa: PTH115 - as below
+            if not held:
+                continue
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:_COMMAND_WORDS]
+            ours = any(word.rpartition(b"/")[2].split(b".")[0] == b"proxyd" for word in words)
+            who = _PROXYD if ours else _described(process)
+        except OSError:  # gone meanwhile, or somebody else's
+            continue
+        for name in held:
+            found.setdefault(names[name], who)
+    return found
+
+
+def _described(process: int) -> str:
+    name = Path(f"/proc/{process}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    return f"{name} (pid {process})"
 
 
 def _inodes(key: ListenerKey) -> set[int]:
@@ -88,8 +203,7 @@ def _owner(inodes: set[int], deadline: float) -> str:
         try:
             with os.scandir(f"/proc/{process}/fd") as descriptors:
                 if any(os.readlink(descriptor.path) in names for descriptor in descriptors):  # noqa: PTH115 - see above
-                    name = Path(f"/proc/{process}/comm").read_text(encoding="utf-8", errors="replace").strip()
-                    return f"{name} (pid {process})"
+                    return _described(process)
         except OSError:  # gone meanwhile, or somebody else's
             continue
     return ""

@@ -64,6 +64,7 @@ class Balancer:
         "name",
         "row",
         "suspects",
+        "udp_idle_seconds",
     )
 
     def __init__(self, name: str, positions: MutableSequence[int] | memoryview, slot: int, row: int) -> None:
@@ -71,6 +72,7 @@ class Balancer:
         self.row = row
         self.endpoints: tuple[Endpoint, ...] = ()
         self.affinity_seconds = 0
+        self.udp_idle_seconds: float | None = None  # of its flows; None: as the worker has it
         self.suspects: dict[Endpoint, float] = {}  # until when to pass over
         self._positions = positions
         self._slot = slot

@@ -148,7 +148,8 @@ class TcpListener:
         if error.errno in SHORTAGES:
             self.plane.pause(f"{os.strerror(error.errno or 0)}: accepting paused")
         elif error.errno in _UNUSABLE:
-            self.plane.reporter.trouble(f"listener {self.address}: can't accept any more: {error.strerror}")
+            if error.errno != errno.EINVAL:  # control has shut it down, and will say that it is closed
+                self.plane.reporter.trouble(f"listener {self.address}: can't accept any more: {error.strerror}")
             # Muting is not enough: a hang-up is reported always.
             self.plane.poller.close_shared(self._socket)
         # Anything else is the fate of the one connection (accept(2), "Error handling").

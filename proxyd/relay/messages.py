@@ -61,6 +61,15 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     drain: float
 
 
+class ListConnections(msgspec.Struct, frozen=True, tag="list"):
+    """Which relays are alive? Of one namespace or Service only where they are named; at most `limit` records."""
+
+    request: int  # repeated in the answer
+    limit: int
+    namespace: str = ""
+    name: str = ""
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The worker runs."""
 
@@ -107,5 +116,44 @@ class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
     counts: dict[str, int]
 
 
-ToWorker = Apply | Shutdown
-FromWorker = Ready | Acknowledged | Drained | Connections | Trouble
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """One kind of failure of a service port, and how often it happened."""
+
+    service: str
+    endpoint: str  # ip:port; "" where no single one is to blame
+    why: str
+    count: int
+
+
+class Failures(msgspec.Struct, frozen=True, tag="failures"):
+    """What failed since the last message; `dropped` more were of too many different kinds."""
+
+    records: list[Failure]
+    dropped: int = 0
+
+
+class LiveConnection(msgspec.Struct, frozen=True, array_like=True):
+    """A relay that is alive."""
+
+    client: str  # ip:port
+    frontend: str  # ip:port
+    service: str
+    endpoint: str  # ip:port; "" while there is none
+    protocol: str
+    seconds: float  # since it was accepted
+    bytes_in: int  # client to endpoint
+    bytes_out: int  # endpoint to client
+    state: str  # connecting, established, half-closed
+
+
+class LiveConnections(msgspec.Struct, frozen=True, tag="live"):
+    """A part of the answer to ListConnections. The last part says how many there are beyond the limit."""
+
+    request: int
+    records: list[LiveConnection]
+    last: bool
+    more: int = 0
+
+
+ToWorker = Apply | Shutdown | ListConnections
+FromWorker = Ready | Acknowledged | Drained | Connections | Trouble | Failures | LiveConnections

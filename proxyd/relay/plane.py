@@ -13,12 +13,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from proxyd.relay.options import Options
 from proxyd.relay.poller import Handler, Poller
 from proxyd.relay.reporter import Reporter
 from proxyd.relay.slots import Slots
+
+if TYPE_CHECKING:
+    from proxyd.relay.udp_table import FlowTable
 
 # One read, and so the most that is kept for one direction. 256 KiB were about 10 % slower in bulk: they do not stay in
 # the processor's cache. While PENDING_LIMIT bytes are kept in all, reads are tight.
@@ -83,7 +86,11 @@ class Plane:
         self.on_empty: Callable[[], None] | None = None  # called when the last relay ended
         self.accepting_paused = False
         self._paused: list[Pausable] = []
-        self._max_relays = self._fixed_limit = options.max_relays
+        self.max_relays = self._fixed_limit = options.max_relays
+        self.udp_idle_seconds = options.udp_timeout
+        self.workers = options.workers
+        self.flow_table: FlowTable | None = None
+        self.flows = 0  # of UDP, each with one descriptor
         self._buffer = memoryview(bytearray(READ_BYTES))
         self.view = self._buffer  # what to read into
         self._pending = 0
@@ -146,14 +153,14 @@ class Plane:
             return
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
-            in_use = sum(1 for _ in os.scandir("/proc/self/fd")) - 2 * len(self.relays)
+            in_use = sum(1 for _ in os.scandir("/proc/self/fd")) - 2 * len(self.relays) - self.flows
         except OSError:  # out of descriptors at this very moment
             in_use = soft // 4
-        self._max_relays = max((soft - in_use - _SPARE_DESCRIPTORS) // 2, 1)
+        self.max_relays = max((soft - in_use - _SPARE_DESCRIPTORS) // 2, 1)
 
     def may_accept(self) -> bool:
         """Whether there is room for one more relay; where there is not, accepting is paused."""
-        if len(self.relays) < self._max_relays:
+        if len(self.relays) + self.flows // 2 < self.max_relays:
             return True
         self.pause(
             "as many connections as descriptors allow: accepting paused; raise the limit of open files"
@@ -208,4 +215,6 @@ class Plane:
         for timer in (self._scan_timer, self._tick_timer, self._pause_timer):
             if timer is not None:
                 timer.cancel()
+        if self.flow_table is not None:
+            self.flow_table.shut()
         self.poller.shut()

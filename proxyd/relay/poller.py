@@ -64,6 +64,7 @@ class Poller:
         self._closing: list[Closable] = []
         self._again: list[Handler] = []
         self._inside = False
+        self.before_end: Callable[[], None] | None = None  # called at the end of each batch; it raises nothing
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     def add(self, fd: int, handler: Handler, events: int = EDGES) -> None:
@@ -141,6 +142,8 @@ class Poller:
         self._end_batch()
 
     def _end_batch(self) -> None:
+        if self.before_end is not None:
+            self.before_end()
         self._inside = False
         if self._closing:
             handlers = self.handlers

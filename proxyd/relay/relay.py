@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from proxyd.relay.balancer import Endpoint
-from proxyd.relay.messages import Connection
+from proxyd.relay.messages import Connection, LiveConnection
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import ERR, HUP, IN, RDHUP
 from proxyd.relay.pump import Side
@@ -208,6 +208,7 @@ class Relay:
         self._plane.counters[endpoint.row + FAILED] += 1
         self._balancer.failed(self._address[0], endpoint, self._dial_started)
         self._plane.reporter.trouble(f"endpoint {endpoint} of {self._balancer.name}: {why}")
+        self._plane.reporter.failure(self._balancer.name, str(endpoint), why)
 
     def _wait_for_resources(self, error: OSError) -> None:
         """Dial again when other relays may have ended. No endpoint is to blame."""
@@ -221,6 +222,7 @@ class Relay:
 
     def _give_up(self) -> None:
         self._plane.counters[self._balancer.row + FAILED] += 1
+        self._plane.reporter.failure(self._balancer.name, "", "no endpoint could be reached: client reset")
         self._forget_endpoint()
         self.finish("no endpoint", reset_client=True)
 
@@ -328,6 +330,29 @@ class Relay:
                 counters[row + BYTES_IN] += more_in
             if more_out:
                 counters[row + BYTES_OUT] += more_out
+
+    @property
+    def service(self) -> str:
+        """Name of its service port, namespace/name:port."""
+        return self._balancer.name
+
+    def live(self, now: float) -> LiveConnection:
+        """What it is and does at this moment."""
+        ip, port = self._address[:2]
+        state = "connecting"
+        if self._connected:
+            state = "half-closed" if self.client.eof or self.upstream.eof else "established"
+        return LiveConnection(
+            client=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}",
+            frontend=self.listener.address,
+            service=self._balancer.name,
+            endpoint=str(self._endpoint or ""),
+            protocol="TCP",
+            seconds=now - self._started,
+            bytes_in=self.client.moved if self._connected else 0,
+            bytes_out=self.upstream.moved if self._connected else 0,
+            state=state,
+        )
 
     def _record(self, reason: str) -> None:
         ip, port = self._address[:2]

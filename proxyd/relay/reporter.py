@@ -7,13 +7,23 @@ from collections import deque
 from collections.abc import Callable
 
 from proxyd.relay.channel import Channel
-from proxyd.relay.messages import Acknowledged, Connection, Connections, Drained, Ready, Trouble
+from proxyd.relay.messages import (
+    Acknowledged,
+    Connection,
+    Connections,
+    Drained,
+    Failure,
+    Failures,
+    Ready,
+    Trouble,
+)
 
 MAX_RECORDS = 1000  # kept for control; further ones are counted as dropped
 RECORDS_SECONDS = 0.1
 TROUBLE_SECONDS = 1.0
 MAX_TEXTS = 100  # distinct texts of trouble in one message
 MAX_TEXT = 300  # characters
+MAX_FAILURES = 200  # kinds of failure in one message: service port, endpoint and reason
 OTHER_TROUBLE = "other trouble: too many different kinds to list"
 
 # In one datagram: a record is well below 600 bytes.
@@ -39,6 +49,8 @@ class Reporter:
         self._records: list[Connection] = []
         self._dropped = 0
         self._trouble: dict[str, int] = {}
+        self._failures: dict[tuple[str, str, str], int] = {}
+        self._failures_dropped = 0
         self._due: set[Callable[[], None]] = set()
         self._trouble_ripe = False
         self._blocked = False
@@ -69,6 +81,17 @@ class Reporter:
             text = OTHER_TROUBLE
         self._trouble[text] = self._trouble.get(text, 0) + 1
         self._schedule(TROUBLE_SECONDS, self._ripen)
+
+    def failure(self, service: str, endpoint: str, why: str) -> None:
+        """Report a failure of a service port, at most once a second; of all endpoints where `endpoint` is ""."""
+        kind = (service, endpoint, why[:MAX_TEXT])
+        count = self._failures.get(kind, 0)
+        if not count and len(self._failures) >= MAX_FAILURES:
+            self._failures_dropped += 1
+            return
+        self._failures[kind] = count + 1
+        if not count:
+            self._schedule(TROUBLE_SECONDS, self._ripen)
 
     def flush(self) -> None:
         """Send everything that control has room for, before the end."""
@@ -112,7 +135,8 @@ class Reporter:
         self._blocked = blocked
 
     def _waiting(self) -> bool:
-        return bool(self._answers or self._drained or self._records or (self._trouble_ripe and self._trouble))
+        ripe = self._trouble_ripe and bool(self._trouble or self._failures)
+        return ripe or bool(self._answers or self._drained or self._records)
 
     def _send_one(self) -> bool:
         """Send one message, if there is any; False when there is no room for it."""
@@ -132,6 +156,13 @@ class Reporter:
                     return False
                 del self._records[: len(records)]
                 self._dropped = 0
+            elif self._trouble_ripe and self._failures:
+                some_failures = [Failure(*kind, count) for kind, count in self._failures.items()]
+                if not self._channel.send(Failures(some_failures, self._failures_dropped)):
+                    return False
+                self._failures = {}
+                self._failures_dropped = 0
+                self._trouble_ripe = bool(self._trouble)
             elif self._trouble_ripe and self._trouble:
                 if not self._channel.send(Trouble(self._trouble)):
                     return False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from operator import add
 
 MAX_SLOTS = 1 << 17
 MAX_WORKERS = 16
@@ -27,7 +28,11 @@ BYTES_IN = 4  # client to endpoint
 BYTES_OUT = 5  # endpoint to client
 CONNECT_US = 6  # microseconds from connect to connected, added up
 REFUSED = 7  # balancer: turned away (source range, no endpoint left)
-FIELDS = 8
+DATAGRAMS_IN = 8  # UDP: client to endpoint
+DATAGRAMS_OUT = 9  # UDP: endpoint to client
+EVICTED = 10  # UDP: flows ended to make room for others
+DROPPED = 11  # UDP: datagrams that could not be sent on
+FIELDS = 16
 
 SIZE = 8 * MAX_SLOTS * (1 + MAX_WORKERS * FIELDS)
 
@@ -60,6 +65,15 @@ class Slots:
         first = MAX_SLOTS + slot * FIELDS + field
         step = MAX_SLOTS * FIELDS
         return sum(self.view[first + worker * step] for worker in range(workers))
+
+    def read(self, slot: int, workers: int = MAX_WORKERS) -> list[int]:
+        """All counters of a row, each summed over the workers."""
+        first = MAX_SLOTS + slot * FIELDS
+        step = MAX_SLOTS * FIELDS
+        sums: list[int] = self.view[first : first + FIELDS].tolist()
+        for start in range(first + step, first + step * workers, step):
+            sums = list(map(add, sums, self.view[start : start + FIELDS]))
+        return sums
 
     def clear(self, slot: int) -> None:
         """Set a row and its round-robin position to zero, before it is given to another owner."""

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 
 import uvloop
@@ -17,25 +17,32 @@ import uvloop
 from proxyd.relay.balancer import Balancer, Endpoint
 from proxyd.relay.channel import Channel, ChannelError, close_all
 from proxyd.relay.listener import LISTENERS, TcpListener
+from proxyd.relay.listing import Listings
 from proxyd.relay.messages import (
     Acknowledged,
     Apply,
     BalancerConfig,
     CloseListener,
+    ListConnections,
     ListenerConfig,
     Ready,
     Shutdown,
 )
 from proxyd.relay.options import Options
-from proxyd.relay.plane import Plane
+from proxyd.relay.plane import Plane, SharedRelay
 from proxyd.relay.relay import Relay
 from proxyd.relay.reporter import Reporter
 from proxyd.relay.slots import MAX_SLOTS, Slots
+from proxyd.relay.udp import UdpListener
+from proxyd.relay.udp_flow import Flow
 
 __all__ = ["Options", "Worker", "main"]
 
 # Messages taken in one turn of the loop, so that a long update does not hold up the relays.
 _MESSAGES_AT_ONCE = 8
+
+Listener = TcpListener | UdpListener
+_LISTENERS: dict[str, type[TcpListener] | type[UdpListener]] = {**LISTENERS, "UDP": UdpListener}
 
 
 class Worker:
@@ -67,10 +74,11 @@ class Worker:
         self._on_stopped = on_stopped
         self._reporter = Reporter(loop, channel)
         self._plane = Plane(loop, self._reporter, slots, index, options)
+        self._listings = Listings(loop, channel, _Alive(self._plane))
         self._balancers: dict[int, Balancer] = {}
-        self._listeners: dict[int, TcpListener] = {}
-        self._closed: dict[int, TcpListener] = {}  # closed, with relays left
-        self._drain_until: dict[TcpListener, float] = {}
+        self._listeners: dict[int, Listener] = {}
+        self._closed: dict[int, Listener] = {}  # closed, with relays left
+        self._drain_until: dict[Listener, float] = {}
         self._drain_timer: asyncio.TimerHandle | None = None
         self._shutdown_timer: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -95,6 +103,7 @@ class Worker:
             if timer is not None:
                 timer.cancel()
         self._loop.remove_reader(self._channel.fileno())
+        self._listings.stop()
         self._reporter.flush()
         self._reporter.stop()
         self._plane.shut()
@@ -124,6 +133,8 @@ class Worker:
                 self._shut_down(message.drain)
                 if self._stopped:
                     return
+            elif isinstance(message, ListConnections):
+                self._listings.ask(message)
             else:
                 self._reporter.trouble(f"from control: unexpected {type(message).__name__}")
 
@@ -173,10 +184,16 @@ class Worker:
                 continue
             own = number if 0 <= number < MAX_SLOTS else 0
             endpoints.append(Endpoint(ip, port, own, row(self._index, own)))
+        before = balancer.endpoints
         balancer.update(endpoints, config.affinity_seconds)
+        balancer.udp_idle_seconds = config.udp_idle_seconds
+        if any(endpoint.removed for endpoint in before) and self._plane.flows:
+            for listener in self._listeners.values():
+                if isinstance(listener, UdpListener) and listener.balancer is balancer:
+                    listener.endpoints_changed()
 
     def _open(self, config: ListenerConfig, fd: int) -> None:
-        listener_class = LISTENERS.get(config.protocol)
+        listener_class = _LISTENERS.get(config.protocol)
         balancer = self._balancers.get(config.balancer)
         if listener_class is None or balancer is None:
             close_all([fd])
@@ -236,8 +253,9 @@ class Worker:
         self._set_drain_timer()
 
     def _shut_down(self, drain: float) -> None:
-        for number in list(self._listeners):
-            self._close(CloseListener(number))
+        for number, listener in list(self._listeners.items()):
+            if not (isinstance(listener, UdpListener) and listener.linger(drain)):
+                self._close(CloseListener(number))
         if not self._plane.relays or drain <= 0:
             self.stop(0)
             return
@@ -250,6 +268,18 @@ class Worker:
         self._loop.call_soon(self.stop, 0)
 
 
+class _Alive:
+    """Every relay and flow of a worker."""
+
+    def __init__(self, plane: Plane) -> None:
+        self._plane = plane
+
+    def __iter__(self) -> Iterator[SharedRelay | Flow]:
+        yield from self._plane.relays
+        if self._plane.flow_table is not None:
+            yield from self._plane.flow_table.flows()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a worker process until control ends it. Returns never: the process exits."""
     parser = argparse.ArgumentParser(
@@ -259,6 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--slots-fd", type=int, required=True, help="shared counters")
     parser.add_argument("--index", type=int, required=True, help="whose counters to write")
     parser.add_argument("--tcp-idle-timeout", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--udp-timeout", type=float, default=Options().udp_timeout, metavar="SECONDS")
+    parser.add_argument("--workers", type=int, default=1, help="that share the node's local ports")
     parser.add_argument("--max-relays", type=int, default=0, help="at once; 0: as descriptors allow")
     parser.add_argument("--records", action="store_true", help="report every relay that ended")
     given = parser.parse_args(arguments)
@@ -266,7 +298,11 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     options = Options(
-        tcp_idle_timeout=given.tcp_idle_timeout, records=given.records, max_relays=given.max_relays
+        tcp_idle_timeout=given.tcp_idle_timeout,
+        udp_timeout=given.udp_timeout,
+        workers=given.workers,
+        records=given.records,
+        max_relays=given.max_relays,
     )
     channel = Channel(socket.socket(fileno=given.channel_fd))
     loop = uvloop.new_event_loop()

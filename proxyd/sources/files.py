@@ -51,13 +51,14 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
 
     `files` is in order of path; a file that has two names is listed under the first. `unreadable` are paths (of a file,
     folder or root) of which nothing can be said: what they defined before is neither confirmed nor gone.
-    `folders` are the real paths of the folders that are part of the tree.
+    `folders` are the real paths of the folders that are part of the tree, `shown` how the names of files in them begin.
     """
 
     files: tuple[FileEntry, ...] = ()
     unreadable: tuple[Complaint, ...] = ()
     remarks: tuple[Complaint, ...] = ()
     folders: Mapping[str, Stamp] = {}
+    shown: Mapping[str, str] = {}
     links: tuple[str, ...] = ()  # visible symbolic links in the tree
 
 
@@ -82,6 +83,7 @@ class _Surveyor:
         self._unreadable: list[Complaint] = []
         self._remarks: list[Complaint] = []
         self._folders: dict[str, Stamp] = {}
+        self._shown: dict[str, str] = {}
         self._links: list[str] = []
         self._visited: set[tuple[int, int]] = set()
         self._full = False
@@ -96,6 +98,7 @@ class _Surveyor:
             unreadable=tuple(self._unreadable),
             remarks=tuple(self._remarks),
             folders=self._folders,
+            shown=self._shown,
             links=tuple(self._links),
         )
 
@@ -123,7 +126,9 @@ class _Surveyor:
             self._stop(f"more than {MAX_FOLDERS} folders")
             return
         self._visited.add(identity)
-        self._folders[os.path.realpath(path)] = Stamp.of(info)
+        real = os.path.realpath(path)
+        self._folders[real] = Stamp.of(info)
+        self._shown[real] = path
         try:
             with os.scandir(path) as listing:
                 entries = sorted((entry for entry in listing if entry.name[0] != "."), key=lambda e: e.name)

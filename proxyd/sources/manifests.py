@@ -17,8 +17,9 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service
-from proxyd.sources.files import FileEntry, Stamp, Survey, display, reason, survey
+from proxyd.sources.files import MAX_FILES, FileEntry, Stamp, Survey, display, reason, survey
 from proxyd.sources.parse import parse_file
+from proxyd.sources.watch import Change
 
 MAX_FILE_BYTES = 64 << 20
 # Of all files together; those that would pass it are not read.
@@ -79,22 +80,34 @@ class ManifestSource:
         self.files_read = 0
         self._paths = tuple(path.rstrip("/") or path for path in paths)
         self._rules = rules
-        self._states: dict[str, _FileState] = {}  # by path, in order
+        self._states: dict[str, _FileState] = {}  # by path
         self._owners: dict[Key, str] = {}  # path of the file whose version is in force
+        self._several: set[Key] = set()  # in more than one file
+        self._total = 0  # bytes in all files
+        self._seen: Survey | None = None
         self._last = ManifestSet()
 
-    def scan(self) -> ManifestSet:
+    def scan(self, change: Change | None = None) -> ManifestSet:
         """Reads the files that changed since the last scan, and returns all objects in force.
 
-        Returns the very same value as the last time if nothing changed. May be run in a thread, one scan at a time.
-        It raises nothing: what cannot be read is a Problem, and what it defined before stays in force.
+        Returns the very same value as the last time if nothing changed, and the very same objects where they did not.
+        May be run in a thread, one scan at a time. It raises nothing: what cannot be read is a Problem, and what it
+        defined before stays in force.
 
         An object found in two files: the file whose version is in force keeps it, else the first in order of path has it;
         the other gets a Problem. An object in error keeps its earlier good version as long as its file has it. A file
         that was emptied (0 bytes) is taken for one that is being written: what it defined stays until it has content or
         is deleted.
+
+        Args:
+            change: what `watch` said: the paths of files to look at, or what is there now. None: look at everything.
         """
-        seen = survey(self._paths)
+        if isinstance(change, frozenset):
+            found = self._named(change)
+            if found is not None:
+                return self._put(found)
+            change = None
+        seen = survey(self._paths) if change is None else change
         states = self._unseen(seen)
         total = 0
         for entry in seen.files:
@@ -107,11 +120,105 @@ class ManifestSource:
             elif state is None or state.stamp != entry.stamp:
                 state = self._read(entry, state)
             states[entry.path] = state
-        self._states = dict(sorted(states.items()))
-        merged = self._merge(seen)
-        if merged != self._last:
-            self._last = merged
+        self._total = total
+        if seen != self._seen or not _same_objects(states, self._states):
+            self._seen = seen
+            self._states = dict(sorted(states.items()))
+            merged = self._merge(seen)
+            if merged != self._last:
+                self._last = merged
+        else:
+            self._states = dict(sorted(states.items()))
         return self._last
+
+    def _named(self, paths: Iterable[str]) -> dict[str, _FileState | None] | None:
+        """New states of these files, None for one that is gone; None where it takes a survey to tell."""
+        seen = self._seen
+        if seen is None or seen.unreadable or len(self._states) + 1 >= MAX_FILES:
+            return None
+        found: dict[str, _FileState | None] = {}
+        for path in paths:
+            known = self._states.get(path)
+            try:
+                info = os.lstat(path)
+            except FileNotFoundError:
+                if known is not None:
+                    found[path] = None
+                continue
+            except OSError:
+                return None
+            # A file may have two names, and a name may be reached in two ways.
+            unique = info.st_nlink == 1 and (known is not None or (len(self._paths) == 1 and not seen.links))
+            if not stat.S_ISREG(info.st_mode) or not unique:
+                return None
+            entry = FileEntry(path, Stamp.of(info))
+            if self._total + entry.stamp.size > MAX_TOTAL_BYTES:
+                return None
+            if known is None or known.stamp != entry.stamp:
+                found[path] = self._read(entry, known)
+                self._total += (
+                    entry.stamp.size
+                )  # too much until the next survey, where it was counted already
+        return found
+
+    def _put(self, found: Mapping[str, _FileState | None]) -> ManifestSet:
+        """Put new states of some files in force."""
+        earlier = {path: self._states.get(path) for path in found}
+        new_name = False
+        for path, state in found.items():
+            if state is None:
+                del self._states[path]
+            else:
+                new_name |= path not in self._states
+                self._states[path] = state
+        if new_name:
+            self._states = dict(sorted(self._states.items()))
+        assert self._seen is not None
+        if not self._patch(earlier, found):
+            merged = self._merge(self._seen)
+            if merged != self._last:
+                self._last = merged
+        return self._last
+
+    def _patch(
+        self, earlier: Mapping[str, _FileState | None], found: Mapping[str, _FileState | None]
+    ) -> bool:
+        """Change a copy of what is in force; False where more than these files and their objects has a say in it."""
+        gone: dict[Key, str] = {}
+        new: dict[Key, tuple[str, KubeObject]] = {}
+        for path, state in found.items():
+            old = earlier[path]
+            if not (_plain(old) and _plain(state)):
+                return False
+            before = old.objects if old else {}
+            after = state.objects if state else {}
+            gone.update((key, path) for key in before if key not in after)
+            for key, thing in after.items():
+                if before.get(key) is not thing:
+                    if key in new:
+                        return False
+                    new[key] = (path, thing)
+        if not self._several.isdisjoint(gone) or not self._several.isdisjoint(new):
+            return False
+        if any(
+            self._owners.get(key) not in (None, path) and key not in gone for key, (path, _) in new.items()
+        ):
+            return False
+        if not (gone or new) and len(self._states) == self._last.files:
+            return True
+        kinds: dict[str, dict[ObjectName, KubeObject]] = {}
+        for kind in {kind for kind, _ in (*gone, *new)}:
+            kinds[kind] = dict(_by_kind(self._last, kind))
+        origins = dict(self._last.origins)
+        for key in gone:
+            del self._owners[key], origins[key], kinds[key[0]][key[1]]
+        for key, (path, thing) in new.items():
+            self._owners[key] = path
+            origins[key] = display(path)
+            kinds[key[0]][key[1]] = thing
+        fields = {_FIELDS[kind]: objects for kind, objects in kinds.items()}
+        self._last = msgspec.structs.replace(self._last, origins=origins, files=len(self._states), **fields)
+        return True
 
     def _unseen(self, seen: Survey) -> dict[str, _FileState]:
         """States of files that the survey could not confirm: in folders that cannot be listed, and the like."""
@@ -129,7 +236,7 @@ class ManifestSource:
 
     def _read(self, entry: FileEntry, earlier: _FileState | None) -> _FileState:
         try:
-            data, stamp = _read_regular(entry.path)
+            data, stamp = read_regular(entry.path)
         except FileNotFoundError:
             return earlier or _FileState()  # deleted just now: the next survey will not see it
         except (OSError, ValueError) as error:
@@ -157,7 +264,11 @@ class ManifestSource:
         label = display(path)
         parsed = parse_file(label, data, self._rules)
         problems = list(parsed.problems)
-        objects = {(type(item).__name__, item.metadata.key): item for item in parsed.objects}
+        objects: dict[Key, KubeObject] = {}
+        for item in parsed.objects:
+            key = (type(item).__name__, item.metadata.key)
+            earlier = in_force.get(key)
+            objects[key] = earlier if earlier is not None and earlier == item else item
         rejected = frozenset(parsed.rejected)
         doubtful = rejected if parsed.complete else rejected | (in_force.keys() - objects.keys())
         kept = {}
@@ -182,9 +293,12 @@ class ManifestSource:
 
     def _merge(self, seen: Survey) -> ManifestSet:
         owners: dict[Key, str] = {}
+        several: set[Key] = set()
         labels = {path: display(path) for path in self._states}
         for path, state in self._states.items():
             for key in state.objects:
+                if key in owners:
+                    several.add(key)
                 if key not in owners or self._owners.get(key) == path:
                     owners[key] = path
         problems = [_problem(display(path), why, severity=Severity.WARNING) for path, why in seen.remarks]
@@ -196,10 +310,11 @@ class ManifestSource:
         chosen = {key: self._states[path].objects[key] for key, path in owners.items()}
         for path, state in self._states.items():
             for key, version in state.kept.items():
+                several.add(key)
                 if key not in chosen:
                     chosen[key] = version
                     owners[key] = path
-        self._owners = owners
+        self._owners, self._several = owners, several
         rejected = (key for state in self._states.values() for key in state.rejected if key not in chosen)
         unreadable = dict(seen.unreadable)
         return ManifestSet(
@@ -216,7 +331,7 @@ class ManifestSource:
         )
 
 
-def _read_regular(path: str) -> tuple[bytes, Stamp | None]:
+def read_regular(path: str) -> tuple[bytes, Stamp | None]:
     """Content and stamp of a file; no stamp where it may still be changing. Never blocks on a FIFO or device.
 
     Raises:
@@ -256,6 +371,32 @@ def _below(path: str, folders: Collection[str]) -> bool:
         if path in folders:
             return True
     return False
+
+
+def _plain(state: _FileState | None) -> bool:
+    """Whether there is nothing to say of a file but which objects it has."""
+    return state is None or (state.complete and not (state.kept or state.rejected or state.problems))
+
+
+def _same_objects(new: Mapping[str, _FileState], old: Mapping[str, _FileState]) -> bool:
+    """Whether states say the same but for stamps."""
+    return new.keys() == old.keys() and all(
+        state is (known := old[path])
+        or (
+            state.objects is known.objects
+            and (state.kept, state.rejected, state.problems, state.complete)
+            == (known.kept, known.rejected, known.problems, known.complete)
+        )
+        for path, state in new.items()
+    )
+
+
+_FIELDS = {
+    Service.__name__: "services",
+    Endpoints.__name__: "endpoints",
+    EndpointSlice.__name__: "slices",
+    Pod.__name__: "pods",
+}
 
 
 def _by_kind(manifests: ManifestSet, kind: str) -> Mapping[ObjectName, KubeObject]:

@@ -1,28 +1,29 @@
-"""Noticing that manifests may have changed: inotify where there is some, comparing stamps as the safety net."""
+"""Noticing that manifests changed, and which: inotify where there is some, comparing stamps as the safety net."""
 
 # Thousands of names a scan: strings and os.path cost a tenth of pathlib, which also folds `a/..` away.
-# ruff: noqa: PTH109, PTH115, PTH116, PTH118, PTH120
+# ruff: noqa: PTH109, PTH114, PTH115, PTH116, PTH118, PTH120
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import re
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-# watchfiles.awatch watches whole trees or none, and one set of folders for its life; this is what it is made of.
-from watchfiles._rust_notify import RustNotify
+from proxyd.sources import inotify
+from proxyd.sources.files import SUFFIXES, Survey, survey
 
-from proxyd.sources.files import Survey, survey
-
-# The thread looks for events this often (0.4 % of a core), and reports them when nothing more came for as long.
-STEP_MS = 20
-# A stream of changes is reported at least this often.
-DEBOUNCE_MS = 80
+# A file that was written and closed, or renamed to its name, is reported at once. What may be half of something is
+# reported when nothing more came for so long: a write without a close, and a name that is gone (editors move the old
+# file away before they write the new one).
+SETTLE_SECONDS = 0.05
+# But not later than this after it began.
+_SETTLE_AT_MOST = 0.1
+# Reports are at least so far apart. The first one comes at once.
+_APART_SECONDS = 0.02
+# More changed files than this are reported as a survey.
+_MAX_NAMED = 1000
 # Stamps are compared this often in case inotify missed something: network file systems, a moved grandparent folder.
 SAFETY_SECONDS = 5.0
 # The same where there is no inotify.
@@ -30,8 +31,10 @@ POLL_SECONDS = 1.0
 # Comparing stamps takes at most this share of one core, whatever was asked for.
 _COMPARING_SHARE = 0.05
 _RETRY_INOTIFY_SECONDS = 60.0
-_SURROGATES = re.compile("[\ud800-\udfff]")  # bytes of a file name that are not UTF-8
 _MAX_LINKS = 40  # the kernel follows as many symbolic links in one path
+
+# The files that may have changed, by path as a survey names them; or, where more may have changed, what is there now.
+Change: TypeAlias = Survey | frozenset[str]
 
 
 class Watched(NamedTuple):
@@ -49,160 +52,239 @@ async def watch(
     warn: Callable[[str], None] = lambda _: None,
     safety_seconds: float = SAFETY_SECONDS,
     poll_seconds: float = POLL_SECONDS,
-) -> AsyncIterator[None]:
-    """Yields whenever what `paths` stand for may have changed.
+) -> AsyncIterator[Change]:
+    """Yields what may have changed of what `paths` stand for.
 
-    It first yields when watching has begun: who reads everything then misses nothing. Changes that come while the caller
-    is busy are reported once, afterwards. Where inotify has no more watches or instances to give, or meets a name that is
-    not UTF-8, `warn` gets one line and the stamps of all files are compared every `poll_seconds` instead.
+    It first yields a survey when watching has begun: who reads everything then misses nothing. Changes that come while
+    the caller is busy are reported once, afterwards. Where inotify has no more watches or instances to give, `warn`
+    gets one line and the stamps of all files are compared every `poll_seconds` instead.
 
-    Closed or cancelled, it ends its thread within 0.1 s. Where the loop goes on after a `break`, close it
-    (`contextlib.aclosing`).
+    Where the loop goes on after a `break`, close it (`contextlib.aclosing`).
 
     Args:
         paths: files and folders, as for `ManifestSource`; they need not exist yet.
-        warn: takes one line for the operator, in the loop's thread.
+        warn: takes one line for the operator.
         safety_seconds: how often stamps are compared beside inotify.
         poll_seconds: how often they are compared instead of it.
     """
-    loop = asyncio.get_running_loop()
-    changed = asyncio.Event()
-    watcher = _Watcher(
-        tuple(paths),
-        report=lambda: loop.call_soon_threadsafe(changed.set),
-        warn=lambda text: loop.call_soon_threadsafe(warn, text),
-        safety_seconds=safety_seconds,
-        poll_seconds=poll_seconds,
-    )
-    watcher.start()
+    watcher = _Watcher(tuple(paths), warn, safety_seconds, poll_seconds)
+    following = asyncio.ensure_future(watcher.run())
+    following.add_done_callback(lambda _: watcher.news.set())
     try:
         while True:
-            await changed.wait()
-            changed.clear()
-            yield None
+            await watcher.news.wait()
+            if following.done():
+                following.result()
+            for change in watcher.take():
+                yield change
+            await asyncio.sleep(_APART_SECONDS)
     finally:
-        watcher.stop()
-        await asyncio.to_thread(watcher.join, 1.0)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
-class _Watcher(threading.Thread):
-    """One thread that waits for inotify events, and compares stamps from time to time."""
+class _Watcher:
+    """Collects changes until they are taken."""
 
     def __init__(
-        self,
-        paths: tuple[str, ...],
-        *,
-        report: Callable[[], object],
-        warn: Callable[[str], object],
-        safety_seconds: float,
-        poll_seconds: float,
+        self, paths: tuple[str, ...], warn: Callable[[str], None], safety_seconds: float, poll_seconds: float
     ) -> None:
-        super().__init__(name="manifest-watch", daemon=True)
+        self.news = asyncio.Event()
         self._paths = paths
-        self._report = report
         self._warn = warn
         self._safety_seconds = safety_seconds
         self._poll_seconds = poll_seconds
-        self._stopping = threading.Event()
+        self._loop = asyncio.get_running_loop()
         self._warned = False
-        self._inotify_from = 0.0  # monotonic time
+        self._seen = Survey()
+        self._plan: dict[str, Watched] = {}
+        # What is to be reported: a survey, and files that changed after it.
+        self._survey: Survey | None = None
+        self._named: set[str] = set()
+        # What may not be complete yet, files or "" for the tree, and since when.
+        self._unsettled: dict[str, float] = {}
+        self._settling: asyncio.TimerHandle | None = None
+        self._events = 0
+        self._last_event = 0.0
+        # The tree may have changed: it is to be surveyed, and changes of files wait for that, as a survey that is older
+        # than what was read would take it back.
+        self._asked = asyncio.Event()
+        self._surveying = False
 
-    def stop(self) -> None:
-        self._stopping.set()
+    def take(self) -> Iterator[Change]:
+        """What is to be reported now; it is then reported."""
+        self.news.clear()
+        if self._survey is not None:
+            found, self._survey = self._survey, None
+            yield found
+        if self._named and not (self._surveying or self._asked.is_set()):
+            named, self._named = frozenset(self._named), set()
+            yield named
 
-    def run(self) -> None:
-        while not self._stopping.is_set():
+    async def run(self) -> None:
+        """Watches; does not return."""
+        while True:
             try:
-                if time.monotonic() < self._inotify_from:
-                    self._by_comparing()
-                else:
-                    self._by_inotify()
-            except FileNotFoundError:
-                self._stopping.wait(STEP_MS / 1000)  # a folder vanished before it was watched: look again
-            except (OSError, RuntimeError) as error:
-                # RuntimeError is also what a closed loop gives, and then stop() is on its way.
+                await self._by_inotify()
+            except (FileNotFoundError, NotADirectoryError):
+                await asyncio.sleep(_APART_SECONDS)  # a folder vanished before it was watched: look again
+            except OSError as error:
                 self._degrade(error)
+                await self._by_comparing(self._loop.time() + _RETRY_INOTIFY_SECONDS)
 
-    def _by_inotify(self) -> None:
-        """Watches until other folders are to be watched. Raises OSError or RuntimeError where inotify fails."""
-        plan = watch_plan(self._paths, survey(self._paths))
-        # Arguments: debug, force_polling, poll_delay_ms, recursive, ignore_permission_denied (which would also ignore that
-        # there are no more watches).
-        with _closing(
-            RustNotify([folder for folder in plan if _watchable(folder)], False, False, 0, False, False)
-        ) as notify:
-            seen = survey(self._paths)
-            self._report()
-            due = time.monotonic() + self._safety_seconds
-            while watch_plan(self._paths, seen) == plan:
-                wait_ms = max(1, round((due - time.monotonic()) * 1000))
-                events = notify.watch(DEBOUNCE_MS, STEP_MS, wait_ms, self._stopping)
-                if self._stopping.is_set():
-                    return
-                matters = not isinstance(events, str) and any(_matters(path, plan) for _, path in events)
-                if matters:
-                    self._report()
-                elif time.monotonic() < due:
-                    continue
-                began = time.monotonic()
-                now = survey(self._paths)
-                if not matters and now != seen:
-                    self._report()
-                seen = now
-                due = time.monotonic() + max(
-                    self._safety_seconds, (time.monotonic() - began) / _COMPARING_SHARE
-                )
+    async def _by_inotify(self) -> None:
+        """Raises OSError where inotify fails."""
+        notify = inotify.Inotify()
+        self._loop.add_reader(notify.fileno(), self._readable, notify)
+        try:
+            self._asked.set()
+            took = 0.0
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(self._safety_seconds, took / _COMPARING_SHARE)):
+                        await self._asked.wait()
+                took = await self._look(notify)
+        finally:
+            self._loop.remove_reader(notify.fileno())
+            notify.close()
+            if self._settling is not None:
+                self._settling.cancel()
+                self._settling = None
+            self._unsettled.clear()
+            self._surveying = False
 
-    def _by_comparing(self) -> None:
-        """Compares stamps until inotify is to be tried again."""
-        seen = survey(self._paths)
-        self._report()
+    async def _look(self, notify: inotify.Inotify) -> float:
+        """Survey the tree once, and watch what is in it. Returns how long it took."""
+        began = self._loop.time()
+        asked, events = self._asked.is_set(), self._events
+        self._surveying = asked
+        self._asked.clear()
+        found = await asyncio.to_thread(survey, self._paths)
+        plan = await asyncio.to_thread(watch_plan, self._paths, found)
+        if self._follow(notify, plan):
+            # What happened in a folder before it was watched is found by looking once more.
+            self._asked.set()
+        elif asked or (found != self._seen and events == self._events):
+            # Where files are changing just now, stamps are compared the next time.
+            self._survey = self._seen = found
+            self._surveying = False
+            self.news.set()
+        return self._loop.time() - began
+
+    def _follow(self, notify: inotify.Inotify, plan: dict[str, Watched]) -> bool:
+        """Watch the folders of a plan. Returns whether there is one that was not watched."""
+        more = False
+        watched = notify.folders
+        for folder, entry in plan.items():
+            known = self._plan.get(folder)
+            if folder in watched and known is not None and known[:2] == entry[:2]:
+                continue
+            if os.access(folder, os.R_OK, effective_ids=True):  # else inotify does not take it
+                notify.watch(folder)
+                more = True
+        for folder in watched.difference(plan):
+            notify.unwatch(folder)
+        self._plan = plan
+        return more
+
+    def _readable(self, notify: inotify.Inotify) -> None:
+        moved = (0, "")  # the cookie of a rename, and the file that it took away
+        for event in notify.read():
+            self._events += 1
+            if event.mask & inotify.OVERFLOW:
+                self._ask()
+                continue
+            watched = self._plan.get(event.folder)
+            if watched is None or event.mask & inotify.IGNORED:
+                continue
+            if not event.name:
+                self._settle("")
+                continue
+            listed = event.name in watched.names
+            if not listed and (not watched.whole or event.name.startswith(".")):
+                continue
+            arrives = bool(event.mask & (inotify.CREATE | inotify.MOVED_TO))
+            if listed or event.mask & inotify.ISDIR or (arrives and _is_link(event)):
+                if arrives or event.mask & inotify.CLOSE_WRITE:
+                    self._ask()
+                else:
+                    self._settle("")
+            elif event.folder not in self._seen.shown:
+                self._ask()
+            elif event.name.endswith(SUFFIXES):
+                path = os.path.join(self._seen.shown[event.folder], event.name)
+                if event.mask & (inotify.CLOSE_WRITE | inotify.MOVED_TO):
+                    names = {path, moved[1]} if event.cookie and event.cookie == moved[0] else {path}
+                    self._report(names)
+                else:
+                    self._settle(path)
+                    if event.mask & inotify.MOVED_FROM:
+                        moved = (event.cookie, path)
+
+    def _ask(self) -> None:
+        self._unsettled.pop("", None)
+        self._asked.set()
+
+    def _report(self, names: Collection[str]) -> None:
+        for name in names:
+            self._unsettled.pop(name, None)
+        self._named.update(names)
+        if len(self._named) > _MAX_NAMED:
+            self._named.clear()
+            self._ask()
+        self.news.set()
+
+    def _settle(self, name: str) -> None:
+        self._last_event = self._loop.time()
+        if len(self._unsettled) >= _MAX_NAMED:
+            self._unsettled.clear()
+            name = ""
+        self._unsettled.setdefault(name, self._last_event)
+        if self._settling is None:
+            self._settling = self._loop.call_later(SETTLE_SECONDS, self._settled)
+
+    def _settled(self) -> None:
+        self._settling = None
+        if not self._unsettled:
+            return
+        now = self._loop.time()
+        due = min(self._last_event + SETTLE_SECONDS, min(self._unsettled.values()) + _SETTLE_AT_MOST)
+        if due > now:
+            self._settling = self._loop.call_at(due, self._settled)
+            return
+        names = self._unsettled.keys()
+        self._unsettled = {}
+        if "" in names:
+            self._ask()
+        self._report([name for name in names if name])
+
+    async def _by_comparing(self, until: float) -> None:
+        """Compares stamps until a time of the loop."""
         took = 0.0
-        while time.monotonic() < self._inotify_from:
-            if self._stopping.wait(max(self._poll_seconds, took / _COMPARING_SHARE)):
-                return
-            began = time.monotonic()
-            now = survey(self._paths)
-            took = time.monotonic() - began
-            if now != seen:
-                self._report()
-            seen = now
+        reported = False
+        while self._loop.time() < until:
+            began = self._loop.time()
+            found = await asyncio.to_thread(survey, self._paths)
+            took = self._loop.time() - began
+            if found != self._seen or not reported:
+                self._survey = self._seen = found
+                self._named.clear()
+                self.news.set()
+                reported = True
+            await asyncio.sleep(max(self._poll_seconds, took / _COMPARING_SHARE))
 
-    def _degrade(self, error: Exception) -> None:
-        self._inotify_from = time.monotonic() + _RETRY_INOTIFY_SECONDS
-        if self._warned or self._stopping.is_set():
+    def _degrade(self, error: OSError) -> None:
+        if self._warned:
             return
         self._warned = True
-        exhausted = any(sign in str(error) for sign in ("watch limit", "Too many open files"))
-        # The wrapper gives up at any event, even of our own reading, whose name is not UTF-8.
+        exhausted = inotify.exhausted(error)
         why = "no more inotify watches or instances" if exhausted else f"inotify failed ({error})"
         advice = "; raise fs.inotify.max_user_watches and fs.inotify.max_user_instances" if exhausted else ""
-        with contextlib.suppress(RuntimeError):
-            self._warn(
-                f"manifests: {why}: looking for changes every {self._poll_seconds:g} s instead{advice}"
-            )
+        self._warn(f"manifests: {why}: looking for changes every {self._poll_seconds:g} s instead{advice}")
 
 
-@contextlib.contextmanager
-def _closing(notify: RustNotify) -> Iterator[RustNotify]:
-    try:
-        yield notify
-    finally:
-        notify.close()
-
-
-def _watchable(folder: str) -> bool:
-    """Whether inotify takes the folder: it wants to be allowed to read it, and its wrapper a name in UTF-8."""
-    return os.access(folder, os.R_OK, effective_ids=True) and not _SURROGATES.search(folder)
-
-
-def _matters(path: str, plan: Mapping[str, Watched]) -> bool:
-    """Whether an event at `path` may change what a survey sees."""
-    folder, name = os.path.split(path)
-    watched = plan.get(folder)
-    if watched is not None and (name in watched.names or (watched.whole and not name.startswith("."))):
-        return True
-    return path in plan  # the folder itself was moved or deleted
+def _is_link(event: inotify.Event) -> bool:
+    return os.path.islink(os.path.join(event.folder, event.name))
 
 
 def watch_plan(paths: Sequence[str], seen: Survey) -> dict[str, Watched]:

@@ -168,7 +168,8 @@ class _Builder:
         if len(self._frames) >= MAX_DEPTH:
             raise self._refused(event, f"nested more than {MAX_DEPTH} levels deep")
         if self._expects_key():
-            raise self._refused(event, f"a map key must be a string, got {shown(items)}")
+            advice = ": render templates first" if isinstance(items, dict) else ""
+            raise self._refused(event, f"a map key must be a string, got {shown(items)}{advice}")
         if event.anchor is not None:
             self._anchors[event.anchor] = (_OPEN, 0)
         self._frames.append(_Frame(items, event.anchor, self._count))
@@ -216,8 +217,7 @@ class _Builder:
         if type(items) is list:
             items.append(value)
         elif key is None:
-            self._check_key(event, value, frame)
-            frame.key = value
+            frame.key = self._key(event, value, frame)
         else:
             frame.key = None
             if key is _MERGE:
@@ -225,15 +225,22 @@ class _Builder:
             else:
                 items[key] = value  # type: ignore[call-overload, index]  # it is a dict: not a list, and has a key
 
-    def _check_key(self, event: Any, value: object, frame: _Frame) -> None:
+    def _key(self, event: Any, value: object, frame: _Frame) -> object:
+        """The key of a map: text. Numbers, true and false become theirs, as in Kubernetes (sigs.k8s.io/yaml)."""
         if value is _MERGE:
             if frame.merges is not None:
                 raise self._refused(event, "the key << is given twice in this map: merge a list")
-        elif type(value) is not str:
-            advice = "" if isinstance(value, dict | list) else ": put it in quotes"
+            return value
+        if isinstance(value, bool):
+            value = "true" if value else "false"
+        elif isinstance(value, int | float):
+            value = str(value)
+        if type(value) is not str:
+            advice = ": put it in quotes" if value is None else ""
             raise self._refused(event, f"a map key must be a string, got {shown(value)}{advice}")
-        elif value in frame.items:
+        if value in frame.items:
             raise self._refused(event, f"the key {shown(value)} is given twice in this map")
+        return value
 
     def _merged(self, event: Any, value: object) -> list[dict[str, object]]:
         given = value if isinstance(value, list) else [value]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from operator import attrgetter
 
 import msgspec
 
 from proxyd.api.meta import ObjectName
-from proxyd.api.service import Service
+from proxyd.state.changes import touched
 from proxyd.state.snapshot import NodeView, Options, Snapshot
 from proxyd.state.spec import (
     BalancerKey,
@@ -51,9 +51,9 @@ class Planner:
             self._context = (node, options)
             self._snapshot, self._wishes, self._merged = Snapshot(), {}, None
         last, self._snapshot = self._snapshot, snapshot
-        touched = _touched(last.services, snapshot.services) | _touched(last.slices, snapshot.slices)
+        names = touched(last.services, snapshot.services) | touched(last.slices, snapshot.slices)
         changes: list[tuple[ServiceWishes, ServiceWishes]] = []
-        for name in touched:
+        for name in names:
             old, new = self._wishes.pop(name, _NO_WISHES), _NO_WISHES
             service = snapshot.services.get(name)
             if service is not None:
@@ -77,17 +77,6 @@ def desired_state(snapshot: Snapshot, node: NodeView, options: Options) -> Desir
 
 
 _NO_WISHES = ServiceWishes(order=(False, "", "", ""))
-
-
-def _touched(old: Mapping[ObjectName, object], new: Mapping[ObjectName, object]) -> set[ObjectName]:
-    """Names whose value is not the same object any more, those that are gone included."""
-    if old is new:
-        return set()
-    touched = {name for name, value in new.items() if old.get(name) is not value}
-    # As many as before and none of them new: none is gone.
-    if len(old) != len(new) or any(name not in old for name in touched):
-        touched.update(old.keys() - new.keys())
-    return touched
 
 
 class _Merged:
@@ -147,7 +136,8 @@ class _Merged:
                 return False
             if any(key in self._holders for key in keys - mine):
                 return False
-        if len({l.key for _, new in changes for l in new.listeners}) < sum(len(n.listeners) for _, n in changes):
+        wanted = [listener.key for _, new in changes for listener in new.listeners]
+        if len(set(wanted)) < len(wanted):
             return False
         host = self.result.host
         listeners, balancers = dict(host.listeners), dict(host.balancers)
@@ -159,7 +149,7 @@ class _Merged:
         self.result = DesiredState(
             host=HostState(
                 balancers=balancers,
-                listeners=host.listeners if listeners == host.listeners else listeners,
+                listeners=listeners,
                 vips=vips,
                 steering=steering,
             ),

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import msgspec
 
+from proxyd.state.changes import replaced, same_keys
 from proxyd.state.spec import BalancerKey, BalancerSpec, HostState, ListenerKey, ListenerSpec, Steering
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,36 +45,42 @@ def plan(observed: HostState, desired: HostState) -> Plan:
     """
     opened: list[ListenerSpec] = []
     changed: list[ListenerSpec] = []
-    closed: list[ListenerKey] = []
-    same = observed.listeners == desired.listeners  # a tenth of the time of looking at each
-    for key, wanted in () if same else desired.listeners.items():
-        held = observed.listeners.get(key)
-        if held is wanted or held == wanted:
-            continue
+    differing, closed = _difference(observed.listeners, desired.listeners)
+    for held, wanted in differing:
         if held is None:
             opened.append(wanted)
         elif held.steered != wanted.steered:
-            closed.append(key)
+            closed.append(wanted.key)
             opened.append(wanted)
         else:
             changed.append(wanted)
-    if not same:
-        closed += [key for key in observed.listeners if key not in desired.listeners]
+    set_balancers, drop_balancers = _difference(observed.balancers, desired.balancers)
     return Plan(
         add_vips=desired.vips - observed.vips,
         steer={k: how for k, how in desired.steering.items() if observed.steering.get(k) != how},
-        set_balancers=tuple(
-            spec
-            for key, spec in desired.balancers.items()
-            if (held_spec := observed.balancers.get(key)) is not spec and held_spec != spec
-        ),
+        set_balancers=tuple(wanted for _, wanted in set_balancers),
         open=tuple(opened),
         change=tuple(changed),
         close=tuple(closed),
-        drop_balancers=tuple(key for key in observed.balancers if key not in desired.balancers),
+        drop_balancers=tuple(drop_balancers),
         unsteer=tuple(key for key in observed.steering if key not in desired.steering),
         remove_vips=observed.vips - desired.vips,
     )
+
+
+def _difference(
+    observed: Mapping[_K, _V], desired: Mapping[_K, _V]
+) -> tuple[list[tuple[_V | None, _V]], list[_K]]:
+    """What is there and what is wanted, wherever the two differ, and the keys that are not wanted."""
+    if same_keys(observed, desired):
+        # As ever where only endpoints change.
+        return [(held, wanted) for held, wanted in replaced(observed, desired) if held != wanted], []
+    differing: list[tuple[_V | None, _V]] = []
+    for key, wanted in desired.items():
+        held = observed.get(key)
+        if held is not wanted and held != wanted:
+            differing.append((held, wanted))
+    return differing, [key for key in observed if key not in desired]
 
 
 def applied(state: HostState, todo: Plan) -> HostState:

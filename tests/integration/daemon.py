@@ -102,7 +102,7 @@ class Proxyd:
     # Life
 
     def start(self, *, wait: bool = True) -> Self:
-        """Start it, and wait until it answers and has opened what it can."""
+        """Start it, and wait until it answers and its workers are ready."""
         with self.log_file.open("ab") as log:
             self._process = self.namespace.popen(
                 [*FEW_DESCRIPTORS, *self._prefix, *COMMAND, *self._argv],
@@ -121,9 +121,14 @@ class Proxyd:
 
         def answered() -> bool:
             assert self.process.poll() is None, f"proxyd ended with {self.process.returncode}:\n{self.log()}"
-            return self.try_get("listeners") is not None
+            status = self._ask("status")
+            return (
+                status is not None
+                and status["phase"] == "serving"
+                and all(each["state"] == "ready" for each in status["workers"])
+            )
 
-        wait_for(answered, "an answer on the admin socket", 20, pause=0.02)
+        wait_for(answered, "an answer on the admin socket, and ready workers", 20, pause=0.02)
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -187,26 +192,31 @@ class Proxyd:
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         )
 
-    def try_get(self, noun: str) -> list[dict[str, Any]] | None:
-        """What `proxyd get NOUN -o json` says, asked as it asks; None where the daemon does not answer.
+    def _ask(self, what: str) -> dict[str, Any] | None:
+        """An answer of the admin socket; None where nobody answers.
 
         Tests ask often, and a new process for each question would take most of their time.
         """
         connection = _Connection(self.socket)
         try:
-            connection.request("GET", f"/v1/{noun}")
+            connection.request("GET", f"/v1/{what}")
             response = connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException):
             return None
         finally:
             connection.close()
-        assert response.status == http.client.OK, f"{noun}: {response.status} {body!r}"
-        items: list[dict[str, Any]] = json.loads(body)["items"]
-        return items
+        assert response.status == http.client.OK, f"{what}: {response.status} {body!r}"
+        answer: dict[str, Any] = json.loads(body)
+        return answer
+
+    def try_get(self, noun: str) -> list[dict[str, Any]] | None:
+        """What `proxyd get NOUN -o json` says; None where the daemon does not answer."""
+        answer = self._ask(noun)
+        return None if answer is None else list(answer["items"])
 
     def get(self, noun: str) -> list[dict[str, Any]]:
-        """The same, of a daemon that answers."""
+        """What `proxyd get NOUN -o json` says."""
         items = self.try_get(noun)
         assert items is not None, f"the daemon does not answer:\n{self.log()}"
         return items

@@ -115,6 +115,28 @@ def test_a_new_worker_has_the_changes_made_since(lab: Lab, manifests: Path, prox
     assert many(lab.client, OTHER_VIP, 80, 5).answered == {"pod-3": 5}
 
 
+def test_a_worker_that_hangs_does_not_hold_an_address(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP, node_port=30080))
+    write(manifests / "endpoints.yaml", endpoints("web", 1))
+    daemon = proxyd(workers=2)
+    daemon.wait_listener(NODE_IP, 30080)
+    hanging = daemon.worker_pids()[0]
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        # It cannot close its copies of the listening sockets: they must not listen all the same.
+        write(manifests / "endpoints.yaml", endpoints("web"))
+        daemon.wait_listener(NODE_IP, 30080, "NoEndpoints")
+        assert refused(lab.client, VIP, 80)
+        assert refused(lab.outside, NODE_IP, 30080)
+        write(manifests / "endpoints.yaml", endpoints("web", 2))
+        daemon.wait_listener(NODE_IP, 30080)
+        daemon.wait_listener(VIP, 80)
+        assert ask(lab.outside, NODE_IP, 30080) == "pod-2"
+    finally:
+        os.kill(hanging, signal.SIGCONT)
+    assert many(lab.client, VIP, 80, 10).answered == {"pod-2": 10}
+
+
 def test_killing_control_ends_the_workers_and_a_new_start_works(
     lab: Lab, folder: Path, manifests: Path, proxyd: Run
 ) -> None:

@@ -171,6 +171,7 @@ class WorkerDriver:
         self.ready = False
         self.drained: list[int] = []
         self.records: list[Connection] = []
+        self.dropped = 0
         self.trouble: dict[str, int] = {}
         self.trouble_messages = 0
         self._ids = iter(range(1, 1 << 16))
@@ -213,8 +214,9 @@ class WorkerDriver:
                     self.acknowledged = generation
                 case Drained(listeners=listeners):
                     self.drained += listeners
-                case Connections(records=records):
+                case Connections(records=records, dropped=dropped):
                     self.records += records
+                    self.dropped += dropped
                 case Trouble(counts=counts):
                     self.trouble_messages += 1
                     for text, count in counts.items():

@@ -144,6 +144,33 @@ def test_a_planner_that_remembers_answers_like_one_that_does_not(seen: list[Snap
         assert planner.desired(snapshot, NODE, opts) == desired_state(snapshot, NODE, opts)
 
 
+@settings(max_examples=200)
+@given(
+    snapshots(),
+    st.lists(st.tuples(st.sampled_from(["s1", "s2", "s3", "s4"]), st.booleans(), snapshots()), max_size=6),
+    options,
+)
+def test_one_change_after_another_leads_to_what_all_at_once_does(
+    snapshot: Snapshot, steps: list[tuple[str, bool, Snapshot]], opts: Options
+) -> None:
+    planner = Planner()
+    planner.desired(snapshot, NODE, opts)
+    for name, only_slices, other in steps:
+        # All other objects stay the very same.
+        key = ObjectName("default", name)
+        new_services, new_slices = dict(snapshot.services), dict(snapshot.slices)
+        for mine, theirs in ((new_slices, other.slices), (new_services, other.services)):
+            if only_slices and theirs is other.services:
+                continue
+            mine.pop(key, None)
+            if key in theirs:
+                mine[key] = theirs[key]
+        snapshot = Snapshot(services=new_services, slices=new_slices)
+        have = planner.desired(snapshot, NODE, opts)
+        assert have == desired_state(snapshot, NODE, opts)
+        assert not plan(have.host, desired_state(snapshot, NODE, opts).host)
+
+
 @given(snapshots(), options)
 def test_no_plan_for_what_is_already_so(snapshot: Snapshot, opts: Options) -> None:
     state = desired_state(snapshot, NODE, opts).host

@@ -13,11 +13,91 @@ from proxyd.sources.yaml_reader import Unreadable, read_fully
 
 KEYS = ["a", "b", "c-d", "x.y/z", "true", "null", "n", "on", "0", "~", "a b", '"q"', "<<", "é", "_"]
 VALUES = [
-    *("", "1", "-1", "+1", "0x1f", "017", "1e3", ".5", ".inf", "1.2.3.4", "22:22", "a:b", "a:", "a: b", "a :b"),
-    *("~", "null", "true", "True", "yes", "word", "two words", "w  x", "a #b", "a#b", "#c", "# c", "a - b", "-", "- a"),
-    *('"text"', '"a: b"', '"a\\n"', '""', "'x'", "'it''s'", '"', '"a" b', '"a"b', "{}", "[]", "{a: 1}", "[1]"),
-    *("{", "&x y", "*x", "!!str 1", "|", ">", "%a", "@a", "`a", "?", "? a", ":", "(a)", "/a", "é", "\ta", "a\tb"),
-    *("=", "a=b", "a,b", "a]", "[a", "a}", "---", "...", "--- a", "2024-01-01", "a'b", 'a"b', "<a", "a\\b", "=a"),
+    *(
+        "",
+        "1",
+        "-1",
+        "+1",
+        "0x1f",
+        "017",
+        "1e3",
+        ".5",
+        ".inf",
+        "1.2.3.4",
+        "22:22",
+        "a:b",
+        "a:",
+        "a: b",
+        "a :b",
+    ),
+    *(
+        "~",
+        "null",
+        "true",
+        "True",
+        "yes",
+        "word",
+        "two words",
+        "w  x",
+        "a #b",
+        "a#b",
+        "#c",
+        "# c",
+        "a - b",
+        "-",
+        "- a",
+    ),
+    *(
+        '"text"',
+        '"a: b"',
+        '"a\\n"',
+        '""',
+        "'x'",
+        "'it''s'",
+        '"',
+        '"a" b',
+        '"a"b',
+        "{}",
+        "[]",
+        "{a: 1}",
+        "[1]",
+    ),
+    *(
+        "{",
+        "&x y",
+        "*x",
+        "!!str 1",
+        "|",
+        ">",
+        "%a",
+        "@a",
+        "`a",
+        "?",
+        "? a",
+        ":",
+        "(a)",
+        "/a",
+        "é",
+        "\ta",
+        "a\tb",
+    ),
+    *(
+        "=",
+        "a=b",
+        "a,b",
+        "a]",
+        "[a",
+        "a}",
+        "---",
+        "...",
+        "--- a",
+        "2024-01-01",
+        "a'b",
+        'a"b',
+        "<a",
+        "a\\b",
+        "=a",
+    ),
 ]
 
 
@@ -39,7 +119,9 @@ def lines(draw: st.DrawFn) -> str:
             return f"{indent}{dash}{key}:{space}{value}{tail}"
         case "value":
             return f"{indent}{value}{tail}"
-    return draw(st.sampled_from(["", " ", "  # note", "#", "---", "- - a", "%YAML 1.2", "a: b: c", "\t", "\x01"]))
+    return draw(
+        st.sampled_from(["", " ", "  # note", "#", "---", "- - a", "%YAML 1.2", "a: b: c", "\t", "\x01"])
+    )
 
 
 def same(quick: object, full: object) -> bool:

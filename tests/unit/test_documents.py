@@ -105,16 +105,26 @@ def test_on_and_yes_are_keys_like_any_other() -> None:
     assert values("on: 1\nyes: 2\ny: 3\n22:22: 4") == [{"on": 1, "yes": 2, "y": 3, "22:22": 4}]
 
 
+def test_keys_of_other_types_become_their_text() -> None:
+    text = "9000: a\n-1: b\ntrue: c\nFalse: d\n0x1F: e\n1.5: f\nx: &one 1\n*one : g\n"
+    assert values(text) == [
+        {"9000": "a", "-1": "b", "true": "c", "false": "d", "31": "e", "1.5": "f", "x": 1, "1": "g"}
+    ]
+    (document,) = read_documents(b"9000: {a: 1}\n")
+    assert isinstance(document, Document)
+    assert document.position(("9000", "a")) == (1, 11)
+
+
 REFUSED: list[tuple[str, str]] = [
     ("a: 1\nb: 2\na: 3\n", '3:1: the key "a" is given twice in this map'),
     ("x:\n  - {k: 1, 'k': 2}\n", '2:12: the key "k" is given twice in this map'),
-    ("80: a\n", "1:1: a map key must be a string, got 80: put it in quotes"),
-    ("a:\n  true: a\n", "2:3: a map key must be a string, got true: put it in quotes"),
+    ('80: a\n"80": b\n', '2:1: the key "80" is given twice in this map'),
+    ("a: {true: a, True: b}\n", '1:14: the key "true" is given twice in this map'),
     ("a: {~: 1}\n", "1:5: a map key must be a string, got null: put it in quotes"),
     ("a: {: 1}\n", "1:5: not valid YAML: did not find expected node content (while parsing a flow node from line 1)"),
     ("? [a]\n: b\n", "1:3: a map key must be a string, got a list"),
-    ("port: {{ .Values.port }}\n", "1:8: a map key must be a string, got a map"),
-    ("x: &a 1\n*a : 2\n", "2:1: a map key must be a string, got 1: put it in quotes"),
+    ("port: {{ .Values.port }}\n", "1:8: a map key must be a string, got a map: render templates first"),
+    ("x: &a [1]\n*a : 2\n", "2:1: a map key must be a string, got a list"),
     ("a: !!binary aGk=\n", '1:4: !!binary "aGk=" is not a core value of YAML'),
     ("a: !!timestamp 2024-01-01\n", '1:4: !!timestamp "2024-01-01" is not a core value of YAML'),
     ("a: !!python/object:os.system x\n", '1:4: !!python/object:os.system "x" is not a core value of YAML'),

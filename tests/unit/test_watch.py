@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -224,15 +223,17 @@ async def test_a_stream_of_changes_is_reported_while_it_lasts(folder: Path) -> N
         assert 4 <= watching.count - before <= 50
 
 
-async def test_it_ends_at_once_and_takes_its_thread_along(folder: Path) -> None:
-    def threads() -> int:
-        return sum(thread.name == "manifest-watch" for thread in threading.enumerate())
+async def test_it_ends_at_once_and_leaves_nothing(folder: Path) -> None:
+    def instances() -> int:
+        links = (os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+        return sum("inotify" in link for link in links)
 
     async with Watching(folder):
-        assert threads() == 1
+        assert instances() == 1
         began = time.monotonic()
     assert time.monotonic() - began < 0.2
-    assert threads() == 0
+    assert instances() == 0
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_changes_while_the_caller_is_busy_are_reported_once(folder: Path) -> None:

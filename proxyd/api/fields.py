@@ -1,0 +1,106 @@
+"""Fields that are mistyped: what no Kubernetes object has there, and what looks like something it has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from msgspec import inspect
+
+from proxyd.api.findings import Findings, Path, clip
+from proxyd.api.shape import shape_of
+
+# Close enough to be meant; of two words of five letters one letter may differ, or two be swapped.
+_CLOSE = 0.75
+# The comparison takes time in proportion to the length of the words.
+_LONGEST = 60
+
+# Fields of the Kubernetes API, up to 1.34, that the structs here leave out: they are no mistakes.
+_UNUSED = {
+    "Service": ("apiVersion", "kind"),
+    "Endpoints": ("apiVersion", "kind"),
+    "EndpointSlice": ("apiVersion", "kind"),
+    "Pod": ("apiVersion", "kind"),
+    "ObjectMeta": (
+        *("clusterName", "deletionGracePeriodSeconds", "finalizers", "generateName", "generation"),
+        *("managedFields", "ownerReferences", "selfLink"),
+    ),
+    "ServiceSpec": ("topologyKeys", "trafficDistribution", "ipFamily", "loadBalancerClass"),
+    "ServiceStatus": ("conditions",),
+    "LoadBalancerIngress": ("ports",),
+    "ObjectReference": ("apiVersion", "fieldPath", "resourceVersion", "uid"),
+    "EndpointPort": ("appProtocol",),
+    "SliceEndpoint": ("deprecatedTopology", "hostname"),
+    "EndpointAddress": ("hostname",),
+    "PodSpec": (
+        *("activeDeadlineSeconds", "affinity", "automountServiceAccountToken", "dnsConfig", "dnsPolicy"),
+        *("enableServiceLinks", "ephemeralContainers", "hostAliases", "hostIPC", "hostNetwork", "hostPID"),
+        *("hostUsers", "hostnameOverride", "imagePullSecrets", "initContainers", "nodeSelector", "os"),
+        *("overhead", "preemptionPolicy", "priority", "priorityClassName", "readinessGates"),
+        *("resourceClaims", "resources", "restartPolicy", "runtimeClassName", "schedulerName"),
+        *("schedulingGates", "securityContext", "serviceAccount", "serviceAccountName"),
+        *("setHostnameAsFQDN", "shareProcessNamespace", "subdomain", "terminationGracePeriodSeconds"),
+        *("tolerations", "topologySpreadConstraints", "volumes"),
+    ),
+    "Container": (
+        *("args", "command", "env", "envFrom", "image", "imagePullPolicy", "lifecycle", "livenessProbe"),
+        *("readinessProbe", "resizePolicy", "resources", "restartPolicy", "restartPolicyRules"),
+        *("securityContext", "startupProbe", "stdin", "stdinOnce", "terminationMessagePath"),
+        *("terminationMessagePolicy", "tty", "volumeDevices", "volumeMounts", "workingDir"),
+    ),
+    "ContainerPort": ("hostIP", "hostPort"),
+    "PodCondition": ("lastProbeTime", "lastTransitionTime", "message", "observedGeneration", "reason"),
+    "PodStatus": (
+        *("containerStatuses", "ephemeralContainerStatuses", "extendedResourceClaimStatus", "hostIP"),
+        *("hostIPs", "initContainerStatuses", "message", "nominatedNodeName", "observedGeneration"),
+        *("qosClass", "reason", "resize", "resourceClaimStatuses", "startTime"),
+    ),
+}  # fmt: skip
+
+
+def check_fields(raw: object, kind: type, found: Findings) -> None:
+    """Add to `found` a warning for each field of a document that is likely a mistyped one.
+
+    A field that is like none of the known ones is passed over: it may be of a newer Kubernetes.
+    """
+    for path, name, meant in _unknown(raw, shape_of(kind), ()):
+        found.warning((*path, name), f'unknown field "{clip(name)}": did you mean {meant}?')
+
+
+def _unknown(value: object, shape: inspect.Type, path: Path) -> Iterator[tuple[Path, str, str]]:
+    match shape:
+        case inspect.StructType() if isinstance(value, dict):
+            fields = {field.encode_name: field.type for field in shape.fields}
+            known = (*fields, *_UNUSED.get(shape.cls.__name__, ()))
+            for name, item in value.items():
+                if name in fields:
+                    yield from _unknown(item, fields[name], (*path, name))
+                elif name not in known and (meant := _meant(name, known, value)):
+                    yield path, name, meant
+        case inspect.VarTupleType() if isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                yield from _unknown(item, shape.item_type, (*path, i))
+        case inspect.UnionType():
+            for member in shape.types:
+                if isinstance(member, inspect.StructType):
+                    yield from _unknown(value, member, path)
+        case _:
+            pass
+
+
+def _meant(name: str, known: tuple[str, ...], present: dict[str, object]) -> str:
+    """The known field that `name` looks like; "" where there is none."""
+    plain = {_plain(one): one for one in known}
+    if _plain(name) in plain:
+        return plain[_plain(name)]
+    if len(name) > _LONGEST:
+        return ""
+    # What is already there was hardly meant once more.
+    missing = [text for text, one in plain.items() if one not in present]
+    close = difflib.get_close_matches(_plain(name), missing, n=1, cutoff=_CLOSE)
+    return plain[close[0]] if close else ""
+
+
+def _plain(name: str) -> str:
+    """`name` without what people vary: capitals, dashes and underscores."""
+    return name.replace("_", "").replace("-", "").lower()

@@ -1,0 +1,215 @@
+"""UDP listeners: each has its clients' flows, finds the flow of a datagram and sends it on.
+
+A listener is bound to one address, so that its replies leave from the address the client used, on any node. It belongs
+to one worker alone. What it takes many datagrams at a time from its socket is in `udp_vector`, a flow in `udp_flow`, what
+all flows of a worker share in `udp_table`.
+"""
+
+from __future__ import annotations
+
+import os
+from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from time import monotonic
+
+from proxyd.relay.balancer import Balancer
+from proxyd.relay.listener import SourceRanges
+from proxyd.relay.messages import ListenerConfig
+from proxyd.relay.plane import Plane
+from proxyd.relay.poller import IN
+from proxyd.relay.slots import OPENED, REFUSED
+from proxyd.relay.udp_flow import TALKING, Flow
+from proxyd.relay.udp_table import LEAVE_SECONDS, FlowTable
+from proxyd.relay.udp_vector import ClientKey, client_address
+
+# Some 4,000 small datagrams, or 60 of the largest.
+LISTENER_BUFFER = 4 * 1024 * 1024
+
+
+class UdpListener:
+    """Forwards the datagrams of one socket.
+
+    Args:
+        config: what control said.
+        fd: the socket; owned by the listener from now on.
+        balancer: of new flows.
+        plane: of the worker.
+
+    Raises:
+        OSError: not a socket, or no room to watch it.
+    """
+
+    def __init__(self, config: ListenerConfig, fd: int, balancer: Balancer, plane: Plane) -> None:
+        self.id = config.id
+        self.address = config.address
+        self.plane = plane
+        self.closed = False
+        self.flows: dict[ClientKey, Flow] = {}
+        self.fd = fd
+        self.table = table = flow_table(plane)
+        self._balancer = balancer
+        self._ranges = SourceRanges(config.source_ranges) if config.source_ranges else None
+        if self._ranges is not None and self._ranges.unreadable:
+            plane.reporter.trouble(
+                f"listener {self.address}: source range {self._ranges.unreadable[0]!r} is not a CIDR: it admits nobody"
+            )
+        self._until: float | None = None  # while only replies under way are waited for
+        self._socket = Socket(fileno=fd)
+        try:
+            self._socket.setblocking(False)
+            table.enlarge(self._socket, LISTENER_BUFFER, LISTENER_BUFFER)
+            self._vector = table.receiver(self._socket.family)
+            self.sender = table.sender(self._socket.family)
+            plane.poller.add(fd, self._ready, IN)
+        except OSError:
+            self._socket.close()
+            raise
+        before = table.listeners.get(self.address)
+        table.listeners[self.address] = self
+        if before is not None:
+            self._take_over(before)
+
+    @property
+    def open_relays(self) -> int:
+        """How many flows it has."""
+        return len(self.flows) + sum(flow.listener is self for flow in self.table.leaving)
+
+    @property
+    def balancer(self) -> Balancer:
+        """Of new flows. Those of another balancer end when it is set."""
+        return self._balancer
+
+    @balancer.setter
+    def balancer(self, balancer: Balancer) -> None:
+        if balancer is not self._balancer:
+            self._balancer = balancer
+            for flow in list(self.flows.values()):
+                flow.leave()
+
+    def endpoints_changed(self) -> None:
+        """Let go of the flows to endpoints that were removed: their clients' next datagrams go to others."""
+        for flow in [flow for flow in self.flows.values() if flow.endpoint is None or flow.endpoint.removed]:
+            flow.leave()
+
+    def first(self, key: ClientKey, data: memoryview) -> None:
+        """Begin a flow with a client's datagram."""
+        balancer = self._balancer
+        counters = self.plane.counters
+        if not balancer.endpoints or (
+            self._ranges is not None and not self._ranges.admit(client_address(key)[0])
+        ):
+            counters[balancer.row + REFUSED] += 1
+            return
+        table = self.table
+        table.make_room(self)
+        table.opened()
+        flow = self.flows[key] = Flow(self, key)
+        counters[balancer.row + OPENED] += 1
+        if flow.dial(data):
+            flow.datagrams_in = 1
+            flow.bytes_in = len(data)
+
+    def flow_ended(self) -> None:
+        """Close, where the last flow was all that was waited for."""
+        if self._until is not None and not self.open_relays:
+            self.close()
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close at once, with all flows: the port must be free, and clients must see that nobody is there."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.table.listeners.get(self.address) is self:
+            del self.table.listeners[self.address]
+        for flow in [*self.flows.values(), *(f for f in self.table.leaving if f.listener is self)]:
+            flow.finish("drained")
+        self.sender.flush()
+        self.plane.poller.close_shared(self._socket)
+        self.plane.reporter.drained(self.id)
+        if self._until is not None:
+            self._until = None
+            self.plane.closed(self)
+
+    def linger(self, seconds: float) -> bool:
+        """Take no more datagrams, and close when the replies under way have come, at most LEAVE_SECONDS from now.
+
+        Returns:
+            Whether there is anything to wait for; else it is closed.
+        """
+        for flow in list(self.flows.values()):
+            flow.leave()
+        if seconds <= 0 or not self.open_relays:
+            self.close()
+            return False
+        self._until = monotonic() + min(seconds, LEAVE_SECONDS)
+        self.plane.poller.modify(self.fd, 0)
+        self.plane.opened(self)
+        return True
+
+    def tick(self, now: float) -> None:
+        """Close when it has waited long enough. Called once a second while it lingers."""
+        if self._until is not None and now >= self._until:
+            self.close()
+
+    def dial_due(self, now: float) -> None:
+        """Nothing is dialled."""
+
+    def crash(self) -> None:
+        """Go on: an internal error costs the datagrams of one batch."""
+
+    def _take_over(self, before: UdpListener) -> None:
+        """Go on with the flows of a listener that this one replaces, where they still are what was wished for."""
+        before.plane.poller.modify(before.fd, 0)
+        if before.balancer is not self._balancer:
+            return
+        for key, flow in list(before.flows.items()):
+            if self._ranges is None or self._ranges.admit(flow.client_ip):
+                del before.flows[key]
+                self.flows[key] = flow
+                flow.adopted(self)
+
+    # -- client to endpoint ---------------------------------------------------------------------------------------
+
+    def _ready(self, _events: int) -> None:
+        """Send on a batch. Level-triggered: what is left is reported again, after everybody else had a turn."""
+        vector = self._vector
+        try:
+            sizes = vector.receive(self.fd)
+        except OSError as error:
+            self.plane.reporter.trouble(
+                f"listener {self.address}: can't receive any more: {os.strerror(error.errno or 0)}"
+            )
+            self.plane.poller.modify(self.fd, 0)
+            return
+        find = self.flows.get
+        views = vector.views
+        words = vector.words
+        clock = self.table.clock
+        v6 = vector.v6
+        slot = 0
+        for size in sizes:
+            key = vector.key(slot) if v6 else words[slot * 4]
+            data = views[slot][:size]
+            slot += 1
+            flow = find(key)
+            if flow is None:
+                self.first(key, data)
+                continue
+            if flow.stage != TALKING:
+                flow.early(data)
+            flow.used = clock
+            try:
+                flow.send(data)
+            except OSError as error:
+                flow.send_failed(error, data)
+                continue
+            flow.bytes_in += size
+            flow.datagrams_in += 1
+
+
+def flow_table(plane: Plane) -> FlowTable:
+    """The flow table of a worker, made with its first UDP listener."""
+    if plane.flow_table is None:
+        plane.flow_table = FlowTable(plane, plane.udp_idle_seconds, plane.workers)
+    return plane.flow_table

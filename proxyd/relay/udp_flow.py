@@ -1,0 +1,335 @@
+"""The life of one UDP flow: the datagrams of one client address at one listener, and its socket to the endpoint.
+
+Stages: WAITING until the endpoint's first reply; ANSWERED until the client sends again; TALKING from then on; LEAVING
+when its endpoint or listener is gone and only a reply under way is waited for. A LEAVING flow is in no listener's table.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from proxyd.relay.balancer import Endpoint
+from proxyd.relay.messages import Connection, LiveConnection
+from proxyd.relay.poller import IN
+from proxyd.relay.slots import (
+    ATTEMPTS,
+    BYTES_IN,
+    BYTES_OUT,
+    CLOSED,
+    DATAGRAMS_IN,
+    DATAGRAMS_OUT,
+    DROPPED,
+    FAILED,
+    OPENED,
+)
+from proxyd.relay.udp_vector import NAME6_BYTES, NAME_BYTES, SLOTS, ClientKey, client_address
+
+if TYPE_CHECKING:
+    from proxyd.relay.udp import UdpListener
+
+WAITING, ANSWERED, TALKING, LEAVING = range(4)
+
+# Endpoints tried for one datagram.
+MAX_ATTEMPTS = 8
+# A datagram up to this size is kept until the first reply, to be sent to another endpoint when one refuses it.
+KEPT_BYTES = 1472
+# The receive buffer of a flow that has become a conversation.
+TALKING_BUFFER = 1024 * 1024
+# Replies taken from one flow in one turn once it was ready turn after turn.
+MAX_BATCH = 16
+
+_DGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
+
+
+class Flow:
+    """One client of one listener. The client's path is in `UdpListener`, the endpoint's is `ready`."""
+
+    __slots__ = (
+        "_attempts", "_counted", "_fd", "_kept", "_last_turn", "_ok", "_recv_into", "_sock", "_started", "_table", "_tried",
+        "_vector", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint", "key", "listener",
+        "send", "stage", "used",
+    )  # fmt: skip
+
+    def __init__(self, listener: UdpListener, key: ClientKey) -> None:
+        self.listener = listener
+        self.key = key
+        self.balancer = listener.balancer
+        self.endpoint: Endpoint | None = None
+        self.stage = WAITING
+        self.bytes_in = self.bytes_out = self.datagrams_in = self.datagrams_out = 0
+        self._table = table = listener.table
+        self._vector = listener.sender
+        self._fd = listener.fd
+        self.used = table.clock
+        self._sock: Socket | None = None
+        self._kept: bytes | None = None
+        self._tried: tuple[Endpoint, ...] = ()
+        self._attempts = 0
+        self._counted = (0, 0, 0, 0)
+        self._last_turn = 0
+        self._started = monotonic()
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over."""
+        return self._sock is None
+
+    @property
+    def service(self) -> str:
+        """Name of its service port, namespace/name:port."""
+        return self.balancer.name
+
+    @property
+    def client_ip(self) -> str:
+        """Address of the client, without the port."""
+        return client_address(self.key)[0]
+
+    # -- client to endpoint ---------------------------------------------------------------------------------------
+
+    def dial(self, data: memoryview | bytes) -> bool:
+        """Send a datagram to the next endpoint; False when the flow is over: no endpoint took it."""
+        if len(data) <= KEPT_BYTES:
+            self._kept = bytes(data)
+        balancer = self.balancer
+        table = self._table
+        ip = self.client_ip if balancer.affinity_seconds else ""
+        while self._attempts < MAX_ATTEMPTS:
+            endpoint = balancer.pick(ip, monotonic(), self._tried)
+            if endpoint is None:
+                break
+            self.endpoint = endpoint
+            self._attempts += 1
+            table.counters[endpoint.row + ATTEMPTS] += 1
+            table.counters[balancer.row + ATTEMPTS] += 1
+            try:
+                sock = self._connected(endpoint)
+                self._sock = sock
+                self.send = sock.send
+                self._recv_into = sock.recv_into
+                table.counters[endpoint.row + OPENED] += 1
+                self.send(data)
+            except OSError as error:
+                if error.errno in _SHORTAGES:
+                    self._drop(error)
+                    table.short()
+                    break
+                self._blame(error)
+                continue
+            return True
+        table.counters[balancer.row + FAILED] += 1
+        self.finish("no endpoint")
+        return False
+
+    def _connected(self, endpoint: Endpoint) -> Socket:
+        """A watched socket, connected to an endpoint."""
+        sock = Socket(endpoint.family, _DGRAM, 0)
+        try:
+            sock.connect(endpoint.address)
+            if endpoint.ephemeral and sock.getsockname()[:2] == endpoint.address:
+                raise OSError(errno.ECONNREFUSED, "met itself")
+            self._table.poller.add(sock.fileno(), self.ready, IN)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def early(self, data: memoryview) -> None:
+        """Take a datagram of the client on a flow that is not TALKING yet, before it is sent."""
+        if self.stage == WAITING:
+            self._kept = bytes(data) if len(data) <= KEPT_BYTES else None
+        else:
+            self.stage = TALKING
+            if self._sock is not None:
+                self._table.enlarge(self._sock, TALKING_BUFFER)
+
+    def send_failed(self, error: OSError, data: memoryview) -> None:
+        """Act on an error of `send`: the datagram has not left. It may tell of the one before it."""
+        code = error.errno
+        if code in _SHORTAGES or code in (errno.EMSGSIZE, errno.EPERM):
+            self._drop(error)
+            return
+        was = self.stage
+        self._blame(error)
+        if was != WAITING:
+            self.finish("refused by endpoint")
+            self.listener.first(self.key, data)
+        elif self.dial(data):
+            self.datagrams_in += 1
+            self.bytes_in += len(data)
+
+    # -- endpoint to client ---------------------------------------------------------------------------------------
+
+    def ready(self, _events: int) -> None:
+        """Take replies. They leave at the end of the batch."""
+        turn = self._table.poller.turns
+        left = MAX_BATCH if turn == self._last_turn + 1 else 1
+        self._last_turn = turn
+        vector = self._vector
+        try:
+            while left:
+                slot = vector.queued
+                if slot == SLOTS or vector.to != self._fd:
+                    vector.turn_to(self._fd)
+                    slot = 0
+                size = self._recv_into(vector.views[slot])
+                key = self.key
+                if isinstance(key, int):
+                    vector.words[slot * 4] = key
+                else:
+                    vector.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES] = key
+                vector.sizes[2 * slot + 1] = size
+                vector.queued = slot + 1
+                self.bytes_out += size
+                self.datagrams_out += 1
+                self.used = self._table.clock
+                if self.stage != TALKING:
+                    self._replied()
+                    if self._sock is None:
+                        return
+                left -= 1
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._refused(error)
+
+    def _replied(self) -> None:
+        if self.stage == WAITING:
+            self.stage = ANSWERED
+            self._kept = None
+            self._tried = ()
+        elif self.stage == LEAVING and self.datagrams_out >= self.datagrams_in:
+            self.finish("endpoint removed")
+
+    def _refused(self, error: OSError) -> None:
+        """Act on what came instead of a reply, an ICMP error: try another endpoint where nothing has come yet."""
+        was = self.stage
+        self._blame(error)
+        if was == WAITING and self._kept is not None:
+            self.dial(self._kept)
+        else:
+            self.finish("refused by endpoint")
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Leave the listener's table. A reply under way is waited for, for a moment."""
+        if self.datagrams_out >= self.datagrams_in:
+            self.finish("endpoint removed")
+        else:
+            self.listener.flows.pop(self.key, None)
+            self.stage = LEAVING
+            self._table.leaving[self] = monotonic()
+
+    def adopted(self, listener: UdpListener) -> None:
+        """Go on at a listener with the same address and balancer."""
+        self.listener = listener
+        self._fd = listener.fd
+
+    def crash(self) -> None:
+        """End after an internal error."""
+        self.finish("internal error")
+
+    def finish(self, reason: str) -> None:
+        """Close and count."""
+        table = self._table
+        flows = self.listener.flows
+        if flows.get(self.key) is self:
+            del flows[self.key]
+        elif table.leaving.pop(self, None) is None:
+            return  # it is over already
+        self._close()
+        self.count()
+        endpoint = self.endpoint
+        table.counters[self.balancer.row + CLOSED] += 1
+        if endpoint is not None and self.balancer.affinity_seconds:
+            self.balancer.ended(self.client_ip, endpoint, monotonic())
+        table.closed(self)
+        if table.plane.records:
+            self._record(reason)
+
+    def _close(self) -> None:
+        """Close the socket to the endpoint."""
+        if self._sock is not None:
+            self._table.poller.close(self._sock)
+            self._sock = None
+            assert self.endpoint is not None
+            self.count()
+            self._table.counters[self.endpoint.row + CLOSED] += 1
+
+    def _blame(self, error: OSError) -> None:
+        """Note that the endpoint does not take datagrams."""
+        endpoint = self.endpoint
+        assert endpoint is not None
+        self._tried = (*self._tried, endpoint)
+        self._close()
+        self._table.counters[endpoint.row + FAILED] += 1
+        ip = self.client_ip if self.balancer.affinity_seconds else ""
+        self.balancer.failed(ip, endpoint, monotonic())
+        why = os.strerror(error.errno or 0)
+        self._table.plane.reporter.trouble(f"endpoint {endpoint} of {self.balancer.name}: {why}")
+
+    def _drop(self, error: OSError) -> None:
+        """Count a datagram that could not be sent for want of something of our own."""
+        self._table.counters[self.balancer.row + DROPPED] += 1
+        if error.errno == errno.EAGAIN and self._sock is not None:
+            why = "the send buffer is full"
+        else:
+            why = "no local port left" if error.errno == errno.EAGAIN else os.strerror(error.errno or 0)
+        self._table.plane.reporter.trouble(f"datagrams of {self.balancer.name} were dropped: {why}")
+
+    # -- figures --------------------------------------------------------------------------------------------------
+
+    def count(self) -> None:
+        """Bring the shared counters up to date."""
+        now = (self.bytes_in, self.bytes_out, self.datagrams_in, self.datagrams_out)
+        before, self._counted = self._counted, now
+        counters = self._table.counters
+        rows = (self.balancer.row, self.endpoint.row) if self.endpoint is not None else (self.balancer.row,)
+        for field, new, old in zip(_COUNTED, now, before, strict=True):
+            if new > old:
+                for row in rows:
+                    counters[row + field] += new - old
+
+    def live(self, now: float) -> LiveConnection:
+        """What it is and does at this moment."""
+        return LiveConnection(
+            client=_client(self.key),
+            frontend=self.listener.address,
+            service=self.balancer.name,
+            endpoint=str(self.endpoint or ""),
+            protocol="UDP",
+            seconds=now - self._started,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            state="unanswered" if self.stage == WAITING else "answered",
+        )
+
+    def _record(self, reason: str) -> None:
+        record = Connection(
+            client=_client(self.key),
+            frontend=self.listener.address,
+            service=self.balancer.name,
+            endpoint=str(self.endpoint or ""),
+            attempts=self._attempts,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            seconds=monotonic() - self._started,
+            reason=reason,
+            finished=time.time(),
+        )
+        self._table.plane.reporter.record(record)
+
+
+def _client(key: ClientKey) -> str:
+    ip, port = client_address(key)
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+_COUNTED = (BYTES_IN, BYTES_OUT, DATAGRAMS_IN, DATAGRAMS_OUT)

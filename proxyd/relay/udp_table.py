@@ -1,0 +1,216 @@
+"""All UDP flows of one worker: how many there may be, which are ended when there are too many, and when they are idle.
+
+Nothing here is done for a single datagram. A flow notes the table's coarse clock when it moves something; a pass over
+all flows, each TICK_SECONDS, brings counters up to date and ends what has been idle for too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from proxyd.relay.plane import Plane
+from proxyd.relay.slots import DROPPED, EVICTED
+from proxyd.relay.udp_flow import ANSWERED, TALKING, WAITING, Flow
+from proxyd.relay.udp_vector import Vector
+
+if TYPE_CHECKING:
+    from proxyd.relay.udp import UdpListener
+
+TICK_SECONDS = 0.5
+# Until the first reply. Resolvers give up a query after 5 s, and some clients after 5 s more.
+WAIT_SECONDS = 10.0
+# After a single exchange; the usual DNS query is one, from a port that is never used again.
+BRIEF_SECONDS = 10.0
+# The same while the table is nearly full.
+HURRIED_SECONDS = 1.0
+# How long a reply under way is waited for when the endpoint is gone.
+LEAVE_SECONDS = 2.0
+
+# About 4 KB of memory each, mostly the kernel's.
+MAX_FLOWS = 32_768
+# Of the local ports that the node has; the rest is for its other programs, its own resolver among them.
+_PORT_SHARE = 0.75
+# What a single listener may take of the table.
+_LISTENER_SHARE = 0.75
+# This part of the table is ended at once when it is full, so that one pass over all flows serves many new ones.
+_EVICTED_SHARE = 1 / 16
+
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+_SO_SNDBUFFORCE = 32
+
+
+class FlowTable:
+    """Shared by the UDP listeners of one worker.
+
+    Args:
+        plane: of the worker.
+        idle_seconds: after which a flow is ended, where its Service says nothing else.
+        workers: that share the node's local ports.
+    """
+
+    def __init__(self, plane: Plane, idle_seconds: float, workers: int) -> None:
+        self.plane = plane
+        self.poller = plane.poller
+        self.counters = plane.counters
+        self.clock = monotonic()  # of the last pass
+        self.listeners: dict[str, UdpListener] = {}  # by address
+        self.leaving: dict[Flow, float] = {}  # since when
+        self._idle_seconds = idle_seconds
+        self._ports = int(_local_ports() * _PORT_SHARE / max(workers, 1))
+        self._receivers: dict[int, Vector] = {}
+        self._senders: dict[int, Vector] = {}
+        self._forced = True  # buffers may go beyond the sysctl's limit
+        self._timer: asyncio.TimerHandle | None = None
+        self.poller.before_end = self._flush
+
+    @property
+    def limit(self) -> int:
+        """How many flows there may be: half of the descriptors, and no more than memory and local ports allow."""
+        return min(self.plane.max_relays, MAX_FLOWS, self._ports)
+
+    def receiver(self, family: int) -> Vector:
+        """What listeners of a family receive into."""
+        return self._receivers.setdefault(family, Vector(family))
+
+    def sender(self, family: int) -> Vector:
+        """What replies to clients of a family are queued in until the end of the batch."""
+        return self._senders.setdefault(family, Vector(family))
+
+    def enlarge(self, sock: Socket, receive: int, send: int = 0) -> None:
+        """Give a socket larger buffers; as large as the sysctls allow where this process has no privilege."""
+        for plain, force, size in (
+            (socket.SO_RCVBUF, _SO_RCVBUFFORCE, receive),
+            (socket.SO_SNDBUF, _SO_SNDBUFFORCE, send),
+        ):
+            if size and self._forced:
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, force, size)
+                    continue
+                except PermissionError:
+                    self._forced = False
+            if size:
+                sock.setsockopt(socket.SOL_SOCKET, plain, size)
+
+    # -- flows ----------------------------------------------------------------------------------------------------
+
+    def opened(self) -> None:
+        """Count a flow in."""
+        self.plane.flows += 1
+        if self._timer is None:
+            self.clock = monotonic()
+            self._timer = self.plane.loop.call_later(TICK_SECONDS, self._tick)
+
+    def closed(self, flow: Flow) -> None:
+        """Count a flow out."""
+        self.plane.flows -= 1
+        flow.listener.flow_ended()
+
+    def flows(self) -> Iterator[Flow]:
+        """Every flow."""
+        for listener in self.listeners.values():
+            yield from listener.flows.values()
+
+    def make_room(self, listener: UdpListener) -> None:
+        """End some flows where there is none left for one more, of this listener or of all."""
+        limit = self.limit
+        if len(listener.flows) >= max(int(limit * _LISTENER_SHARE), 1):
+            self._evict([listener], limit)
+        elif self.plane.flows >= limit:
+            self._evict(list(self.listeners.values()), limit)
+
+    def short(self) -> None:
+        """End some flows because descriptors, memory or ports ran out before the limit was reached."""
+        self._evict(list(self.listeners.values()), self.plane.flows)
+
+    def _evict(self, listeners: list[UdpListener], limit: int) -> None:
+        """End the longest idle of what fills the table: unanswered flows, or single exchanges if these are more.
+
+        Either is what a flood of one-packet clients leaves; the fewer of the two are the real ones. Conversations go
+        only when there is nothing else.
+        """
+        stages: tuple[list[Flow], ...] = ([], [], [])
+        for listener in listeners:
+            for flow in listener.flows.values():
+                stages[flow.stage].append(flow)
+        waiting, answered, talking = stages
+        chosen = max(waiting, answered, key=len) or talking
+        chosen.sort(key=_used)
+        for flow in chosen[: max(int(limit * _EVICTED_SHARE), 1)]:
+            self.counters[flow.balancer.row + EVICTED] += 1
+            flow.finish("evicted")
+        self.plane.reporter.trouble(
+            f"as many UDP flows as there may be ({limit}): the longest idle are ended; raise the limit of open files"
+        )
+
+    # -- time -----------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self._timer = None
+        last, self.clock = self.clock, monotonic()
+        hurried = self.plane.flows > self.limit * 0.75
+        for listener in list(self.listeners.values()):
+            own = listener.balancer.udp_idle_seconds
+            idle = own or self._idle_seconds
+            brief = HURRIED_SECONDS if hurried else (own or min(BRIEF_SECONDS, idle))
+            self._sweep(listener, last, (WAIT_SECONDS, brief, idle))
+        for flow in [flow for flow, since in self.leaving.items() if self.clock - since >= LEAVE_SECONDS]:
+            flow.finish("endpoint removed")
+        if self.plane.flows and self._timer is None:
+            self._timer = self.plane.loop.call_later(TICK_SECONDS, self._tick)
+
+    def _sweep(self, listener: UdpListener, last: float, seconds: tuple[float, float, float]) -> None:
+        """Count what moved since the last pass, and end what has been idle for longer than its stage allows."""
+        limits = {
+            stage: self.clock - each - TICK_SECONDS
+            for stage, each in zip((WAITING, ANSWERED, TALKING), seconds, strict=True)
+        }
+        idle = []
+        for flow in listener.flows.values():
+            used = flow.used
+            if used == last:
+                flow.count()
+            elif used < limits[flow.stage]:
+                idle.append(flow)
+        for flow in idle:
+            flow.finish("idle")
+
+    def _flush(self) -> None:
+        """Send the replies of one batch."""
+        for vector in self._senders.values():
+            if vector.queued:
+                vector.flush()
+                if vector.dropped:
+                    self._note_dropped(vector)
+
+    def _note_dropped(self, vector: Vector) -> None:
+        for listener in self.listeners.values():
+            if listener.fd == vector.to:
+                self.counters[listener.balancer.row + DROPPED] += vector.dropped
+                self.plane.reporter.trouble(
+                    f"listener {listener.address}: replies to UDP clients were dropped: the kernel did not take them"
+                )
+        vector.dropped = 0
+
+    def shut(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _used(flow: Flow) -> float:
+    return flow.used
+
+
+def _local_ports() -> int:
+    """How many local ports the kernel gives out."""
+    try:
+        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+        return int(last) - int(first) + 1
+    except (OSError, ValueError):
+        return 28_232  # the default, 32768 to 60999

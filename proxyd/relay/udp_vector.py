@@ -1,0 +1,141 @@
+"""Many datagrams in one system call: recvmmsg and sendmmsg through ctypes, over memory that is laid out once.
+
+Per-datagram work touches plain memoryviews only; ctypes is used for the one call (docs/udp.md has the figures).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import socket
+import sys
+from typing import Any
+
+# Datagrams in one call.
+SLOTS = 32
+# The largest datagram is 65,507 bytes over IPv4, 65,527 over IPv6.
+SLOT_BYTES = 65_536
+
+NAME_BYTES = 32  # room for one sockaddr, of 16 (IPv4) or 28 (IPv6) bytes
+NAME6_BYTES = 28
+_NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: NAME6_BYTES}
+
+# What names a client within one listener: the first 8 bytes of its sockaddr_in as a number, or its whole sockaddr_in6.
+ClientKey = int | bytes
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
+
+
+class _Message(ctypes.Structure):
+    """Struct mmsghdr of recvmmsg(2)."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("namelen", ctypes.c_uint),
+        ("iov", ctypes.c_void_p),
+        ("iovlen", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("controllen", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("len", ctypes.c_uint),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_recvmmsg = _libc.recvmmsg
+_recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
+_sendmmsg = _libc.sendmmsg
+_sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+_NOWAIT = int(socket.MSG_DONTWAIT)
+_LEN_STRIDE = ctypes.sizeof(_Message) // 4
+_LEN_OFFSET = _Message.len.offset // 4
+
+
+class Vector:
+    """SLOTS messages, for sockets of one family.
+
+    `views[i]` is the buffer of slot i, `names` the memory of all client addresses, `words` the same as 64-bit numbers
+    (`words[4 * i]` is the key of an IPv4 client).
+
+    Args:
+        family: AF_INET or AF_INET6.
+    """
+
+    def __init__(self, family: int) -> None:
+        self.v6 = family == socket.AF_INET6
+        self.name_size = _NAME_SIZES[socket.AddressFamily(family)]
+        # Only the pages that datagrams have touched take memory.
+        self._buffer = ctypes.create_string_buffer(SLOTS * SLOT_BYTES)
+        self._names = ctypes.create_string_buffer(SLOTS * NAME_BYTES)
+        self._iovecs = (_Iovec * SLOTS)()
+        self._messages = (_Message * SLOTS)()
+        for i in range(SLOTS):
+            self._iovecs[i].base = ctypes.addressof(self._buffer) + i * SLOT_BYTES
+            self._iovecs[i].len = SLOT_BYTES
+            message = self._messages[i]
+            message.name = ctypes.addressof(self._names) + i * NAME_BYTES
+            message.namelen = self.name_size
+            message.iov = ctypes.addressof(self._iovecs[i])
+            message.iovlen = 1
+        memory = _bytes_of(self._buffer)
+        self.views = [memory[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for i in range(SLOTS)]
+        self.names = _bytes_of(self._names)
+        self.words = self.names.cast("Q")
+        self.sizes = _bytes_of(self._iovecs).cast("N")  # `sizes[2 * i + 1]`: of what is sent from slot i
+        self._received = _bytes_of(self._messages).cast("I")
+        self._address = ctypes.addressof(self._messages)
+        self.queued = 0  # slots filled: buffer, client and size
+        self.to = -1  # the descriptor by which they leave
+        self.dropped = 0  # datagrams that the kernel refused
+
+    def receive(self, fd: int) -> list[int]:
+        """Receive what there is, at most SLOTS datagrams; their sizes, in the order of the slots.
+
+        Raises:
+            OSError: but not because there is nothing: that is an empty list.
+        """
+        count = _recvmmsg(fd, self._address, SLOTS, _NOWAIT, None)
+        if count < 0:
+            code = ctypes.get_errno()
+            if code in (errno.EAGAIN, errno.EINTR):
+                return []
+            raise OSError(code, "recvmmsg")
+        return self._received[_LEN_OFFSET : count * _LEN_STRIDE : _LEN_STRIDE].tolist()
+
+    def key(self, slot: int) -> ClientKey:
+        """The key of the client that the datagram in a slot came from."""
+        if self.v6:
+            return self.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES].tobytes()
+        return self.words[slot * 4]
+
+    def turn_to(self, fd: int) -> None:
+        """Send what is queued; what is queued from now on goes out by `fd`."""
+        self.flush()
+        self.to = fd
+
+    def flush(self) -> None:
+        """Send what is queued. What the kernel refuses is dropped, and counted in `dropped`."""
+        first, count = 0, self.queued
+        self.queued = 0
+        while first < count:
+            address = self._address + first * ctypes.sizeof(_Message)
+            sent = _sendmmsg(self.to, address, count - first, _NOWAIT)
+            if sent > 0:
+                first += sent
+            else:
+                self.dropped += 1
+                first += 1
+
+
+def _bytes_of(array: Any) -> memoryview:
+    return memoryview(array).cast("B")
+
+
+def client_address(key: ClientKey) -> tuple[str, int]:
+    """Address and port of a client."""
+    if isinstance(key, int):
+        raw = key.to_bytes(8, sys.byteorder)
+        return socket.inet_ntop(socket.AF_INET, raw[4:8]), int.from_bytes(raw[2:4], "big")
+    return socket.inet_ntop(socket.AF_INET6, key[8:24]), int.from_bytes(key[2:4], "big")
