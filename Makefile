@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test lint lock clean prerequisites
+.PHONY: help venv demo test lint lock clean prerequisites dist install uninstall
 
 help: ## list what there is to run
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## serve a small demo on 127.96.0.10:8080, without root; Ctrl-C ends it
 	@exec $(BIN)/proxyd demo
@@ -37,6 +37,20 @@ lock: $(VENV)/.installed-dev ## write the lock files anew from pyproject.toml
 
 LOCK_FLAGS = --quiet --generate-hashes --universal --python-version 3.11 --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command 'make lock'
+
+dist: $(VENV)/.installed ## build what is installed on a node without internet, into dist/
+	@$(BIN)/python packaging/build.py --output dist $$(command -v dpkg-deb >/dev/null && echo --deb)
+
+# As root for this machine; for packaging: make install DESTDIR=/tmp/root PREFIX=/usr
+install: $(VENV)/.installed ## install on this machine; DESTDIR=, PREFIX=/usr/local
+	@$(BIN)/python packaging/build.py --tree build/tree
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" build/tree/install.sh
+
+uninstall: ## remove what install installed; configuration and state stay
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" packaging/uninstall.sh
+
+DESTDIR ?=
+PREFIX ?= /usr/local
 
 clean: ## remove what the other commands made, .venv included
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
@@ -79,7 +93,7 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 prerequisites:
 	@missing=; \
 	PATH="$$PATH:/usr/sbin:/sbin"; \
-	for pair in ip:iproute2 nft:nftables iptables:iptables curl:curl unshare:util-linux; do \
+	for pair in ip:iproute2 nft:nftables iptables:iptables curl:curl unshare:util-linux systemd-analyze:systemd; do \
 		command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
 	done; \
 	if [ -n "$$missing" ]; then \

@@ -3,8 +3,7 @@
     python bench/scale.py [--listeners 1000,10000] [--changes 30] [--layout folder,file] [--json PATH]
 
 The real program runs in a network namespace of its own (root, or a user namespace), over manifests with two ports for
-each Service, VIPs by routes, and one endpoint each. Half of the endpoints' address is never connected to: only one
-Service is asked. Figures are of this machine at this moment: read them as ratios.
+each Service, VIPs by routes, and one endpoint each. Figures are of this machine at this moment: read them as ratios.
 
 - start: from exec to every listener Serving, every worker told, and an answer through the last listener
 - change: from the rename of one endpoint's file to the first new connection that reaches the new endpoint
@@ -222,6 +221,12 @@ def rss_mb(pid: int) -> tuple[float, float]:
     return tuple(int(fields[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Opens:
     """Counts the opens of files in a folder, through inotify."""
 
@@ -283,7 +288,10 @@ def measure(layout: str, listeners: int, rounds: int, folder: Path) -> dict[str,
         first = time.monotonic() - began
         daemon.wait_serving(listeners)
         whole = time.monotonic() - began
+        spent = [cpu_seconds(pid) for pid in (daemon.pid, *daemon.workers())]
         say("start", whole, f"{whole:.2f} s (answer through the last listener after {first:.2f} s)")
+        found["cpu"] = spent
+        print(f"  {'':18} CPU: control {spent[0]:.2f} s, all workers {sum(spent[1:]):.2f} s")
         time.sleep(1.0)
         all_of_it, own = rss_mb(daemon.pid)
         say("control", all_of_it, f"{all_of_it:.0f} MB resident ({own:.0f} MB its own)")
@@ -310,9 +318,9 @@ def measure(layout: str, listeners: int, rounds: int, folder: Path) -> dict[str,
                 "-A",
                 f"--admin-socket={daemon.admin}",
             ]
-            began = time.monotonic()
+            asked = time.monotonic()
             done = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=True)
-            times.append((time.monotonic() - began) * 1000)
+            times.append((time.monotonic() - asked) * 1000)
             assert len(done.stdout.splitlines()) == count + 1
         say("get", times, f"{statistics.median(times):.0f} ms (median of {len(times)})")
         all_of_it, own = rss_mb(daemon.pid)
@@ -329,7 +337,7 @@ def enter_namespace() -> None:
         return
     words = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
     os.environ[_MARK] = "1"
-    os.execvp(words[0], [*words, sys.executable, *sys.argv])  # noqa: S606 - this program again
+    os.execvp(words[0], [*words, sys.executable, *sys.argv])
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -64,6 +65,12 @@ def version() -> str:
     return found[1]
 
 
+def project() -> dict[str, Any]:
+    """The project's table in pyproject.toml."""
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
+
+
 def make_tree(tree: Path) -> None:
     """The folder that the tarball holds: site-packages, units, configuration, documents, install.sh."""
     site = tree / "lib" / PYTHON / "site-packages"
@@ -71,10 +78,9 @@ def make_tree(tree: Path) -> None:
     for name in needed():
         copy_installed(name, site)
     with tempfile.TemporaryDirectory(prefix="proxyd-wheel-") as scratch:
-        run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", scratch, cwd=ROOT, stdout=subprocess.DEVNULL)
-        (wheel,) = Path(scratch).glob("proxyd-*.whl")
+        wheel = next(WheelBuilder(str(ROOT)).build(directory=scratch))
         with zipfile.ZipFile(wheel) as packed:
-            packed.extractall(site)
+            packed.extractall(site)  # noqa: S202 - our own wheel, built above
     # The service may not write: without these every start would compile. They are valid whatever the files' times.
     run(sys.executable, "-m", "compileall", "-q", "-s", site, "--invalidation-mode", "unchecked-hash", site)
     for folder in ("systemd", "docs"):
@@ -85,13 +91,13 @@ def make_tree(tree: Path) -> None:
     shutil.copy(ROOT / "LICENSE", tree)
     (tree / "VERSION").write_text(f"{version()}\n", encoding="ascii")
     (tree / "PYTHON").write_text(f"{PYTHON}\n", encoding="ascii")
+    (tree / "ENTRY").write_text(project()["scripts"]["proxyd"] + "\n", encoding="ascii")
 
 
 def needed() -> set[str]:
     """All that proxyd needs to run on this platform, as canonical names."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found: set[str] = set()
-    waiting: list[str] = list(project["dependencies"])
+    waiting: list[str] = list(project()["dependencies"])
     while waiting:
         requirement = Requirement(waiting.pop())
         name = canonicalize_name(requirement.name)
@@ -103,11 +109,15 @@ def needed() -> set[str]:
 
 def copy_installed(name: str, site: Path) -> None:
     """Copy an installed distribution; it must be the version that requirements.lock names."""
-    pinned = re.search(rf"^{name}==(\S+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.MULTILINE)
+    pinned = re.search(
+        rf"^{name}==(\S+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.MULTILINE
+    )
     installed = metadata.version(name)
     if pinned is None or pinned[1] != installed:
         wanted = pinned[1] if pinned else "none"
-        raise SystemExit(f"{name} {installed} is installed and requirements.lock names {wanted}: run `make venv`")
+        raise SystemExit(
+            f"{name} {installed} is installed and requirements.lock names {wanted}: run `make lock venv`"
+        )
     for file in metadata.files(name) or ():
         if file.parts[0] == ".." or "__pycache__" in file.parts:
             continue  # commands, which are for development, and what is compiled anew
@@ -138,7 +148,11 @@ def make_tarball(tree: Path, path: Path) -> Path:
 
 def make_deb(tree: Path, root: Path, output: Path) -> Path:
     """A Debian package, made of what install.sh installs under /usr."""
-    run("sh", tree / "install.sh", env={**os.environ, "DESTDIR": str(root), "PREFIX": "/usr", "PYTHON": f"/usr/bin/{PYTHON}"})
+    run(
+        "sh",
+        tree / "install.sh",
+        env={**os.environ, "DESTDIR": str(root), "PREFIX": "/usr", "PYTHON": f"/usr/bin/{PYTHON}"},
+    )
     architecture = subprocess.run(
         ["dpkg", "--print-architecture"], check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -161,7 +175,9 @@ Description: userspace service proxy driven by Kubernetes Services
 """,
         encoding="utf-8",
     )
-    (control / "conffiles").write_text("/etc/default/proxyd\n/etc/proxyd/manifests/README\n", encoding="ascii")
+    (control / "conffiles").write_text(
+        "/etc/default/proxyd\n/etc/proxyd/manifests/README\n", encoding="ascii"
+    )
     for script in ("postinst", "prerm", "postrm"):
         shutil.copy(ROOT / "packaging" / f"debian-{script}", control / script)
         (control / script).chmod(0o755)

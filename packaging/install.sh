@@ -11,6 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 DESTDIR=${DESTDIR:-}
 PREFIX=${PREFIX:-/usr/local}
 wanted=$(cat "$here/PYTHON")
+entry=$(cat "$here/ENTRY") # module:function
 home=$PREFIX/lib/proxyd
 
 say() { printf '%s\n' "$*" >&2; }
@@ -49,8 +50,8 @@ printf 'home = %s\ninclude-system-site-packages = false\n' "$(dirname "$PYTHON")
 cat >"$new/bin/proxyd" <<END
 #!$home/bin/python3 -I
 import sys
-from proxyd.cli.main import main
-sys.exit(main())
+from ${entry%:*} import ${entry#*:}
+sys.exit(${entry#*:}())
 END
 chmod 755 "$new/bin/proxyd" "$new/uninstall.sh"
 old=$DESTDIR$home.old

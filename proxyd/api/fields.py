@@ -75,7 +75,7 @@ def _unknown(value: object, shape: inspect.Type, path: Path) -> Iterator[tuple[P
             for name, item in value.items():
                 if name in fields:
                     yield from _unknown(item, fields[name], (*path, name))
-                elif name not in known and (meant := _meant(name, known, value)):
+                elif name not in known and (meant := _meant(name, known)):
                     yield path, name, meant
         case inspect.VarTupleType() if isinstance(value, list | tuple):
             for i, item in enumerate(value):
@@ -88,16 +88,14 @@ def _unknown(value: object, shape: inspect.Type, path: Path) -> Iterator[tuple[P
             pass
 
 
-def _meant(name: str, known: tuple[str, ...], present: dict[str, object]) -> str:
+def _meant(name: str, known: tuple[str, ...]) -> str:
     """The known field that `name` looks like; "" where there is none."""
     plain = {_plain(one): one for one in known}
     if _plain(name) in plain:
         return plain[_plain(name)]
     if len(name) > _LONGEST:
         return ""
-    # What is already there was hardly meant once more.
-    missing = [text for text, one in plain.items() if one not in present]
-    close = difflib.get_close_matches(_plain(name), missing, n=1, cutoff=_CLOSE)
+    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=_CLOSE)
     return plain[close[0]] if close else ""
 
 

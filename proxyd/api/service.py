@@ -45,6 +45,9 @@ class TrafficPolicy(enum.StrEnum):
     LOCAL = "Local"
 
 
+# Annotation of a Service: how long a UDP flow of it may be idle.
+UDP_IDLE_TIMEOUT = "proxyd.io/udp-idle-timeout"
+
 DEFAULT_AFFINITY_SECONDS = 10800
 MAX_AFFINITY_SECONDS = 86400
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from proxyd.api.addresses import not_an_ip, parse_cidr, parse_ip, special
+from proxyd.api.durations import parse_duration
 from proxyd.api.findings import Findings, Path, shown
 from proxyd.api.names import not_dns1123_label, not_dns1123_subdomain, not_port_name
 from proxyd.api.rules import Rules
 from proxyd.api.service import (
     MAX_AFFINITY_SECONDS,
+    UDP_IDLE_TIMEOUT,
     Protocol,
     Service,
     ServicePort,
@@ -37,6 +39,7 @@ def check_service(service: Service, rules: Rules, found: Findings) -> None:
     if not 0 <= spec.health_check_node_port <= MAX_PORT:
         found.error(("spec", "healthCheckNodePort"), not_a_port(spec.health_check_node_port))
     _check_ingress(service, found)
+    _check_annotations(service, found)
 
 
 def not_a_port(port: int) -> str:
@@ -190,6 +193,18 @@ def _check_ingress(service: Service, found: Findings) -> None:
             _check_vip(ingress.ip, (*path, "ip"), found)
         if ingress.ip_mode and ingress.ip_mode not in _IP_MODES:
             found.error((*path, "ipMode"), f"expected VIP or Proxy, got {shown(ingress.ip_mode)}")
+
+
+def _check_annotations(service: Service, found: Findings) -> None:
+    text = service.metadata.annotations.get(UDP_IDLE_TIMEOUT)
+    if text is None:
+        return
+    path: Path = ("metadata", "annotations", UDP_IDLE_TIMEOUT)
+    try:
+        if not parse_duration(text):
+            found.warning(path, f"has no effect: expected a duration over 0, got {shown(text)}")
+    except ValueError as error:
+        found.warning(path, f"has no effect: {error}")
 
 
 def _check_ip(text: str, path: Path, found: Findings) -> None:

@@ -138,6 +138,7 @@ def _options(settings: Settings) -> Options:
         nodeport_addresses=settings.nodeport_addresses,
         bind_addresses=() if settings.bind_address in _ANY_ADDRESS else (settings.bind_address,),
         steer_external_ips=mode in ("auto", "route", "none") and settings.external_ip_mode == "steer",
+        protocols=settings.protocols,
     )
 
 

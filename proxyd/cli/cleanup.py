@@ -9,6 +9,7 @@ from proxyd.cli.env import FAILED, OK, CommandError, Env
 from proxyd.control.adminsocket import listening_pid
 from proxyd.host.claim import claim_addresses
 from proxyd.host.cleanup import kube_proxy_leftovers, remove_leftovers
+from proxyd.host.kubechains import PREFIXES, remove_userspace_chains
 
 
 def cleanup(args: argparse.Namespace, env: Env) -> int:
@@ -27,6 +28,8 @@ def cleanup(args: argparse.Namespace, env: Env) -> int:
         raise CommandError("proxyd is running on this node; stop it first, or its VIPs would go away")
     try:
         lines = remove_leftovers(dry_run=args.dry_run)
+        if args.kube_proxy:
+            lines += remove_userspace_chains(dry_run=args.dry_run)
     except OSError as error:
         hint = "; run as root" if os.getuid() else ""
         raise CommandError(f"cannot look for leftovers: {error.strerror or error}{hint}") from None
@@ -42,5 +45,11 @@ def cleanup(args: argparse.Namespace, env: Env) -> int:
     for line in failures:
         env.say(f"proxyd: error: {line}")
     for line in kube_proxy_leftovers():
-        env.say(f"proxyd: warning: kube-proxy left {line}; `kube-proxy --cleanup` removes it")
+        userspace = any(prefix in line for prefix in PREFIXES)
+        if args.kube_proxy and args.dry_run and userspace:
+            continue
+        how = "`kube-proxy --cleanup` removes it"
+        if userspace:
+            how = f"`proxyd cleanup --kube-proxy` removes {'* and '.join(PREFIXES)}*, `kube-proxy --cleanup` the others"
+        env.say(f"proxyd: warning: kube-proxy left {line}; {how}")
     return FAILED if failures else OK

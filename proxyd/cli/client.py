@@ -6,13 +6,16 @@ import errno
 import http.client
 import os
 import socket
+import time
+from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
 
-from proxyd.cli.env import UNREACHABLE, CommandError
+from proxyd.cli.env import FAILED, UNREACHABLE, CommandError
 from proxyd.control.adminsocket import AdminError, check_folder
 
 _T = TypeVar("_T")
@@ -20,17 +23,40 @@ _TIMEOUT = 10.0
 _MAX_BYTES = 256 << 20  # an answer about tens of thousands of services takes a few MiB
 
 
+class UnreachableError(CommandError):
+    """No daemon answers, or something else does: one line."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why, code=UNREACHABLE)
+
+
+class Items(msgspec.Struct, Generic[_T]):
+    """A list, and the state of the daemon that it shows."""
+
+    items: list[_T]
+    revision: str = ""
+
+
 class _Connection(http.client.HTTPConnection):
     """HTTP to a Unix socket."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT)
+    def __init__(self, path: str, seconds: float) -> None:
+        super().__init__("localhost", timeout=seconds)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+        deadline = time.monotonic() + (self.timeout or _TIMEOUT)
+        while True:
+            try:
+                self.sock.connect(self._path)
+                return
+            except BlockingIOError:
+                # Many others want to be heard too: unix(7), a full backlog.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
 
 class Client:
@@ -43,46 +69,92 @@ class Client:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def items(self, what: str, kind: type[_T], *, namespace: str = "", name: str = "") -> list[_T]:
+    def items(self, what: str, kind: type[_T], query: Mapping[str, str] | None = None) -> list[_T]:
         """The items of one kind: `services`, `endpoints` or `listeners`.
+
+        Args:
+            what: the kind.
+            kind: what they are read as.
+            query: parameters of the API; empty ones are left out.
 
         Raises:
             CommandError: as `get`.
         """
-        query = urlencode({key: value for key, value in (("namespace", namespace), ("name", name)) if value})
-        body = self.get(f"/v1/{what}" + (f"?{query}" if query else ""))
-        answer = self.decode(body, dict[str, list[kind]])  # type: ignore[valid-type]  # a type that is an argument
-        if "items" not in answer:
-            raise self._unreachable(f"cannot read the answer of {self._path}: it has no items")
-        return answer["items"]
+        found = self.changes(what, kind, query or {})
+        return found.items if found else []
 
-    def get(self, target: str) -> bytes:
-        """The body of an answer.
+    def changes(
+        self,
+        what: str,
+        kind: type[_T],
+        query: Mapping[str, str],
+        *,
+        revision: str = "",
+        wait: float = 0.0,
+    ) -> Items[_T] | None:
+        """The items of one kind, as soon as the daemon shows another state than `revision`.
+
+        Args:
+            what: the kind.
+            kind: what they are read as.
+            query: parameters of the API.
+            revision: "" answers at once.
+            wait: seconds; after them None, where nothing has changed.
 
         Raises:
-            CommandError: nobody answers at the socket, or something that is not proxyd.
+            CommandError: as `get`.
         """
-        connection = _Connection(self._path)
+        if revision:
+            query = {**query, "revision": revision, "wait": f"{wait:g}"}
+        body = self.ask("GET", target(f"/v1/{what}", query), seconds=_TIMEOUT + wait)
+        return self.decode(body, Items[kind]) if body else None  # type: ignore[valid-type]  # a type that is an argument
+
+    def get(self, path: str, kind: type[_T], query: Mapping[str, str] | None = None) -> _T:
+        """What the daemon answers at a path.
+
+        Raises:
+            UnreachableError: nobody answers at the socket, or something that is not proxyd.
+            CommandError: the daemon says why not.
+        """
+        return self.decode(self.ask("GET", target(path, query or {})), kind)
+
+    def order(
+        self, method: str, path: str, kind: type[_T], query: Mapping[str, str] | None = None, body: Any = None
+    ) -> _T:
+        """Have something done, and the answer to that.
+
+        Raises:
+            CommandError: as `get`.
+        """
+        data = b"" if body is None else msgspec.json.encode(body)
+        # A folder of thousands of files takes its time.
+        return self.decode(self.ask(method, target(path, query or {}), data, seconds=60.0), kind)
+
+    def ask(self, method: str, path: str, body: bytes = b"", *, seconds: float = _TIMEOUT) -> bytes:
+        """The body of an answer; empty for "not modified".
+
+        Raises:
+            CommandError: as `get`.
+        """
+        connection = _Connection(self._path, seconds)
         try:
             check_folder(Path(self._path).parent)
-            connection.request("GET", target)
+            connection.request(method, path, body or None)
             response = connection.getresponse()
-            body = response.read(_MAX_BYTES)
+            answer = response.read(_MAX_BYTES)
         except AdminError as error:
-            raise self._unreachable(str(error)) from None
+            raise UnreachableError(str(error)) from None
         except OSError as error:
-            raise self._unreachable(self._why(error)) from None
+            raise UnreachableError(self._why(error, seconds)) from None
         except http.client.HTTPException:
-            raise self._unreachable(f"what listens at {self._path} is not proxyd") from None
+            raise UnreachableError(f"what listens at {self._path} is not proxyd") from None
         finally:
             connection.close()
         if not response.getheader("Server", "").startswith("proxyd/"):
-            raise self._unreachable(f"what listens at {self._path} is not proxyd")
-        if response.status != http.client.OK:
-            raise self._unreachable(
-                f"{self._path} answered {response.status} {response.reason} to GET {target}"
-            )
-        return body
+            raise UnreachableError(f"what listens at {self._path} is not proxyd")
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            raise self._refused(response.status, response.reason, method, path, answer)
+        return answer if response.status != HTTPStatus.NOT_MODIFIED else b""
 
     def decode(self, body: bytes, kind: type[_T]) -> _T:
         """An answer's body as a value.
@@ -93,14 +165,26 @@ class Client:
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as error:
-            raise self._unreachable(
+            raise UnreachableError(
                 f"cannot read the answer of {self._path} ({error}); is the daemon of the same version as this command?"
             ) from None
 
-    def _why(self, error: OSError) -> str:
+    def _refused(self, status: int, reason: str, method: str, path: str, answer: bytes) -> CommandError:
+        try:
+            why = msgspec.json.decode(answer, type=dict[str, str])["error"]
+        except (msgspec.DecodeError, KeyError):
+            return UnreachableError(f"{self._path} answered {status} {reason} to {method} {path}")
+        if why.startswith("no path "):
+            return UnreachableError(
+                f"the daemon at {self._path} has no {path.partition('?')[0]}; it is of another version"
+            )
+        gone = status == HTTPStatus.SERVICE_UNAVAILABLE
+        return CommandError(why, code=UNREACHABLE if gone else FAILED)
+
+    def _why(self, error: OSError, seconds: float) -> str:
         path = self._path
         if isinstance(error, TimeoutError) or error.errno == errno.EAGAIN:
-            return f"the daemon at {path} did not answer within {_TIMEOUT:.0f} s"
+            return f"the daemon at {path} did not answer within {seconds:.0f} s"
         if error.errno == errno.EACCES:
             return f"no permission for {path}; run as {_owner(path)} or a member of the socket's group"
         if error.errno in {errno.ENOENT, errno.ENOTDIR}:
@@ -111,9 +195,11 @@ class Client:
             return f"the daemon at {path} ended during the answer"
         return f"cannot ask {path}: {error.strerror or error}"
 
-    @staticmethod
-    def _unreachable(why: str) -> CommandError:
-        return CommandError(why, code=UNREACHABLE)
+
+def target(path: str, query: Mapping[str, str]) -> str:
+    """A path with those parameters that are not empty."""
+    given = urlencode({key: value for key, value in query.items() if value})
+    return f"{path}?{given}" if given else path
 
 
 def _owner(path: str) -> str:

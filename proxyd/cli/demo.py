@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import select
+import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -14,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from proxyd.cli.env import CommandError, Env
+from proxyd.cli.get import noun_table
 from proxyd.cli.run import given, serve, settings_of
-from proxyd.cli.show import services_table
 from proxyd.control import views
 from proxyd.control.adminsocket import AdminError, check_folder, listening_pid, make_folder
 from proxyd.control.settings import Surroundings, default_admin_socket
@@ -24,11 +27,12 @@ from proxyd.state.spec import ListenerState
 _BACKENDS = ("web-1=127.1.0.1:9376", "web-2=127.1.0.2:9376", "web-3=127.1.0.3:9376")
 _URL = "http://127.96.0.10:8080/"
 _READY_SECONDS = 10
+_PREFIX = "proxyd-demo-"
 
 
 def demo(args: argparse.Namespace, env: Env) -> int:
     """Run the demo until Ctrl-C."""
-    with tempfile.TemporaryDirectory(prefix="proxyd-demo-") as scratch, _backends():
+    with _scratch() as scratch, _backends():
         default = default_admin_socket(Surroundings.here(env.environ))
         socket = args.admin_socket or (default if _usable(default) else f"{scratch}/admin.sock")
         told = "" if socket == default else f" --admin-socket {socket}"
@@ -51,21 +55,22 @@ def demo(args: argparse.Namespace, env: Env) -> int:
         }
 
         def on_serving(picture: views.Picture) -> None:
-            env.stdout.write(welcome(picture, told, colour=env.colour))
+            env.stdout.write(welcome(picture, told, colour=env.colour, width=env.width))
             env.stdout.flush()
 
         return serve(settings_of(values, env), env, on_serving)
 
 
-def welcome(picture: views.Picture, told: str = "", *, colour: bool = False) -> str:
+def welcome(picture: views.Picture, told: str = "", *, colour: bool = False, width: int | None = None) -> str:
     """What the demo says once it serves: the table, what does not work, and what to try.
 
     Args:
         picture: the daemon.
         told: flags that other commands need to find it, with a space before them.
         colour: whether escape sequences may be used.
+        width: of the terminal; None where there is none.
     """
-    lines = ["", services_table(views.services(picture), colour=colour)]
+    lines = ["", noun_table("services", views.services(picture), colour=colour, width=width)]
     bad = [s for s in picture.statuses if s.state not in {ListenerState.SERVING, ListenerState.NO_ENDPOINTS}]
     lines += [f"not serving: {status.service_port} {status.key}: {status}" for status in bad]
     lines += ["" for _ in bad[:1]]
@@ -91,6 +96,34 @@ def manifests() -> Path:
         if folder.is_dir():
             return folder
     raise CommandError("the demo's manifests are missing from this installation; install proxyd again")
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for this demo. Those that killed demos left are removed: nobody holds their lock any more."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            about = left.lstat()
+            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid():
+                with _locked(left):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as scratch, _locked(Path(scratch)):
+        yield scratch
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    Raises:
+        OSError: somebody else holds it, or it is gone.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

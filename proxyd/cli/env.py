@@ -42,6 +42,19 @@ class Env(NamedTuple):
         dumb = self.environ.get("TERM") == "dumb"
         return self.stdout.isatty() and not self.environ.get("NO_COLOR") and not dumb
 
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal that data goes to; None where it goes elsewhere."""
+        if not self.stdout.isatty():
+            return None
+        columns = self.environ.get("COLUMNS", "")
+        if columns.isdecimal() and int(columns):
+            return max(20, int(columns))
+        try:
+            return max(20, os.get_terminal_size(self.stdout.fileno()).columns)
+        except (OSError, ValueError):
+            return None
+
     def say(self, line: str) -> None:
         """Print a message."""
         print(line, file=self.stderr)

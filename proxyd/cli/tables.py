@@ -1,4 +1,4 @@
-"""Tables for people: columns aligned, two spaces apart, no lines."""
+"""Tables for people: columns aligned, two spaces apart, no lines; shortened where a terminal is narrow."""
 
 from __future__ import annotations
 
@@ -15,27 +15,93 @@ _COLOURS = {
     "Failed": _RED,
 }
 NONE = "<none>"
+_CUT = "…"
+# A column is not made narrower than this, or its heading, or its widest cell.
+_NARROWEST = 8
+# Columns that a narrow terminal does without, the first one first. All others stay.
+_SPARE = (
+    "EXTERNAL-IP", "ROLE", "TERMINATING", "WORKER", "TYPE", "CONNS", "TOTAL", "SERVING", "IN", "OUT", "FRONTEND",
+    "PROTOCOL", "FAILED", "PORT(S)", "AGE", "CLUSTER-IP", "FOR", "ENDPOINTS", "READY", "NAMESPACE", "PORT",
+)  # fmt: skip
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, colour: bool = False) -> str:
-    """A table as text that ends with a newline. The column STATUS, if any, is coloured by its first word.
+class Table:
+    """Draws rows under the same headings, with widths chosen from the first rows. STATUS is coloured by its first word.
+
+    Args:
+        headings: of the columns.
+        colour: whether escape sequences may be used.
+        width: characters of a line that must not be exceeded; None: as wide as need be.
+    """
+
+    def __init__(self, headings: Sequence[str], *, colour: bool = False, width: int | None = None) -> None:
+        self._headings = list(headings)
+        self._colour = colour
+        self._width = width
+        self._columns: list[int] = []
+        self._widths: list[int] = []
+
+    def draw(self, rows: Sequence[Sequence[object]]) -> str:
+        """Rows as text that ends with a newline; the first time with the headings above them."""
+        cells = [[clean(str(cell)) or NONE for cell in row] for row in rows]
+        first = not self._columns
+        if first:
+            cells = [self._headings, *cells]
+            self._fit(cells)
+        status = self._headings.index("STATUS") if self._colour and "STATUS" in self._headings else -1
+        lines = []
+        for number, row in enumerate(cells):
+            texts = []
+            for column in self._columns:
+                width = self._widths[column]
+                text = row[column] if self._width is None else cut(row[column], width)
+                if column != self._columns[-1]:
+                    text += " " * (width - length(text))
+                if column == status and (number or not first):
+                    text = paint(text)
+                texts.append(text)
+            lines.append("  ".join(texts).rstrip())
+        return "".join(line + "\n" for line in lines)
+
+    def _fit(self, cells: Sequence[Sequence[str]]) -> None:
+        widths = [max(map(length, column)) for column in zip(*cells, strict=True)]
+        columns = list(range(len(widths)))
+        if self._width is not None:
+            least = [
+                min(width, max(length(heading), _NARROWEST))
+                for width, heading in zip(widths, self._headings, strict=True)
+            ]
+            for spare in _SPARE:
+                if _total(least, columns) <= self._width:
+                    break
+                columns = [column for column in columns if self._headings[column] != spare]
+            while (excess := _total(widths, columns) - self._width) > 0:
+                widest = max(columns, key=lambda column: widths[column] - least[column])
+                if widths[widest] <= least[widest]:
+                    break
+                # The widest gives up what sets it apart from the next, but not more than is needed.
+                others = [widths[c] for c in columns if c != widest and widths[c] < widths[widest]]
+                step = widths[widest] - max(others, default=0)
+                widths[widest] = max(least[widest], widths[widest] - max(1, min(excess, step)))
+        self._columns, self._widths = columns, widths
+
+
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    colour: bool = False,
+    width: int | None = None,
+) -> str:
+    """A table as text that ends with a newline; see `Table`.
 
     Args:
         headings: of the columns.
         rows: cells; as many in each as there are headings.
         colour: whether escape sequences may be used.
+        width: characters of a line that must not be exceeded; None: as wide as need be.
     """
-    cells = [list(headings), *([clean(str(cell)) or NONE for cell in row] for row in rows)]
-    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
-    status = headings.index("STATUS") if colour and "STATUS" in headings else -1
-    lines = []
-    for number, row in enumerate(cells):
-        padded = [cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
-        padded[-1] = row[-1]
-        if status >= 0 and number:
-            padded[status] = paint(padded[status])
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines) + "\n"
+    return Table(headings, colour=colour, width=width).draw(rows)
 
 
 def paint(status: str) -> str:
@@ -49,6 +115,15 @@ def clean(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def cut(text: str, width: int) -> str:
+    """A text that is at most so wide; what was cut off is shown by an ellipsis."""
+    if length(text) <= width:
+        return text
+    while text and length(text) > width - 1:
+        text = text[:-1]
+    return text + _CUT
 
 
 def count(number: int, noun: str) -> str:
@@ -66,8 +141,13 @@ def size(number: float) -> str:
     return f"{number:,.1f} TB"
 
 
-def _width(text: str) -> int:
+def length(text: str) -> int:
+    """Columns that a text takes on a terminal."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def _total(widths: Sequence[int], columns: Sequence[int]) -> int:
+    return sum(widths[column] for column in columns) + 2 * max(0, len(columns) - 1)

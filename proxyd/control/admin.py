@@ -89,6 +89,7 @@ class AdminServer:
         self._runner = web.AppRunner(
             self._application(),
             access_log=None,
+            logger=logs.silent(),
             handle_signals=False,
             keepalive_timeout=15,
             shutdown_timeout=1.0,
@@ -160,8 +161,9 @@ class AdminServer:
         except web.HTTPException as error:
             response = _explained(request, error)
         except Exception as error:  # noqa: BLE001 - the daemon goes on, and the client is told
-            log.error("request failed", method=request.method, path=request.path, error=describe(error))
-            response = _error(500, f"internal error: {describe(error)}")
+            why = describe(error)
+            log.error("request failed", method=request.method, path=request.path[:200], error=why)  # noqa: TRY400 - one line
+            response = _error(500, f"internal error: {why}")
         assert isinstance(response, web.Response)
         size = len(response.body) if isinstance(response.body, bytes) else 0
         if self._unsent + size > MAX_UNSENT and self._unsent:
@@ -175,6 +177,8 @@ class AdminServer:
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()
+        except ConnectionError:
+            pass  # the client is gone
         finally:
             self._unsent -= size
         return response

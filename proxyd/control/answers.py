@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from proxyd.api.problems import Problem
@@ -40,6 +42,18 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
             connect_us=self.connect_us + other.connect_us,
             refused=self.refused + other.refused,
         )
+
+
+NOTHING_COUNTED = Counters()
+
+
+def total(many: Iterable[Counters]) -> Counters:
+    """The sum of counters, most of which may be zero."""
+    found = NOTHING_COUNTED
+    for one in many:
+        if one is not NOTHING_COUNTED:
+            found = found + one
+    return found
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -119,7 +119,7 @@ KUBE_PROXY: dict[Path, Field] = {
     ("conntrack", "udpStreamTimeout"): Field("duration"),
     ("oomScoreAdj",): Field("number", check=_score),
     ("configSyncPeriod",): Field("duration"),
-    ("udpIdleTimeout",): Field("duration"),
+    ("udpIdleTimeout",): Field("duration", "udp_timeout"),
     ("nodePortAddresses",): Field("strings", "nodeport_addresses"),
     ("featureGates",): Field("map", "feature_gates"),
     ("winkernel",): Field("map", told="it is for Windows"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -120,6 +121,8 @@ class Daemon:
             try:
                 await self._start_observation()
                 self._start_data_plane()
+                # They come up while manifests are read.
+                self.supervisor.start()
                 self._start_feed()
                 await self._serve()
             finally:
@@ -154,7 +157,7 @@ class Daemon:
             steer_external_ips=may_route
             and mode in ("auto", "route", "none")
             and self.settings.external_ip_mode == "steer",
-            protocols=frozenset({"TCP"}),
+            protocols=self.settings.protocols,
         )
 
     def _claim_addresses(self) -> None:
@@ -205,7 +208,7 @@ class Daemon:
             settings.workers,
             slots,
             self.publication,
-            WorkerOptions(settings.tcp_idle_timeout, records=bool(settings.access_log)),
+            WorkerOptions(settings.tcp_idle_timeout, settings.udp_timeout, records=bool(settings.access_log)),
             Events(
                 acknowledged=self._acknowledged,
                 drained=self._drained,
@@ -221,9 +224,11 @@ class Daemon:
         self._resources.callback(self._monitor.close)
         self._read_addresses()
         self.feed = Feed(self.settings, self._snapshot_changed)
-        missing = [p for p in self.feed.first() if p.message.startswith("no such file or folder")]
-        if missing:
-            raise StartError(f"{missing[0].file}: no such file or folder (--manifests)", 3)
+        problems = self.feed.first()
+        if self.feed.missing:
+            path = self.feed.missing[0]
+            why = next((problem.message for problem in problems if problem.file == path), "cannot be read")
+            raise StartError(f"{path}: {why} (--manifests)", 3)
 
     # Serve
 
@@ -231,9 +236,8 @@ class Daemon:
         loop = self._loop
         loop.add_signal_handler(signal.SIGTERM, lambda: self._stop_after(self.settings.drain_timeout))
         loop.add_signal_handler(signal.SIGINT, self._stop_after, 0.0)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up if _has_terminal() else self._reload)
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
-        self.supervisor.start()
         self.phase = "serving"
         self.watchdog.start()
         following = spawn(self.feed.follow(), name="manifests", on_failure=self._failed)
@@ -328,6 +332,13 @@ class Daemon:
             self._said.warning(text, text, count=count, worker=worker)
             self.observation.metrics.trouble(text, count)
 
+    def _hung_up(self) -> None:
+        """A hang-up: of the terminal that it was started from, or else an order to reload."""
+        if _has_terminal():
+            self._reload()
+        else:
+            self._stop_after(0.0)
+
     def _reload(self) -> None:
         spawn(self.reload(), name="reload")
 
@@ -386,3 +397,12 @@ class Daemon:
     def serving(self) -> int:
         """How many listeners serve."""
         return sum(status.state is ListenerState.SERVING for status in self.reconciler.statuses())
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a terminal that lives."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

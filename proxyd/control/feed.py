@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,10 +12,10 @@ from proxyd.api.decode import Rules
 from proxyd.api.problems import Problem, Severity
 from proxyd.control.logs import get_logger
 from proxyd.control.settings import Settings
-from proxyd.sources.manifests import ManifestSource
-from proxyd.sources.standalone.assemble import Assembled, AssemblySettings, assemble
+from proxyd.sources.manifests import ManifestSet, ManifestSource
+from proxyd.sources.standalone.assemble import Assembled, Assembler, AssemblySettings
 from proxyd.sources.statefile import load_allocations, save_allocations
-from proxyd.sources.watch import watch
+from proxyd.sources.watch import Change, watch
 from proxyd.state.snapshot import Snapshot
 
 log = get_logger("manifests")
@@ -24,12 +25,20 @@ _MAX_LOGGED = 20
 
 
 class Feed:
-    """Follows manifests and hands on a snapshot whenever they change."""
+    """Follows manifests and hands on a snapshot whenever they change.
+
+    Attributes:
+        problems: all that is wrong at the moment.
+        missing: configured paths that cannot be read at all.
+        files: how many there are.
+        synced_at: Unix time of the last scan; 0: none yet.
+    """
 
     def __init__(self, settings: Settings, changed: Callable[[Snapshot], None]) -> None:
         self.problems: tuple[Problem, ...] = ()
+        self.missing: tuple[str, ...] = ()
         self.files = 0
-        self.synced_at = 0.0  # Unix time of the last scan; 0: none yet
+        self.synced_at = 0.0
         self._settings = settings
         self._changed = changed
         rules = Rules(
@@ -38,39 +47,58 @@ class Feed:
             allow_loopback_endpoints=settings.allow_loopback_endpoints,
         )
         self._source = ManifestSource(settings.manifests, rules)
-        self._assembly = AssemblySettings(
-            cluster_cidrs=settings.service_cluster_ip_range,
-            node_port_range=settings.service_node_port_range,
+        self._assembler = Assembler(
+            AssemblySettings(
+                cluster_cidrs=settings.service_cluster_ip_range,
+                node_port_range=settings.service_node_port_range,
+            )
         )
         self._allocations, warning = load_allocations(settings.state_file)
         if warning:
             log.warning(warning)
+        self._taken: Assembled | None = None
         self._save_error = ""
         self._lock = asyncio.Lock()
 
     def first(self) -> tuple[Problem, ...]:
         """Read everything once and hand it on. Returns the problems."""
-        self._take(self._read())
+        # What is read first stays: looking through it for garbage again and again as it grows is half of the time.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            self._take(*self._read(None))
+            gc.freeze()
+        finally:
+            if collecting:
+                gc.enable()
         return self.problems
 
-    async def rescan(self) -> None:
-        """Read again what changed, and hand on a snapshot if it differs."""
+    async def rescan(self, change: Change | None = None) -> None:
+        """Read again what changed, and hand on a snapshot if it differs.
+
+        Args:
+            change: what may have changed; None: anything.
+        """
         async with self._lock:
-            self._take(await asyncio.to_thread(self._read))
+            self._take(*await asyncio.to_thread(self._read, change))
 
     async def follow(self) -> None:
         """Rescan whenever files change; does not return."""
-        async for _ in watch(self._settings.manifests):
-            await self.rescan()
+        async for change in watch(self._settings.manifests, warn=log.warning):
+            await self.rescan(change)
 
-    def _read(self) -> tuple[Assembled, int]:
-        manifests = self._source.scan()
+    def _read(self, change: Change | None) -> tuple[ManifestSet, Assembled]:
+        manifests = self._source.scan(change)
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        return assemble(manifests, self._allocations, self._assembly, now), manifests.files
+        return manifests, self._assembler.assemble(manifests, self._allocations, now)
 
-    def _take(self, read: tuple[Assembled, int]) -> None:
-        assembled, self.files = read
-        if assembled.allocations != self._allocations:
+    def _take(self, manifests: ManifestSet, assembled: Assembled) -> None:
+        self.synced_at = time.time()
+        self.files, self.missing = manifests.files, manifests.missing
+        if assembled is self._taken:
+            return
+        self._taken = assembled
+        if assembled.allocations is not self._allocations:
             self._allocations = assembled.allocations
             error = save_allocations(self._settings.state_file, self._allocations) or ""
             if error and error != self._save_error:
@@ -78,10 +106,11 @@ class Feed:
             self._save_error = error
         self._log(assembled.problems)
         self.problems = assembled.problems
-        self.synced_at = time.time()
         self._changed(assembled.snapshot)
 
     def _log(self, problems: tuple[Problem, ...]) -> None:
+        if problems == self.problems:
+            return
         known = set(self.problems)
         new = [problem for problem in problems if problem not in known]
         for problem in new[:_MAX_LOGGED]:

@@ -106,6 +106,13 @@ def _boolean(value: str | bool) -> bool:
     return value.lower() == "true"
 
 
+def _udp_timeout(text: str) -> float:
+    seconds = parse_duration(text)
+    if not seconds:
+        raise ValueError(f'expected a duration over 0, got "{text}"')
+    return seconds
+
+
 def _path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("expected a path")
@@ -260,6 +267,14 @@ FLAGS: tuple[Flag, ...] = (
         parse=parse_duration,
         default="0s",
         help="end TCP connections that carried nothing for so long; 0 never",
+    ),
+    Flag(
+        name="udp-timeout",
+        metavar="DURATION",
+        parse=_udp_timeout,
+        default="60s",
+        help="end UDP flows that carried nothing for so long, after their first reply; "
+        "annotation proxyd.io/udp-idle-timeout says otherwise for one Service",
     ),
     Flag(
         name="access-log",

@@ -73,9 +73,10 @@ class History:
         before, self._unopened = self._unopened, {}
         for status in statuses:
             key = (status.key, status.service_port)
-            text = self._unopened[key] = str(status)
+            why = f": {status.detail}" if status.detail else ""
+            text = self._unopened[key] = f"{status.state} {status.key}{why}"
             if before.get(key) != text:
-                self.note(status.service_port, f"{text}: {status.key}")
+                self.note(status.service_port, text)
 
     def failures(self, namespace: str, name: str) -> tuple[FailureView, ...]:
         """Failures of a Service, the latest first."""

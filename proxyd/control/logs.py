@@ -33,6 +33,13 @@ def get_logger(room: str) -> Log:
     return cast("Log", structlog.get_logger(room=room))
 
 
+def silent() -> logging.Logger:
+    """For a library whose words nobody needs: what a client sent wrong must not fill the log."""
+    logger = logging.getLogger("proxyd.silent")
+    logger.disabled = True
+    return logger
+
+
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _level = "info"
 

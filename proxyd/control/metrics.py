@@ -72,6 +72,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     access_queued: int = 0
 
 
+_NO_FACTS = Facts(phase="starting", healthy=True)
+
+
 class Metrics:
     """Counts what happens in control, and writes everything down when asked."""
 
@@ -166,12 +169,13 @@ class Metrics:
         """The configuration was read again."""
         self._config.set(valid)
 
-    def render(self, facts: Facts) -> bytes:
-        """All metrics as text. Not for two threads at once."""
+    def render(self, facts: Facts) -> list[bytes]:
+        """All metrics as text, in parts. Not for two threads at once."""
         began = time.perf_counter()
         self._scrape.facts = facts
         traffic = self._traffic.render(facts)
-        data = generate_latest(self.registry) + traffic
+        data = [generate_latest(self.registry), *traffic]
+        self._scrape.facts = _NO_FACTS
         self._seconds.set(time.perf_counter() - began)
         return data
 
@@ -185,8 +189,8 @@ class _Traffic:
         self._ports = Chosen(exposition.MAX_SERVICE_PORTS)
         self._endpoints = Chosen(exposition.MAX_ENDPOINTS)
 
-    def render(self, facts: Facts) -> bytes:
-        """Their text."""
+    def render(self, facts: Facts) -> list[bytes]:
+        """Their text, in parts."""
         table, endpoints = exposition.Table(PORT_FAMILIES), exposition.Table(ENDPOINT_FAMILIES)
         balancers: dict[ServicePortName, list[BalancerSpec]] = {
             status.service_port: [] for status in facts.unopened
@@ -207,7 +211,7 @@ class _Traffic:
                 if port in detailed:
                     for endpoint, row in _rows(publication, balancers[port]):
                         endpoints.add(exposition.endpoint_labels(labels, endpoint), row)
-        return table.encode() + (endpoints.encode() if facts.endpoints else b"")
+        return [*table.chunks(), *(endpoints.chunks() if facts.endpoints else ())]
 
 
 def _size(balancers: Sequence[BalancerSpec]) -> int:
@@ -236,7 +240,7 @@ class _Scrape(Collector):
     """What is asked of the daemon at each scrape, but for the traffic."""
 
     def __init__(self, traffic: _Traffic) -> None:
-        self.facts = Facts(phase="starting", healthy=True)
+        self.facts = _NO_FACTS
         self._traffic = traffic
 
     def describe(self) -> list[Metric]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gzip
 import os
 import socket
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -17,7 +17,7 @@ from aiohttp import web
 from proxyd import __version__
 from proxyd.control import health as healths
 from proxyd.control.health import Health
-from proxyd.control.logs import get_logger
+from proxyd.control.logs import get_logger, silent
 from proxyd.control.metrics import CONTENT_TYPE, Facts, Metrics
 from proxyd.control.tasks import cancel, spawn
 
@@ -63,7 +63,7 @@ class Observers:
         self._metrics = metrics
         self._facts = facts
         self._config = config
-        self._rendering: asyncio.Task[bytes] | None = None
+        self._rendering: asyncio.Task[list[bytes]] | None = None
         sites = (
             ("health", healthz, {"/healthz": self._healthz, "/livez": self._livez}),
             (
@@ -114,16 +114,24 @@ class Observers:
             self._rendering = spawn(
                 asyncio.to_thread(self._metrics.render, self._facts()), name="metrics:render"
             )
-        body = await asyncio.shield(self._rendering)
+        rendering = self._rendering
+        chunks = await asyncio.shield(rendering)
+        if self._rendering is rendering:
+            self._rendering = None  # many megabytes
         headers = {"Content-Type": CONTENT_TYPE, "Vary": "Accept-Encoding"}
         if "gzip" in request.headers.get("Accept-Encoding", ""):
-            body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL)
             headers["Content-Encoding"] = "gzip"
-        return web.Response(body=body, headers=headers)
+            return web.Response(body=await asyncio.to_thread(_gzip, chunks), headers=headers)
+        return web.Response(body=b"".join(chunks), headers=headers)
 
     async def _configz(self, _request: web.Request) -> web.Response:
         body = msgspec.json.encode({"kubeproxy.config.k8s.io": self._config()})
         return web.Response(body=body, content_type="application/json")
+
+
+def _gzip(chunks: list[bytes]) -> bytes:
+    packer = zlib.compressobj(_GZIP_LEVEL, wbits=31)  # 31: with gzip's header
+    return b"".join([*map(packer.compress, chunks), packer.flush()])
 
 
 async def _ok(_request: web.Request) -> web.Response:
@@ -148,7 +156,12 @@ class _Site:
             app.router.add_get(path, handler)
         app.on_response_prepare.append(_sign)
         self._runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, keepalive_timeout=30, shutdown_timeout=1.0
+            app,
+            access_log=None,
+            logger=silent(),
+            handle_signals=False,
+            keepalive_timeout=30,
+            shutdown_timeout=1.0,
         )
         self._server: asyncio.Server | None = None
         self._retrying: asyncio.Task[None] | None = None

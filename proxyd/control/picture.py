@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from proxyd import __version__
-from proxyd.control.answers import Counters, SourceFacts, WorkerFacts
+from proxyd.control.answers import NOTHING_COUNTED, Counters, SourceFacts, WorkerFacts, total
 from proxyd.control.publication import Publication
 from proxyd.control.views import Picture
 from proxyd.relay.slots import ATTEMPTS, BYTES_IN, BYTES_OUT, CLOSED, CONNECT_US, FAILED, OPENED, REFUSED
@@ -17,8 +17,6 @@ from proxyd.state.spec import Endpoint, ServicePortName
 
 if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon
-
-_FIELDS = (OPENED, CLOSED, FAILED, ATTEMPTS, BYTES_IN, BYTES_OUT, CONNECT_US, REFUSED)
 
 
 def draw(daemon: Daemon) -> Picture:
@@ -35,11 +33,11 @@ def draw(daemon: Daemon) -> Picture:
 
     def counters(service_port: ServicePortName) -> Counters:
         keys = publication.balancer_keys(service_port)
-        return sum((_counters(publication, key) for key in keys), start=Counters())
+        return total(_counters(publication, key) for key in keys)
 
     def endpoint_counters(service_port: ServicePortName, endpoint: Endpoint) -> Counters:
         keys = publication.balancer_keys(service_port)
-        return sum((_counters(publication, (key, endpoint)) for key in keys), start=Counters())
+        return total(_counters(publication, (key, endpoint)) for key in keys)
 
     return msgspec.structs.replace(
         bare,
@@ -67,16 +65,16 @@ def draw(daemon: Daemon) -> Picture:
 
 
 def _counters(publication: Publication, owner: Hashable) -> Counters:
-    opened, closed, failed, attempts, bytes_in, bytes_out, connect_us, refused = publication.counters(
-        owner, _FIELDS
-    )
+    row = publication.row(owner)
+    if not any(row):
+        return NOTHING_COUNTED
     return Counters(
-        opened=opened,
-        closed=closed,
-        failed=failed,
-        attempts=attempts,
-        bytes_in=bytes_in,
-        bytes_out=bytes_out,
-        connect_us=connect_us,
-        refused=refused,
+        opened=row[OPENED],
+        closed=row[CLOSED],
+        failed=row[FAILED],
+        attempts=row[ATTEMPTS],
+        bytes_in=row[BYTES_IN],
+        bytes_out=row[BYTES_OUT],
+        connect_us=row[CONNECT_US],
+        refused=row[REFUSED],
     )

@@ -125,7 +125,7 @@ class Reconciler:
         self._steer(todo)
         self._refuse_new()
         self._remove_addresses(todo)
-        self._sync_guard()
+        self._sync_guard(todo)
         for key in [key for key in self.failures if key not in desired.host.listeners]:
             del self.failures[key]
         return self._publication.take_update()
@@ -258,7 +258,7 @@ class Reconciler:
                 log.warning(
                     "listener failed", listener=str(spec.key), service=str(spec.service_port), error=message
                 )
-                self._note(spec.service_port, f"Failed: {message}: {spec.key}")
+                self._note(spec.service_port, f"Failed {spec.key}: {message}")
             pause = min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
             self.failures[spec.key] = Failure(spec, message, attempts, now + pause)
             return
@@ -307,9 +307,11 @@ class Reconciler:
             if key.service_port not in wished:
                 self._publication.forget(key)
 
-    def _sync_guard(self) -> None:
+    def _sync_guard(self, todo: Plan) -> None:
         if self._guard is None:
             return
+        if self._guarded is not None and not (todo.add_vips or todo.remove_vips or todo.open or todo.close):
+            return  # nothing that it is made of has changed
         vips = frozenset(self._vips)
         ports = frozenset(key for key in self._listeners if key.ip in vips)
         if self._guarded == (vips, ports) or (not vips and self._guarded is None and not self._guard_made):

@@ -47,7 +47,7 @@ class Roundups:
         self._lock = asyncio.Lock()
 
     async def ask(
-        self, *, namespace: str = "", name: str = "", limit: int = MAX_RECORDS, timeout: float = TIMEOUT
+        self, *, namespace: str = "", name: str = "", limit: int = MAX_RECORDS, seconds: float = TIMEOUT
     ) -> Roundup:
         """The relays that are alive, of a namespace or Service where they are named.
 
@@ -55,7 +55,7 @@ class Roundups:
             namespace: "" for all.
             name: of Services; "" for all.
             limit: of records.
-            timeout: seconds to wait for the workers.
+            seconds: that the workers have for an answer.
         """
         async with self._lock:
             number = next(self._numbers)
@@ -63,7 +63,7 @@ class Roundups:
             try:
                 question.waiting = self._tell(ListConnections(number, limit, namespace, name))
                 if question.waiting:
-                    async with asyncio.timeout(timeout):
+                    async with asyncio.timeout(seconds):
                         await question.done.wait()
             except TimeoutError:
                 pass

@@ -59,6 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1  # 0 = inside the control process
     drain_timeout: float = 25.0
     tcp_idle_timeout: float = 0.0  # 0 = off
+    udp_timeout: float = 60.0
     access_log: str = ""  # "" = none, "-" = standard output, else a file
     admin_socket: str = "/run/proxyd/admin.sock"
     state_file: str = "/var/lib/proxyd/state.json"
@@ -85,6 +86,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def sctp(self) -> bool:
         """Whether SCTP may be served."""
         return self.feature_gates.get("SCTPSupport", False)
+
+    @property
+    def protocols(self) -> frozenset[str]:
+        """What is relayed by this version."""
+        return frozenset({"TCP", "UDP"})
 
     @property
     def healthz_address(self) -> tuple[str, int] | None:

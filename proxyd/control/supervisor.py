@@ -51,11 +51,16 @@ class WorkerOptions:
     """What every worker is started with; see `proxyd.relay.worker`."""
 
     tcp_idle_timeout: float = 0.0
+    udp_timeout: float = 60.0
     records: bool = False
 
     def arguments(self) -> list[str]:
         """As command-line arguments."""
-        return [f"--tcp-idle-timeout={self.tcp_idle_timeout}", *(["--records"] if self.records else [])]
+        return [
+            f"--tcp-idle-timeout={self.tcp_idle_timeout}",
+            f"--udp-timeout={self.udp_timeout}",
+            *(["--records"] if self.records else []),
+        ]
 
 
 @dataclass(slots=True)
@@ -192,6 +197,7 @@ class Supervisor:
                         f"--channel-fd={theirs.fileno()}",
                         f"--slots-fd={self._slots.fd}",
                         f"--index={index}",
+                        f"--workers={self.count}",
                         *self._options.arguments(),
                     ],
                     pass_fds=(theirs.fileno(), self._slots.fd),
@@ -210,7 +216,9 @@ class Supervisor:
         import proxyd.relay.worker as data_plane  # noqa: PLC0415
 
         chosen = data_plane.Options(
-            tcp_idle_timeout=self._options.tcp_idle_timeout, records=self._options.records
+            tcp_idle_timeout=self._options.tcp_idle_timeout,
+            udp_timeout=self._options.udp_timeout,
+            records=self._options.records,
         )
         data_plane.Worker(self._loop, Channel(theirs), self._slots, index, chosen).start()
         return Worker(index, None, -1, Channel(ours), time.monotonic())

@@ -22,6 +22,7 @@ from proxyd.control.answers import (
     SourceFacts,
     StatusView,
     WorkerFacts,
+    total,
 )
 from proxyd.control.selector import Selector
 from proxyd.state.endpoints import Candidate, candidates
@@ -134,7 +135,7 @@ def listeners(
 def status(picture: Picture, *, now: float) -> StatusView:
     """The daemon as a whole, at a Unix time."""
     ports = {status.service_port for status in picture.statuses}
-    counters = _total(picture.counters(port) for port in ports)
+    counters = total(picture.counters(port) for port in ports)
     failing = [
         _listener(status)
         for status in picture.statuses
@@ -185,10 +186,6 @@ def _name_of(owner: ObjectName, port: ServicePort) -> ServicePortName:
     return ServicePortName(owner.namespace, owner.name, port.name, port.protocol)
 
 
-def _total(many: Iterable[Counters]) -> Counters:
-    return sum(many, start=Counters())
-
-
 def _states(statuses: Iterable[ListenerStatus]) -> dict[str, int]:
     counts = {str(state): 0 for state in WORST_FIRST}
     for status in statuses:
@@ -200,8 +197,8 @@ def _service(picture: Picture, service: Service, statuses: list[ListenerStatus])
     spec = service.spec
     owner = service.metadata.key
     alias = spec.type is ServiceType.EXTERNAL_NAME
-    counters = _total(picture.counters(_name_of(owner, port)) for port in spec.ports)
-    ready, total = (0, 0) if alias else _count_endpoints(picture, service)
+    counters = total(picture.counters(_name_of(owner, port)) for port in spec.ports)
+    ready, present = (0, 0) if alias else _count_endpoints(picture, service)
     state, detail = _summary(service, statuses)
     return ServiceView(
         namespace=owner.namespace,
@@ -222,7 +219,7 @@ def _service(picture: Picture, service: Service, statuses: list[ListenerStatus])
             for port in spec.ports
         ),
         endpoints_ready=ready,
-        endpoints_total=total,
+        endpoints_total=present,
         connections=counters.active,
         counters=counters,
         state=state,
@@ -250,25 +247,25 @@ def _count_endpoints(picture: Picture, service: Service) -> tuple[int, int]:
     """How many endpoint addresses are ready, and how many there are."""
     slices = picture.snapshot.slices.get(service.metadata.key, ())
     ips = service.spec.all_cluster_ips
-    first = ipaddress.ip_address(ips[0]).version if ips else 4
+    first = 6 if ips and ":" in ips[0] else 4
+    wanted = {(port.name, port.protocol) for port in service.spec.ports}
     ready: set[str] = set()
-    total: set[str] = set()
-    for family in (first, 10 - first):
-        for port in service.spec.ports:
-            for candidate in candidates(port, slices, family):
-                total.add(candidate.endpoint.ip)
-                if candidate.ready:
-                    ready.add(candidate.endpoint.ip)
-        if not service.spec.ports:
+    found: set[str] = set()
+    for family in (f"IPv{first}", f"IPv{10 - first}"):
+        for one in slices:
             # Headless without ports: the slices have none to match either.
-            of_family = [
-                item for one in slices if one.address_type == f"IPv{family}" for item in one.endpoints
-            ]
-            total = {item.addresses[0] for item in of_family if item.addresses}
-            ready = {i.addresses[0] for i in of_family if i.addresses and i.conditions.ready is not False}
-        if total:
+            if one.address_type != family or (
+                wanted and not any((p.name, p.protocol) in wanted and p.port is not None for p in one.ports)
+            ):
+                continue
+            for item in one.endpoints:
+                if item.addresses:
+                    found.add(item.addresses[0])
+                    if item.conditions.ready is not False:
+                        ready.add(item.addresses[0])
+        if found:
             break
-    return len(ready), len(total)
+    return len(ready), len(found)
 
 
 def _endpoint(

@@ -118,8 +118,12 @@ class Watchdog:
         self._timer = self._loop.call_later(self._tick_every, self._tick)
 
     def _look(self) -> None:
-        if not self._ending:
+        if self._ending:
+            self.wrong = ""
+        else:
             wrong = self._reconcile_waits() or self._daemon.supervisor.probe()
+            if not self._ready:
+                wrong = ""  # a start takes its time; the manager has a limit of its own for it
             if wrong and wrong != self.wrong:
                 log.warning("not healthy", why=wrong)
             self.wrong = wrong

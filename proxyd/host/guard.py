@@ -10,7 +10,8 @@ not load connection tracking; what belongs to something that exists is recognise
 - SCTP: only an INIT chunk is rejected.
 - ICMP passes: errors carry path MTU and refusals, and an echo harms nothing.
 
-Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded.
+Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded. The rules name protocols by their numbers
+(ICMP 1 and 58, UDP 17): a minimal node has no /etc/protocols, and many versions of nft need it for names.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ table inet proxyd {{
     goto guard
   }}
   chain guard {{
-    meta l4proto {{ icmp, ipv6-icmp }} accept
+    meta l4proto {{ 1, 58 }} accept
     {tcp}
     {socket}
     {other}
   }}
 }}
 """
-_BOUND_SOCKET = "meta l4proto udp socket wildcard 0 accept"
+_BOUND_SOCKET = "meta l4proto 17 socket wildcard 0 accept"
 
 
 class VipGuard:

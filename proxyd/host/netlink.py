@@ -97,10 +97,11 @@ def packed(ip: str) -> tuple[int, bytes]:
     Raises:
         ValueError: not an IPv4 or IPv6 address.
     """
-    address = ipaddress.ip_address(ip)
-    if "%" in ip:
-        raise ValueError(f"{ip!r} is bound to an interface")
-    return (socket.AF_INET6 if address.version == 6 else socket.AF_INET), address.packed
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    try:
+        return family, socket.inet_pton(family, ip)
+    except OSError:
+        raise ValueError(f"{ip!r} is not an IP address") from None
 
 
 def unpacked(address: bytes) -> str:

@@ -17,15 +17,17 @@ _SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sb
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _NFTA_TABLE_NAME = 1
 _NFPROTO_INET = 1
+# By number, as a node without /etc/protocols cannot tell the names.
+_NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
 # What a client is told that may not connect. Nothing is kept of connections: what belongs to one that exists is
-# recognised by its packets, a TCP segment that is not a first SYN, an SCTP packet that does not begin with INIT.
+# recognised by its packets, a TCP (6) segment that is not a first SYN, an SCTP (132) packet that does not begin with INIT.
 REJECT_NEW_TCP = """
     tcp flags & (fin | syn | rst | ack) == syn reject with tcp reset
-    meta l4proto tcp accept
+    meta l4proto 6 accept
 """
 REJECT_OTHER = """
-    meta l4proto sctp @th,96,8 != 1 accept
+    meta l4proto 132 @th,96,8 != 1 accept
     reject with icmpx type port-unreachable
 """
 
@@ -59,7 +61,7 @@ def refused(error: OSError) -> str:
 
 def port(key: ListenerKey) -> str:
     """A listener key as an element of a set of address, protocol and port."""
-    return f"{key.ip} . {key.protocol.lower()} . {key.port}"
+    return f"{key.ip} . {_NUMBERS[key.protocol]} . {key.port}"
 
 
 def elements(verb: str, table: str, name: str, members: Iterable[str]) -> list[str]:

@@ -64,7 +64,7 @@ class Poller:
         self._closing: list[Closable] = []
         self._again: list[Handler] = []
         self._inside = False
-        self.before_end: Callable[[], None] | None = None  # called at the end of each batch; it raises nothing
+        self.before_end: Callable[[], None] | None = None  # ends each batch; it raises nothing
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     def add(self, fd: int, handler: Handler, events: int = EDGES) -> None:

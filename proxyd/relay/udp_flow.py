@@ -41,8 +41,10 @@ MAX_ATTEMPTS = 8
 KEPT_BYTES = 1472
 # The receive buffer of a flow that has become a conversation.
 TALKING_BUFFER = 1024 * 1024
-# Replies taken from one flow in one turn once it was ready turn after turn.
+# Replies taken from one flow in one turn once it was ready in so many turns on end. Before, it is one: another read
+# would mostly find nothing, and that costs an exception.
 MAX_BATCH = 16
+STREAK = 4
 
 _DGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
@@ -52,7 +54,7 @@ class Flow:
     """One client of one listener. The client's path is in `UdpListener`, the endpoint's is `ready`."""
 
     __slots__ = (
-        "_attempts", "_counted", "_fd", "_kept", "_last_turn", "_ok", "_recv_into", "_sock", "_started", "_table", "_tried",
+        "_attempts", "_counted", "_fd", "_kept", "_last_turn", "_ok", "_recv_into", "_sock", "_started", "_streak", "_table", "_tried",
         "_vector", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint", "key", "listener",
         "send", "stage", "used",
     )  # fmt: skip
@@ -73,7 +75,7 @@ class Flow:
         self._tried: tuple[Endpoint, ...] = ()
         self._attempts = 0
         self._counted = (0, 0, 0, 0)
-        self._last_turn = 0
+        self._last_turn = self._streak = 0
         self._started = monotonic()
 
     @property
@@ -130,15 +132,17 @@ class Flow:
     def _connected(self, endpoint: Endpoint) -> Socket:
         """A watched socket, connected to an endpoint."""
         sock = Socket(endpoint.family, _DGRAM, 0)
-        try:
-            sock.connect(endpoint.address)
-            if endpoint.ephemeral and sock.getsockname()[:2] == endpoint.address:
-                raise OSError(errno.ECONNREFUSED, "met itself")
-            self._table.poller.add(sock.fileno(), self.ready, IN)
-        except OSError:
-            sock.close()
-            raise
-        return sock
+        code = sock.connect_ex(endpoint.address)
+        if endpoint.ephemeral and not code and sock.getsockname()[:2] == endpoint.address:
+            code = errno.ECONNREFUSED  # it met itself
+        if not code:
+            try:
+                self._table.poller.add(sock.fileno(), self.ready, IN)
+                return sock
+            except OSError as error:
+                code = error.errno or 0
+        sock.close()
+        raise OSError(code, os.strerror(code))
 
     def early(self, data: memoryview) -> None:
         """Take a datagram of the client on a flow that is not TALKING yet, before it is sent."""
@@ -169,8 +173,9 @@ class Flow:
     def ready(self, _events: int) -> None:
         """Take replies. They leave at the end of the batch."""
         turn = self._table.poller.turns
-        left = MAX_BATCH if turn == self._last_turn + 1 else 1
+        streak = self._streak = self._streak + 1 if turn == self._last_turn + 1 else 0
         self._last_turn = turn
+        left = MAX_BATCH if streak >= STREAK else 1
         vector = self._vector
         try:
             while left:
@@ -195,7 +200,7 @@ class Flow:
                         return
                 left -= 1
         except BlockingIOError:
-            return
+            self._streak = 0
         except OSError as error:
             self._refused(error)
 

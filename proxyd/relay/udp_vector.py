@@ -28,8 +28,8 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
 
-class _Message(ctypes.Structure):
-    """Struct mmsghdr of recvmmsg(2)."""
+class _Header(ctypes.Structure):
+    """Struct msghdr of recvmsg(2)."""
 
     _fields_ = (
         ("name", ctypes.c_void_p),
@@ -39,8 +39,13 @@ class _Message(ctypes.Structure):
         ("control", ctypes.c_void_p),
         ("controllen", ctypes.c_size_t),
         ("flags", ctypes.c_int),
-        ("len", ctypes.c_uint),
     )
+
+
+class _Message(ctypes.Structure):
+    """Struct mmsghdr of recvmmsg(2)."""
+
+    _fields_ = (("header", _Header), ("len", ctypes.c_uint))
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -74,7 +79,7 @@ class Vector:
         for i in range(SLOTS):
             self._iovecs[i].base = ctypes.addressof(self._buffer) + i * SLOT_BYTES
             self._iovecs[i].len = SLOT_BYTES
-            message = self._messages[i]
+            message = self._messages[i].header
             message.name = ctypes.addressof(self._names) + i * NAME_BYTES
             message.namelen = self.name_size
             message.iov = ctypes.addressof(self._iovecs[i])
@@ -83,7 +88,7 @@ class Vector:
         self.views = [memory[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for i in range(SLOTS)]
         self.names = _bytes_of(self._names)
         self.words = self.names.cast("Q")
-        self.sizes = _bytes_of(self._iovecs).cast("N")  # `sizes[2 * i + 1]`: of what is sent from slot i
+        self.sizes = _bytes_of(self._iovecs).cast("L")  # `sizes[2 * i + 1]`: of what is sent from slot i
         self._received = _bytes_of(self._messages).cast("I")
         self._address = ctypes.addressof(self._messages)
         self.queued = 0  # slots filled: buffer, client and size

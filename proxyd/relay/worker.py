@@ -42,7 +42,7 @@ __all__ = ["Options", "Worker", "main"]
 _MESSAGES_AT_ONCE = 8
 
 Listener = TcpListener | UdpListener
-_LISTENERS: dict[str, type[TcpListener] | type[UdpListener]] = {**LISTENERS, "UDP": UdpListener}
+_LISTENERS: dict[str, type[TcpListener | UdpListener]] = {**LISTENERS, "UDP": UdpListener}
 
 
 class Worker:

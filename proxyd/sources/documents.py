@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from proxyd.api.findings import Path
 from proxyd.sources import json_reader, yaml_reader
@@ -13,6 +13,8 @@ __all__ = ["MAX_BYTES", "Document", "Unreadable", "read_documents"]
 
 # The largest file that is read.
 MAX_BYTES = 64 * 1024 * 1024
+# The most documents that are read of one file.
+MAX_DOCUMENTS = 100_000
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -30,6 +32,11 @@ class Document:
         self.value = value
         self._text, self._start, self._end, self._line, self._json = text, start, end, line, is_json
 
+    @property
+    def text(self) -> str:
+        """What it was read from."""
+        return self._text[self._start : self._end]
+
     def position(self, path: Path) -> tuple[int, int]:
         """Line and column, from 1, of the value at `path`, or of the nearest value above it that is there."""
         return self.positions((path,))[0]
@@ -41,10 +48,17 @@ class Document:
         return yaml_reader.positions(self._text[self._start : self._end], self._line, paths)
 
 
-def read_documents(data: bytes, *, is_json: bool = False) -> Iterator[Document | Unreadable]:
+def read_documents(
+    data: bytes, *, is_json: bool = False, known: Container[str] = ()
+) -> Iterator[Document | Unreadable]:
     """Each document of a file, in order. Empty ones are skipped; what cannot be read comes as an Unreadable.
 
     YAML is that of version 1.2 (core schema), with merge keys. It is UTF-8, or UTF-16 with a byte order mark.
+
+    Args:
+        data: the file's content.
+        is_json: whether it is JSON.
+        known: texts of YAML documents whose value the caller has: they come with None for it.
     """
     try:
         text = _text(data)
@@ -58,9 +72,16 @@ def read_documents(data: bytes, *, is_json: bool = False) -> Iterator[Document |
         except Unreadable as error:
             yield error
         return
-    for start, end, line in yaml_reader.split(text):
+    for number, (start, end, line) in enumerate(yaml_reader.split(text)):
+        if number >= MAX_DOCUMENTS:
+            yield Unreadable(f"more than {MAX_DOCUMENTS} documents: split the file", line + 1, 1)
+            return
+        part = text[start:end]
+        if part in known:
+            yield Document(None, text, start, end, line, is_json=False)
+            continue
         try:
-            value = yaml_reader.read(text[start:end], line)
+            value = yaml_reader.read(part, line)
         except Unreadable as error:
             yield error
         else:

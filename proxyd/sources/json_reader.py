@@ -6,6 +6,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from proxyd.api.findings import Path, shown
@@ -17,7 +18,8 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # No number that a Kubernetes object has use for is longer; Python is slow on longer ones, or refuses them.
 _MAX_DIGITS = 40
 
-
+# Values that are looked at for a position: a few seconds' worth.
+_MAX_WALKED = 2_000_000
 _CONSTANTS = ("NaN", "Infinity", "-Infinity")
 
 
@@ -43,7 +45,7 @@ def read_all(text: str) -> Iterator[tuple[object, int, int]]:
             if _SURROGATE.search(text, offset, end):
                 json.dumps(value, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
-            message = error.msg[:1].lower() + error.msg[1:]
+            message = (error.msg[:1].lower() + error.msg[1:]).removesuffix(" at").removesuffix(" starting")
             raise Unreadable(f"not valid JSON: {message}", *line_and_column(text, error.pos)) from None
         except UnicodeEncodeError:
             raise Unreadable(
@@ -68,7 +70,14 @@ def positions(text: str, offset: int, paths: Iterable[Path]) -> list[tuple[int, 
         offset: where the value starts.
         paths: keys and indexes from the root.
     """
-    places = {path: place for path, place, _ in _walk(text, offset)}
+    paths = list(paths)
+    wanted = {path[:length] for path in paths for length in range(len(path) + 1)}
+    places: dict[Path, int] = {(): offset}
+    for path, place, _ in islice(_walk(text, offset), _MAX_WALKED):
+        if path in wanted:
+            places[path] = place
+            if len(places) == len(wanted):
+                break
     lines = [0, *(feed.end() for feed in re.finditer("\n", text))]
     found = []
     for path in paths:

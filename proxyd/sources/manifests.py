@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from proxyd.api.decode import KubeObject, Rules
+from proxyd.api.decode import Decoded, KubeObject, Rules
 from proxyd.api.discovery import Endpoints, EndpointSlice
 from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
@@ -62,6 +62,7 @@ class _FileState(msgspec.Struct, frozen=True, kw_only=True):
     rejected: frozenset[Key] = frozenset()
     problems: tuple[Problem, ...] = ()
     complete: bool = True
+    known: Mapping[str, Decoded] = {}  # see ParsedFile
 
 
 class ManifestSource:
@@ -251,7 +252,8 @@ class ManifestSource:
             return msgspec.structs.replace(
                 _unread(entry.path, None, why), stamp=stamp, kept=in_force, digest=digest
             )
-        return self._parse(entry.path, data, stamp, digest, in_force)
+        known = earlier.known if earlier else {}
+        return self._parse(entry.path, data, stamp, digest, in_force, known=known)
 
     def _parse(
         self,
@@ -260,9 +262,11 @@ class ManifestSource:
         stamp: Stamp | None,
         digest: bytes,
         in_force: Mapping[Key, KubeObject],
+        *,
+        known: Mapping[str, Decoded],
     ) -> _FileState:
         label = display(path)
-        parsed = parse_file(label, data, self._rules)
+        parsed = parse_file(label, data, self._rules, known)
         problems = list(parsed.problems)
         objects: dict[Key, KubeObject] = {}
         for item in parsed.objects:
@@ -289,6 +293,7 @@ class ManifestSource:
             rejected=rejected,
             problems=tuple(problems),
             complete=parsed.complete,
+            known=parsed.known,
         )
 
     def _merge(self, seen: Survey) -> ManifestSet:
@@ -343,8 +348,7 @@ def read_regular(path: str) -> tuple[bytes, Stamp | None]:
         before = os.fstat(descriptor)
         if not stat.S_ISREG(before.st_mode):
             raise ValueError("is not a file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(MAX_FILE_BYTES + 1) if before.st_size <= MAX_FILE_BYTES else b""
+        data = _content(descriptor, before.st_size) if before.st_size <= MAX_FILE_BYTES else b""
         after = os.fstat(descriptor)
     finally:
         os.close(descriptor)
@@ -352,6 +356,20 @@ def read_regular(path: str) -> tuple[bytes, Stamp | None]:
         raise ValueError(f"not read: it is over {MAX_FILE_BYTES >> 20} MiB")
     settled = abs(time.time_ns() - after.st_ctime_ns) > _SETTLED_NS and Stamp.of(before) == Stamp.of(after)
     return data, Stamp.of(after) if settled else None
+
+
+def _content(descriptor: int, size: int) -> bytes:
+    """What can be read, but not much more than `MAX_FILE_BYTES`; `size` is what the file is said to have."""
+    parts: list[bytes] = []
+    room = MAX_FILE_BYTES + 1
+    while room > 0 and (part := os.read(descriptor, min(size + 1, room))):
+        parts.append(part)
+        room -= len(part)
+        if len(part) <= size:
+            # A regular file gives less than it was asked for at its end alone.
+            break
+        size = 1 << 16
+    return b"".join(parts)
 
 
 def _unread(path: str, earlier: _FileState | None, why: str, *, holds: bool = False) -> _FileState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import msgspec
 from msgspec.structs import replace
 
@@ -11,6 +13,12 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem
 from proxyd.api.rules import Rules
 from proxyd.sources.documents import Document, Unreadable, read_documents
+
+# Problems of one file that are told one by one, each with its place.
+MAX_PROBLEMS = 10_000
+
+# Bytes of a file whose documents are remembered.
+_LARGE = 64 << 10
 
 
 class ParsedFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,37 +31,51 @@ class ParsedFile(msgspec.Struct, frozen=True, kw_only=True):
     # False: a part could not be read, or not as whose object. Then objects that were in this file earlier, and are
     # not among `objects`, may still be there, and should stay in force.
     complete: bool = True
+    # What a large file's documents held, by their text, for when the file is read again; those without problems.
+    known: Mapping[str, Decoded] = {}
 
 
-def parse_file(label: str, data: bytes, rules: Rules) -> ParsedFile:
+def parse_file(
+    label: str, data: bytes, rules: Rules, known: Mapping[str, Decoded] | None = None
+) -> ParsedFile:
     """Read a file of YAML documents, or of JSON values if its name ends in ".json".
 
     Args:
         label: the file's name, for problems.
         data: its content.
         rules: what is valid.
+        known: as this function said the last time, for the same rules: what has not changed is not read again.
     """
     reading = _Reading(label)
-    for document in read_documents(data, is_json=label.lower().endswith(".json")):
+    is_json = label.lower().endswith(".json")
+    remembers = len(data) >= _LARGE and not is_json
+    before = known or {}
+    after: dict[str, Decoded] = {}
+    for document in read_documents(data, is_json=is_json, known=before):
         if isinstance(document, Unreadable):
-            reading.complete = False
-            reading.problems.append(
-                Problem(file=label, line=document.line, column=document.column, message=document.message)
-            )
+            reading.unreadable(document)
+        elif document.value is None and document.text in before:
+            reading.add(document, before[document.text])
+            if remembers:
+                after[document.text] = before[document.text]
         else:
-            reading.add(document, decode(document.value, rules))
+            decoded = decode(document.value, rules)
+            reading.add(document, decoded)
+            if remembers and decoded.complete and not decoded.problems:
+                after[document.text] = decoded
     return ParsedFile(
         objects=tuple(reading.objects),
-        problems=tuple(sorted(reading.problems)),
+        problems=reading.all_problems(),
         rejected=tuple(reading.rejected),
         complete=reading.complete,
+        known=after,
     )
 
 
 class _Reading:
     """What was read of a file so far."""
 
-    __slots__ = ("complete", "label", "objects", "problems", "rejected", "seen")
+    __slots__ = ("complete", "label", "objects", "problems", "rejected", "seen", "unsaid")
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -61,14 +83,21 @@ class _Reading:
         self.objects: list[KubeObject] = []
         self.problems: list[Problem] = []
         self.rejected: list[tuple[str, ObjectName]] = []
+        self.unsaid: list[Problem] = []
         self.seen: dict[tuple[str, ObjectName], tuple[Document, Path]] = {}
 
     def add(self, document: Document, decoded: Decoded) -> None:
         """Take over what a document held, each object but once."""
+        if len(decoded.objects) == 1 and decoded.complete and not (decoded.problems or decoded.rejected):
+            thing = decoded.objects[0]
+            if self._first((type(thing).__name__, thing.metadata.key), document, decoded.object_places[0]):
+                self.objects.append(thing)
+                return
         self.complete &= decoded.complete
         wanted = [
             (problem, place) for problem, place in zip(decoded.problems, decoded.problem_places, strict=True)
         ]
+        twice: list[tuple[tuple[str, ObjectName], Path]] = []
         for key, place in zip(decoded.rejected, decoded.rejected_places, strict=True):
             if self._first(key, document, place):
                 self.rejected.append(key)
@@ -77,19 +106,52 @@ class _Reading:
             if self._first(key, document, place):
                 self.objects.append(thing)
             else:
-                wanted.append((self._twice(key), place))
+                twice.append((key, place))
+        room = MAX_PROBLEMS - len(self.problems)
+        wanted += zip(
+            self._already([key for key, _ in twice], at_most=room), (place for _, place in twice), strict=True
+        )
+        self.unsaid += [problem for problem, _ in wanted[room:]]
+        wanted = wanted[:room]
         if not wanted:
             return
         positions = document.positions([place for _, place in wanted])
         for (problem, _), (line, column) in zip(wanted, positions, strict=True):
             self.problems.append(replace(problem, file=self.label, line=line, column=column))
 
+    def unreadable(self, document: Unreadable) -> None:
+        """Take note of a document that cannot be read."""
+        self.complete = False
+        problem = Problem(
+            file=self.label, line=document.line, column=document.column, message=document.message
+        )
+        (self.problems if len(self.problems) < MAX_PROBLEMS else self.unsaid).append(problem)
+
+    def all_problems(self) -> tuple[Problem, ...]:
+        """What is wrong, in order, and how much more there is."""
+        problems = sorted(self.problems)
+        if self.unsaid:
+            worst = min(problem.severity for problem in self.unsaid)  # "error" comes before "warning"
+            more = f"{len(self.unsaid)} more problems in this file, after the first {MAX_PROBLEMS}"
+            problems.append(Problem(file=self.label, severity=worst, message=more))
+        return tuple(problems)
+
     def _first(self, key: tuple[str, ObjectName], document: Document, place: Path) -> bool:
         mine = (document, place)
         return self.seen.setdefault(key, mine) is mine
 
-    def _twice(self, key: tuple[str, ObjectName]) -> Problem:
-        document, place = self.seen[key]
-        kind, name = key
-        line, _ = document.position(place)
-        return Problem(subject=f"{kind} {name}", message=f"is in this file already, at line {line}")
+    def _already(self, keys: list[tuple[str, ObjectName]], at_most: int) -> Iterator[Problem]:
+        """A problem for each object that was here before; the first of them say where."""
+        firsts: dict[int, tuple[Document, list[Path]]] = {}
+        for key in keys[:at_most]:
+            document, place = self.seen[key]
+            firsts.setdefault(id(document), (document, []))[1].append(place)
+        lines = {
+            (number, place): line
+            for number, (document, places) in firsts.items()
+            for place, (line, _) in zip(places, document.positions(places), strict=True)
+        }
+        for kind, name in keys:
+            document, place = self.seen[kind, name]
+            where = f", at line {lines[id(document), place]}" if (id(document), place) in lines else ""
+            yield Problem(subject=f"{kind} {name}", message=f"is in this file already{where}")

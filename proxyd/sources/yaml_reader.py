@@ -23,10 +23,16 @@ from proxyd.sources.scalars import CORE_TAG, SUSPECTS, plain, tagged
 MAX_DEPTH = 100
 # Values that the aliases of one document may stand for, all told: against "a billion laughs".
 MAX_ALIASED = 100_000
+# Values of one document: ten thousand Services as `kubectl get -o yaml` writes them. Reading that many takes seconds.
+MAX_VALUES = 1_000_000
+# Larger documents are not put together as trees of nodes, which take 50 times the memory of their text.
+_LARGE = 1 << 18
 
+_SHORT = 16
 _MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
 # Comments and directives before the first marker, or after "...".
 _NOTHING = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n|%[^\n]*\n)*[ \t]*(?:#[^\n]*)?")
+_CONFLICT = re.compile(r"^<{7} ", re.MULTILINE)
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -66,7 +72,10 @@ def read(text: str, line: int) -> object:
     Raises:
         Unreadable: it is not YAML, or has something in it that is refused.
     """
-    value = yaml_plain.read(text)
+    if len(text) < _SHORT and text.strip() in {"", "---"}:
+        return None
+    # A line holds a value or two.
+    value = yaml_plain.read(text) if text.count("\n") < MAX_VALUES // 2 else None
     return value if value is not None else read_fully(text, line)
 
 
@@ -127,6 +136,8 @@ class _Builder:
             handler = handlers.get(type(event))
             if handler is not None:
                 handler(event)
+                if self._count - self._aliased > MAX_VALUES:
+                    raise self._refused(event, f"a document of more than {MAX_VALUES} values: split it")
             elif type(event) is events.StreamEndEvent:
                 return self._root
 
@@ -259,6 +270,8 @@ def _tag_name(tag: str) -> str:
 
 
 def _syntax(error: yaml.MarkedYAMLError, text: str, line: int) -> Unreadable:
+    if conflict := _CONFLICT.search(text):
+        return Unreadable("an unresolved merge conflict", line + text.count("\n", 0, conflict.start()) + 1, 1)
     mark = error.problem_mark or error.context_mark
     problem = clip(error.problem or error.context or "syntax error", 200)
     if mark is None:
@@ -309,6 +322,8 @@ def positions(text: str, line: int, paths: Iterable[Path]) -> list[tuple[int, in
         line: the line (from 0) it starts in.
         paths: keys and indexes from the root.
     """
+    if len(text) > _LARGE:
+        return _positions_of_large(text, line, paths)
     root: yaml.Node | None = None
     # A name anchored twice, which is allowed, is too much for the composer.
     with suppress(yaml.YAMLError):
@@ -318,6 +333,69 @@ def positions(text: str, line: int, paths: Iterable[Path]) -> list[tuple[int, in
         mark = _node_at(root, path).start_mark if root is not None else None
         found.append((line + mark.line + 1, mark.column + 1) if mark is not None else (line + 1, 1))
     return found
+
+
+class _Wanted:
+    """A node of the tree of wanted paths, and where its value starts."""
+
+    __slots__ = ("below", "mark")
+
+    def __init__(self) -> None:
+        self.below: dict[str | int, _Wanted] = {}
+        self.mark: tuple[int, int] | None = None
+
+
+def _positions_of_large(text: str, line: int, paths: Iterable[Path]) -> list[tuple[int, int]]:
+    """As `positions`, from events alone. What an alias or a merge brings is at the map that has it."""
+    paths = list(paths)
+    root = _Wanted()
+    missing: set[_Wanted] = set()
+    for path in paths:
+        wanted = root
+        for key in path:
+            wanted = wanted.below.setdefault(key, _Wanted())
+        missing.add(wanted)
+    # Of each open map or list: what is wanted in it, whether it is a map, and its key (None: to come) or index.
+    stack: list[tuple[_Wanted | None, bool, str | int | None]] = []
+    parser = CParser(text)
+    with suppress(yaml.YAMLError):
+        while missing:
+            event: Any = parser.get_event()
+            kind = type(event)
+            if kind in _ENDS:
+                stack.pop()
+                continue
+            if kind not in _NODES:
+                if kind is events.StreamEndEvent:
+                    break
+                continue
+            wanted_here: _Wanted | None = root if not stack else None
+            if stack:
+                inside, is_map, at = stack[-1]
+                if at is None:
+                    stack[-1] = (inside, True, event.value if kind is events.ScalarEvent else "")
+                    continue
+                wanted_here = inside.below.get(at) if inside else None
+                stack[-1] = (inside, is_map, None if is_map else int(at) + 1)
+            if wanted_here is not None:
+                wanted_here.mark = (line + event.start_mark.line + 1, event.start_mark.column + 1)
+                missing.discard(wanted_here)
+            if kind in _STARTS:
+                opens_map = kind is events.MappingStartEvent
+                stack.append((wanted_here, opens_map, None if opens_map else 0))
+    found = []
+    for path in paths:
+        here, mark = root, root.mark or (line + 1, 1)
+        for key in path:
+            here = here.below[key]
+            mark = here.mark or mark
+        found.append(mark)
+    return found
+
+
+_STARTS = {events.MappingStartEvent, events.SequenceStartEvent}
+_ENDS = {events.MappingEndEvent, events.SequenceEndEvent}
+_NODES = _STARTS | {events.ScalarEvent, events.AliasEvent}
 
 
 def _node_at(node: yaml.Node, path: Path) -> yaml.Node:

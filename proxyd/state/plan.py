@@ -72,6 +72,8 @@ def _difference(
     observed: Mapping[_K, _V], desired: Mapping[_K, _V]
 ) -> tuple[list[tuple[_V | None, _V]], list[_K]]:
     """What is there and what is wanted, wherever the two differ, and the keys that are not wanted."""
+    if observed == desired:  # quick: what is the same object is not compared
+        return [], []
     if same_keys(observed, desired):
         # As ever where only endpoints change.
         return [(held, wanted) for held, wanted in replaced(observed, desired) if held != wanted], []

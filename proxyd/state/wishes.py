@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from proxyd.api.discovery import EndpointSlice
-from proxyd.api.service import Protocol, Service, ServicePort, ServiceType, TrafficPolicy
+from proxyd.api.durations import parse_duration
+from proxyd.api.service import UDP_IDLE_TIMEOUT, Protocol, Service, ServicePort, ServiceType, TrafficPolicy
 from proxyd.state.endpoints import candidates, select
 from proxyd.state.snapshot import NodeView, Options
 from proxyd.state.spec import (
@@ -173,7 +174,23 @@ def _balancer(
         zone=node.zone,
         hints=TrafficPolicy.LOCAL not in both,
     )
-    return BalancerSpec(key=key, endpoints=endpoints, affinity_seconds=spec.affinity_seconds)
+    return BalancerSpec(
+        key=key,
+        endpoints=endpoints,
+        affinity_seconds=spec.affinity_seconds,
+        udp_idle_seconds=_udp_idle_seconds(service, port),
+    )
+
+
+def _udp_idle_seconds(service: Service, port: ServicePort) -> float | None:
+    """What the Service's annotation says; None where it says nothing, or nothing of use (a warning tells its author)."""
+    text = service.metadata.annotations.get(UDP_IDLE_TIMEOUT)
+    if text is None or port.protocol is not Protocol.UDP:
+        return None
+    try:
+        return parse_duration(text) or None
+    except ValueError:
+        return None
 
 
 def _source_ranges(service: Service, family: int) -> tuple[str, ...]:

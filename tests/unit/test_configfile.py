@@ -134,6 +134,7 @@ def test_kubeadms_zero_values_are_defaults():
         ("nodePortAddresses: [primary]", "nodeport_addresses", ("primary",)),
         ("featureGates: {SCTPSupport: true}", "feature_gates", {"SCTPSupport": True}),
         ("iptables: {syncPeriod: 1m30s}", "sync_period", 90.0),
+        ("udpIdleTimeout: 5s", "udp_timeout", 5.0),
         ("logging: {format: json}", "log_format", "json"),
         ("logging: {format: text}", "log_format", "auto"),
         ("logging: {verbosity: 2}", "verbosity", 0),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxyd.sources import documents
+from proxyd.sources import documents, yaml_reader
 from proxyd.sources.documents import Document, Unreadable, read_documents
 
 
@@ -327,6 +327,43 @@ def test_position_in_yaml(path: tuple[str | int, ...], position: tuple[int, int]
     assert second.position(path) == position
 
 
+@pytest.mark.parametrize(
+    ("path", "position"),
+    [
+        ((), (4, 1)),
+        (("kind",), (4, 7)),
+        (("spec",), (5, 7)),
+        (("spec", "ports", 0, "port"), (8, 13)),
+        (("spec", "ports", 1, "port"), (9, 23)),
+        (("spec", "ports", 0, "nodePort"), (7, 7)),
+        (("spec", "ports", 7), (7, 5)),
+        (("metadata", "name"), (4, 1)),
+        (("merged", "other"), (14, 10)),
+        # What came by an alias or a merge is at the value that has it.
+        (("again", "ports", 0, "port"), (11, 8)),
+        (("merged", "ports", 0, "port"), (13, 3)),
+    ],
+)
+def test_position_in_a_large_document(
+    path: tuple[str | int, ...], position: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yaml_reader, "_LARGE", 0)
+    _, document = read_documents(("a: 1\n---\n" + POSITIONED).encode())
+    assert isinstance(document, Document)
+    assert document.positions([path, ("kind",)]) == [position, (4, 7)]
+
+
+def test_values_and_documents_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml_reader, "MAX_VALUES", 1000)
+    monkeypatch.setattr(documents, "MAX_DOCUMENTS", 10)
+    assert told("x:\n" + "- a\n" * 2000) == ["999:3: a document of more than 1000 values: split it"]
+    assert told("".join(f"k{n}: v\n" for n in range(2000))) == [
+        "500:7: a document of more than 1000 values: split it"
+    ]
+    assert told("---\na: 1\n" * 12) == ["21:1: more than 10 documents: split the file"]
+    assert told("- &a " + "[" + "x," * 90 + "]\n" + "- *a\n" * 100) == []
+
+
 def test_json() -> None:
     text = '{"a": [1, 2.5, "x", true, null, "\\ud83d\\ude00"]}\n\n{"b": {}} [] "on"'
     assert values(text, is_json=True) == [{"a": [1, 2.5, "x", True, None, "\U0001f600"]}, {"b": {}}, [], "on"]
@@ -346,7 +383,7 @@ BAD_JSON: list[tuple[str, str]] = [
     ('{"a": NaN}', "1:7: not valid JSON: NaN is no JSON value"),
     ('{"Infinity": [-Infinity]}', "1:15: not valid JSON: -Infinity is no JSON value"),
     ('{"a": "\\ud800"}', "1:1: a text in this value has half of a surrogate pair (\\ud800-\\udfff)"),
-    ('{"a": "x\ny"}', "1:9: not valid JSON: invalid control character at"),
+    ('{"a": "x\ny"}', "1:9: not valid JSON: invalid control character"),
     ('{"a": 1}}', "1:9: not valid JSON: expecting value"),
     ("[" * 100_000, "1:1: nested too deep"),
     ("apiVersion: v1", "1:1: not valid JSON: expecting value"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +32,7 @@ from proxyd.relay.slots import (
     REFUSED,
     Slots,
 )
+from proxyd.sources.documents import Document, read_documents
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import (
     BalancerKey,
@@ -83,7 +87,7 @@ def samples(text: bytes) -> Samples:
 
 
 def scrape(facts: Facts, metrics: Metrics | None = None) -> Samples:
-    return samples((metrics or Metrics()).render(facts))
+    return samples(b"".join((metrics or Metrics()).render(facts)))
 
 
 def of(got: Samples, name: str, **labels: str) -> float | None:
@@ -175,8 +179,6 @@ def test_series_are_bounded_and_what_is_beyond_is_counted(publication, monkeypat
     listed = {dict(labels)["service"] for name, labels in got if name == "proxyd_connections_total"}
     assert listed == {"web-0", "web-1", "web-2"}
     assert len([1 for name, _ in got if name == "proxyd_endpoint_connections_total"]) == 4
-    # The figures of the scrape before: one list is written before the other.
-    got = scrape(facts(publication, *ports), metrics)
     assert of(got, "proxyd_metrics_unlisted", what="service_ports") == 2
     assert of(got, "proxyd_metrics_unlisted", what="endpoints") == 6
 
@@ -298,6 +300,34 @@ def test_every_metric_is_documented(exported):
     assert {name for name in families if not name.startswith("process_")} <= documented
     # And nothing is documented that there is not.
     assert {name for name in documented if not name.endswith("_")} <= families | exported
+
+
+def test_every_metric_of_the_alerts_is_exported(exported):
+    (document,) = read_documents((RULES / "proxyd.rules.yaml").read_bytes())
+    assert isinstance(document, Document)
+    rules = [rule for group in document.value["groups"] for rule in group["rules"]]
+    assert len({rule["alert"] for rule in rules}) == len(rules) > 5
+    for rule in rules:
+        assert rule["labels"]["severity"] in {"critical", "warning", "info"}
+        assert rule["annotations"]["summary"]
+        assert names_in(rule["expr"])
+        assert names_in(rule["expr"]) <= exported, rule["alert"]
+
+
+def test_promtool_accepts_alerts_and_metrics(publication):
+    promtool = shutil.which("promtool", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if promtool is None:
+        # Debian's package prometheus has it; the test above checks what can be checked without.
+        assert os.environ.get("CI") != "true" or not os.environ.get("PROMTOOL_REQUIRED")
+        return
+    for command in (["check", "rules", "proxyd.rules.yaml"], ["test", "rules", "proxyd.test.yaml"]):
+        done = subprocess.run([promtool, *command], cwd=RULES, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    publication.set_balancer(balancer())
+    text = b"".join(Metrics().render(facts(publication, balancer())))
+    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
+    assert done.returncode in {0, 3}, done.stderr  # 3: advice on style
+    assert b"error while linting" not in done.stderr
 
 
 # Health

@@ -225,7 +225,7 @@ async def test_a_stream_of_changes_is_reported_while_it_lasts(folder: Path) -> N
 
 async def test_it_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     def instances() -> int:
-        links = (os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+        links = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
         return sum("inotify" in link for link in links)
 
     async with Watching(folder):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -12,8 +12,9 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service, ServiceType
 from proxyd.sources.manifests import ManifestSet
-from proxyd.sources.standalone.allocation import Allocations, Settings, allocate
+from proxyd.sources.standalone.allocation import Allocated, Allocations, Settings, allocate
 from proxyd.sources.standalone.endpoints import PodIndex, slices_from_endpoints, slices_from_pods, usable
+from proxyd.state.changes import same_keys, touched
 from proxyd.state.snapshot import Snapshot
 
 AssemblySettings: TypeAlias = Settings
@@ -44,115 +45,191 @@ def assemble(manifests: ManifestSet, allocations: Allocations, settings: Setting
         settings: ranges to allocate from.
         now: RFC 3339 with microseconds, UTC.
     """
-    allocated = allocate(
-        manifests.services,
-        allocations,
-        settings,
-        now,
-        absent=lambda name: not manifests.complete or name in manifests.rejected,
-    )
-    remarks = _Remarks(manifests)
-    written: dict[ObjectName, list[EndpointSlice]] = {}
-    for _, item in sorted(manifests.slices.items()):
-        written.setdefault(item.service, []).append(item)
-    pods = PodIndex(manifests.pods)
-    slices = {
-        name: found
-        for name, service in sorted(allocated.services.items())
-        if (found := _slices(service, manifests, written.get(name, []), pods, remarks))
-    }
-    remarks.orphans(written)
-    problems = (
-        *manifests.problems,
-        *(remarks.placed(problem) for problem in allocated.problems),
-        *remarks.problems,
-    )
-    return Assembled(
-        snapshot=Snapshot(services=allocated.services, slices=slices),
-        allocations=allocated.allocations,
-        problems=tuple(sorted(problems, key=lambda p: (p.file, p.line, p.column, p.subject, p.path))),
-    )
+    return Assembler(settings).assemble(manifests, allocations, now)
 
 
-def _slices(
-    service: Service,
-    manifests: ManifestSet,
-    written: list[EndpointSlice],
-    pods: PodIndex,
-    remarks: _Remarks,
-) -> tuple[EndpointSlice, ...]:
-    """All slices of one Service; what is odd about them is added to `remarks`."""
-    if service.spec.type is ServiceType.EXTERNAL_NAME:
-        return ()
-    slices = list(written)
-    endpoints = manifests.endpoints.get(service.metadata.key)
-    if endpoints:
-        slices += slices_from_endpoints(service, endpoints)
-    if service.spec.selector:
-        selected = slices_from_pods(service, pods)
-        slices += selected.slices
-        remarks.pods(service, selected.left_out, selected.unresolved)
-        if not selected.matched and not usable(slices):
-            remarks.service(service, f"no Pod matches its selector: {_REFUSED}")
-            return tuple(slices)
-    if not slices or not any(item.endpoints for item in slices):
-        remarks.service(service, f"no endpoints: {_REFUSED}")
-    elif not usable(slices):
-        remarks.service(service, f"no ready endpoints: {_REFUSED}")
-    return tuple(slices)
+class _Remark(NamedTuple):
+    """A warning about an object."""
+
+    kind: str
+    name: ObjectName
+    message: str
 
 
-class _Remarks:
-    """Collects warnings, each with the file it is about."""
+class _Part(NamedTuple):
+    """What is made of one Service."""
 
-    def __init__(self, manifests: ManifestSet) -> None:
-        self.problems: list[Problem] = []
-        self._manifests = manifests
-        self._pods: set[ObjectName] = set()
+    slices: tuple[EndpointSlice, ...]
+    remarks: tuple[_Remark, ...]
 
-    def placed(self, problem: Problem) -> Problem:
-        """The problem with the file of its subject."""
-        kind, _, name = problem.subject.partition(" ")
-        origin = self._manifests.origins.get((kind, ObjectName(*name.split("/", 1))), "")
-        return msgspec.structs.replace(problem, file=origin)
 
-    def service(self, service: Service, message: str) -> None:
+class Assembler:
+    """Assembles one state of the manifests after another.
+
+    The result is that of `assemble`. What is remembered of the last call saves the work for objects that are still the
+    very same, and what comes out for them is the very same again.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._manifests = ManifestSet()
+        self._allocated = Allocated(services={}, allocations=Allocations())
+        self._written: dict[ObjectName, tuple[EndpointSlice, ...]] = {}  # by Service, in order of name
+        self._pods = PodIndex({})
+        self._remarked: dict[ObjectName, tuple[_Remark, ...]] = {}
+        self._orphans: tuple[_Remark, ...] = ()
+        self._last = Assembled(snapshot=Snapshot(), allocations=Allocations())
+
+    def assemble(self, manifests: ManifestSet, allocations: Allocations, now: str) -> Assembled:
+        """As the function of this name does."""
+        last, self._manifests = self._manifests, manifests
+        same_allocations = allocations is self._last.allocations
+        if manifests is last and same_allocations:
+            return self._last
+        before = self._allocated.services
+        if not (same_allocations and _same_services(last, manifests)):
+            self._allocate(manifests, allocations, now)
+        services = self._allocated.services
+        due = touched(before, services) | touched(last.endpoints, manifests.endpoints)
+        regrouped = self._regroup(last, manifests)
+        due |= regrouped
+        if manifests.pods is not last.pods:
+            self._pods = PodIndex(manifests.pods)
+            due.update(name for name, service in services.items() if service.spec.selector)
+        slices = dict(self._last.snapshot.slices)
+        for name in sorted(due):
+            service = services.get(name)
+            part = self._part(service, manifests) if service is not None else _Part((), ())
+            if not part.slices:
+                slices.pop(name, None)
+            elif slices.get(name) != part.slices:
+                slices[name] = part.slices
+            if part.remarks:
+                self._remarked[name] = part.remarks
+            else:
+                self._remarked.pop(name, None)
+        if (
+            any(owner not in manifests.services for owner in regrouped)
+            or not same_keys(last.services, manifests.services)
+            or not same_keys(last.endpoints, manifests.endpoints)
+            or last.rejected != manifests.rejected
+        ):
+            self._orphans = tuple(self._find_orphans(manifests))
+        self._last = Assembled(
+            snapshot=Snapshot(services=services, slices=slices),
+            allocations=self._allocated.allocations,
+            problems=self._problems(manifests),
+        )
+        return self._last
+
+    def _allocate(self, manifests: ManifestSet, allocations: Allocations, now: str) -> None:
+        known = self._allocated
+        new = allocate(
+            manifests.services,
+            allocations,
+            self._settings,
+            now,
+            absent=lambda name: not manifests.complete or name in manifests.rejected,
+        )
+        # What comes out as before is the very object of before.
+        services = {
+            name: earlier if (earlier := known.services.get(name)) == service and earlier else service
+            for name, service in new.services.items()
+        }
+        same = new.allocations == allocations
+        self._allocated = Allocated(
+            services=services,
+            allocations=allocations if same else new.allocations,
+            problems=new.problems,
+        )
+
+    def _regroup(self, last: ManifestSet, manifests: ManifestSet) -> set[ObjectName]:
+        """Take over hand-written slices. Returns the Services whose slices are not the same any more."""
+        moved = touched(last.slices, manifests.slices)
+        found: dict[ObjectName, list[EndpointSlice]] = {}
+        owners = {
+            source[key].service
+            for key in moved
+            for source in (last.slices, manifests.slices)
+            if key in source
+        }
+        for owner in owners:
+            found[owner] = [item for item in self._written.get(owner, ()) if item.metadata.key not in moved]
+        for key in moved:
+            item = manifests.slices.get(key)
+            if item is not None:
+                found[item.service].append(item)
+        for owner, items in found.items():
+            if items:
+                self._written[owner] = tuple(sorted(items, key=lambda item: item.metadata.key))
+            else:
+                self._written.pop(owner, None)
+        return owners
+
+    def _part(self, service: Service, manifests: ManifestSet) -> _Part:
+        """All slices of one Service, and what is odd about them."""
+        if service.spec.type is ServiceType.EXTERNAL_NAME:
+            return _Part((), ())
+        name = service.metadata.key
+        slices = list(self._written.get(name, ()))
+        endpoints = manifests.endpoints.get(name)
+        if endpoints:
+            slices += slices_from_endpoints(service, endpoints)
+        remarks: list[_Remark] = []
+        odd = ""
+        if service.spec.selector:
+            selected = slices_from_pods(service, self._pods)
+            slices += selected.slices
+            remarks += [_Remark("Pod", pod, "has no status.podIP: left out") for pod in selected.left_out]
+            remarks += [
+                _Remark("Service", name, f"Pod {pod} has no container port named {target}: left out for it")
+                for target, pod in selected.unresolved
+            ]
+            if not selected.matched and not usable(slices):
+                odd = f"no Pod matches its selector: {_REFUSED}"
+        if not odd and not any(item.endpoints for item in slices):
+            odd = f"no endpoints: {_REFUSED}"
+        if not odd and not usable(slices):
+            odd = f"no ready endpoints: {_REFUSED}"
         # Nothing connects to a headless Service through a proxy.
-        if not service.spec.headless:
-            self._warn("Service", service.metadata.key, message)
+        if odd and not service.spec.headless:
+            remarks.append(_Remark("Service", name, odd))
+        return _Part(tuple(slices), tuple(remarks))
 
-    def pods(
-        self,
-        service: Service,
-        left_out: tuple[ObjectName, ...],
-        unresolved: tuple[tuple[str, ObjectName], ...],
-    ) -> None:
-        for name in left_out:
-            if name not in self._pods:
-                self._pods.add(name)
-                self._warn("Pod", name, "has no status.podIP: left out")
-        for target, pod in unresolved:
-            self._warn(
-                "Service",
-                service.metadata.key,
-                f"Pod {pod} has no container port named {target}: left out for it",
-            )
+    def _find_orphans(self, manifests: ManifestSet) -> Iterator[_Remark]:
+        """Endpoints and slices whose Service is not there."""
+        known = manifests.services.keys() | manifests.rejected
+        for name in sorted(manifests.endpoints.keys() - known):
+            yield _Remark("Endpoints", name, f"there is no Service {name}: not used")
+        for service in sorted(self._written.keys() - known):
+            for item in self._written[service]:
+                yield _Remark("EndpointSlice", item.metadata.key, f"there is no Service {service}: not used")
 
-    def orphans(self, written: Mapping[ObjectName, list[EndpointSlice]]) -> None:
-        """Warns of Endpoints and slices whose Service is not there."""
-        known = self._manifests.services.keys() | self._manifests.rejected
-        for name in sorted(self._manifests.endpoints.keys() - known):
-            self._warn("Endpoints", name, f"there is no Service {name}: not used")
-        for service in sorted(written.keys() - known):
-            for item in written[service]:
-                self._warn("EndpointSlice", item.metadata.key, f"there is no Service {service}: not used")
+    def _problems(self, manifests: ManifestSet) -> tuple[Problem, ...]:
+        """All problems, each with the file it is about."""
+        remarks = [remark for _, some in sorted(self._remarked.items()) for remark in some]
+        # A Pod may be wanted by several Services.
+        problems = [*manifests.problems, *self._placed(manifests, dict.fromkeys((*remarks, *self._orphans)))]
+        return tuple(sorted(problems, key=lambda p: (p.file, p.line, p.column, p.subject, p.path)))
 
-    def _warn(self, kind: str, name: ObjectName, message: str) -> None:
-        self.problems.append(
-            Problem(
-                file=self._manifests.origins.get((kind, name), ""),
+    def _placed(self, manifests: ManifestSet, remarks: Iterable[_Remark]) -> Iterator[Problem]:
+        for problem in self._allocated.problems:
+            of, _, full = problem.subject.partition(" ")
+            origin = manifests.origins.get((of, ObjectName(*full.split("/", 1))), "")
+            yield msgspec.structs.replace(problem, file=origin)
+        for kind, name, message in remarks:
+            yield Problem(
+                file=manifests.origins.get((kind, name), ""),
                 severity=Severity.WARNING,
                 subject=f"{kind} {name}",
                 message=message,
             )
-        )
+
+
+def _same_services(last: ManifestSet, manifests: ManifestSet) -> bool:
+    """Whether allocating again would change nothing: it has no part in what is allocated already."""
+    return (
+        not touched(last.services, manifests.services)
+        and last.rejected == manifests.rejected
+        and last.complete == manifests.complete
+    )

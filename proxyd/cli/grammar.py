@@ -1,0 +1,80 @@
+"""The command line as data, read off the parser: for completion scripts and manual pages."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from typing import NamedTuple
+
+from proxyd.cli.commands import COMMANDS
+from proxyd.cli.env import Env
+from proxyd.cli.main import build_parser
+
+# Metavars of arguments that name files.
+_FILES = frozenset({"PATH", "FILE"})
+
+
+class Argument(NamedTuple):
+    """One flag or positional argument."""
+
+    flags: tuple[str, ...]  # () for a positional one
+    metavar: str  # "" where a flag takes no value
+    help: str  # without the default of this machine
+    choices: tuple[str, ...]
+    repeatable: bool
+    optional_value: bool
+
+    @property
+    def files(self) -> bool:
+        """Whether it names a file."""
+        return self.metavar in _FILES
+
+
+class Subcommand(NamedTuple):
+    """One subcommand."""
+
+    name: str
+    text: str
+    arguments: tuple[Argument, ...]
+    usage: str
+
+    @property
+    def flags(self) -> list[Argument]:
+        """Those that begin with a dash."""
+        return [argument for argument in self.arguments if argument.flags]
+
+    @property
+    def positionals(self) -> list[Argument]:
+        """All others."""
+        return [argument for argument in self.arguments if not argument.flags]
+
+
+def subcommands() -> list[Subcommand]:
+    """Every subcommand, in the order of the help. Defaults are those of root, whoever asks."""
+    env = Env(stdout=io.StringIO(), stderr=io.StringIO(), environ={"COLUMNS": "1000"})
+    parser = build_parser(env)
+    (commands,) = (action for action in parser._actions if action.dest == "command")  # noqa: SLF001 - argparse has no public list
+    assert isinstance(commands.choices, dict)
+    found = []
+    for name, command in COMMANDS.items():
+        sub: argparse.ArgumentParser = commands.choices[name]
+        usage = " ".join(sub.format_usage().removeprefix("usage: ").split())
+        arguments = tuple(_argument(action) for action in sub._actions)  # noqa: SLF001 - as above
+        found.append(Subcommand(name, command.text, arguments, usage))
+    return found
+
+
+def _argument(action: argparse.Action) -> Argument:
+    flag = bool(action.option_strings)
+    metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    if action.dest == "admin_socket" and action.default:
+        text = "Unix socket of the daemon (default: /run/proxyd/admin.sock as root, else $XDG_RUNTIME_DIR/proxyd/admin.sock)"
+    return Argument(
+        flags=tuple(action.option_strings),
+        metavar="" if flag and action.nargs == 0 else metavar,
+        help=text,
+        choices=tuple(map(str, action.choices or ())),
+        repeatable=action.nargs == "+" or type(action).__name__ in {"_AppendAction", "_CountAction"},
+        optional_value=action.nargs == "?",
+    )

@@ -1,0 +1,103 @@
+"""`proxyd reload`, `drain`, `log-level` and `version`: what is ordered and asked in few words."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+
+from proxyd import __version__
+from proxyd.api.problems import Severity
+from proxyd.cli.client import Client, UnreachableError
+from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
+from proxyd.cli.output import pretty
+from proxyd.cli.tables import clean, count
+from proxyd.control.answers import DrainView, LogLevelView, ReloadView, StatusView, VersionView
+from proxyd.control.durations import format_duration, parse_duration
+
+_POLL = 0.2
+_SAY_EVERY = 5.0
+# What the daemon needs beyond the drain time to take everything back.
+_GRACE = 15.0
+
+
+def reload(args: argparse.Namespace, env: Env) -> int:
+    """`proxyd reload`: waits until everything was read again; exit code 3 if that found errors."""
+    found = Client(args.admin_socket).order("POST", "/v1/reload", ReloadView)
+    errors = sum(problem.severity is Severity.ERROR for problem in found.problems) + len(found.configuration)
+    if args.output == "json":
+        env.stdout.write(pretty(found))
+        return INVALID if errors else OK
+    for line in found.configuration:
+        env.stdout.write(clean(line) + "\n")
+    if found.configuration:
+        env.stdout.write("the configuration is not valid: the earlier one stays in force\n")
+    for problem in found.problems:
+        env.stdout.write(clean(str(problem)) + "\n")
+    warnings = len(found.problems) + len(found.configuration) - errors
+    env.stdout.write(
+        f"read {count(found.files, 'file')}, {count(found.services, 'service')}: "
+        f"{count(errors, 'error')}, {count(warnings, 'warning')}\n"
+    )
+    return INVALID if errors else OK
+
+
+def drain(args: argparse.Namespace, env: Env) -> int:
+    """`proxyd drain`: the daemon stops accepting, finishes what it relays, and exits; waits for that."""
+    query = {}
+    if args.timeout is not None:
+        try:
+            query["timeout"] = f"{parse_duration(args.timeout):g}"
+        except ValueError as error:
+            raise CommandError(f"--timeout: {error}", code=USAGE) from None
+    client = Client(args.admin_socket)
+    pid = client.get("/v1/version", VersionView).pid
+    began = client.order("POST", "/v1/drain", DrainView, query)
+    limit = format_duration(began.timeout_seconds)
+    env.stdout.write(f"draining {count(began.connections, 'connection')}, {limit} at most\n")
+    env.stdout.flush()
+    if args.no_wait:
+        return OK
+    deadline = time.monotonic() + began.timeout_seconds + _GRACE
+    say = time.monotonic() + _SAY_EVERY
+    while time.monotonic() < deadline:
+        try:
+            status = client.get("/v1/status", StatusView)
+        except CommandError:
+            break
+        if status.pid != pid or status.phase != "draining":
+            env.stdout.write("it has ended, and another has started in its place\n")
+            return OK
+        if time.monotonic() >= say:
+            say = time.monotonic() + _SAY_EVERY
+            env.stdout.write(f"{count(status.connections, 'connection')} left\n")
+            env.stdout.flush()
+        time.sleep(_POLL)
+    else:
+        raise UnreachableError("the daemon has not ended in time; see its log")
+    env.stdout.write("it has ended\n")
+    return OK
+
+
+def log_level(args: argparse.Namespace, env: Env) -> int:
+    """`proxyd log-level [LEVEL]`."""
+    client = Client(args.admin_socket)
+    if args.level is None:
+        now = client.get("/v1/log-level", LogLevelView)
+    else:
+        now = client.order("PUT", "/v1/log-level", LogLevelView, body=LogLevelView(level=args.level))
+    env.stdout.write(now.level + "\n")
+    return OK
+
+
+def version(args: argparse.Namespace, env: Env) -> int:
+    """`proxyd version`: of this command, and with --daemon of the daemon that runs."""
+    own = {"version": __version__, "python": platform.python_version()}
+    running = Client(args.admin_socket).get("/v1/version", VersionView) if args.daemon else None
+    if args.output == "json":
+        env.stdout.write(pretty({**own, "daemon": running} if running else own))
+        return OK
+    env.stdout.write(f"proxyd {__version__}\n")
+    if running:
+        env.stdout.write(f"daemon {running.version}  pid {running.pid}\n")
+    return OK

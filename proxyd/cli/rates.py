@@ -1,0 +1,118 @@
+"""What `proxyd top` shows, as pure functions: rates from two samples of the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from proxyd.cli.tables import size
+from proxyd.control.answers import Counters, EndpointView, ServiceView
+
+
+class Row(NamedTuple):
+    """One Service, or one endpoint of a service port. Rates are for a second."""
+
+    name: str
+    endpoint: str  # "" for a Service
+    connections: int  # alive
+    rate: float  # connections begun
+    bytes_in: float
+    bytes_out: float
+    failed: float  # of an endpoint: attempts; of a Service: clients that got none, and such that were refused
+    failed_total: int
+    status: str = ""
+
+
+SORTS: dict[str, Callable[[Row], tuple[object, ...]]] = {
+    "rate": lambda row: (-row.rate, -row.connections, row.name, row.endpoint),
+    "connections": lambda row: (-row.connections, -row.rate, row.name, row.endpoint),
+    "in": lambda row: (-row.bytes_in, row.name, row.endpoint),
+    "out": lambda row: (-row.bytes_out, row.name, row.endpoint),
+    "failures": lambda row: (-row.failed, -row.failed_total, row.name, row.endpoint),
+    "name": lambda row: (row.name, row.endpoint),
+}
+
+
+class Sample(NamedTuple):
+    """What the daemon said at one moment."""
+
+    time: float  # seconds, monotonic
+    services: Sequence[ServiceView]
+    endpoints: Sequence[EndpointView]
+
+
+def service_rows(before: Sample, after: Sample, sort: str) -> list[Row]:
+    """A row for every Service, in the order of `sort`."""
+    seconds = max(0.001, after.time - before.time)
+    earlier = {(item.namespace, item.name): item.counters for item in before.services}
+    rows = [
+        _row(
+            f"{item.namespace}/{item.name}",
+            "",
+            earlier.get((item.namespace, item.name)),
+            item.counters,
+            seconds,
+            status=item.status,
+        )
+        for item in after.services
+    ]
+    return sorted(rows, key=SORTS[sort])
+
+
+def endpoint_rows(before: Sample, after: Sample, sort: str) -> list[Row]:
+    """A row for every endpoint of every service port, in the order of `sort`."""
+    seconds = max(0.001, after.time - before.time)
+
+    def key(item: EndpointView) -> tuple[str, ...]:
+        return item.namespace, item.name, item.port, item.protocol, item.address
+
+    earlier = {key(item): item.counters for item in before.endpoints}
+    rows = [
+        _row(
+            f"{item.namespace}/{item.name}" + (f":{item.port}" if item.port else ""),
+            item.address,
+            earlier.get(key(item)),
+            item.counters,
+            seconds,
+        )
+        for item in after.endpoints
+    ]
+    return sorted(rows, key=SORTS[sort])
+
+
+def _row(
+    name: str, endpoint: str, before: Counters | None, after: Counters, seconds: float, *, status: str = ""
+) -> Row:
+    earlier = before or after
+
+    def rate(now: int, then: int) -> float:
+        # What became less was counted anew.
+        return max(0, now - then) / seconds
+
+    failed, failed_earlier = after.failed + after.refused, earlier.failed + earlier.refused
+    return Row(
+        name=name,
+        endpoint=endpoint,
+        connections=after.active,
+        rate=rate(after.opened, earlier.opened),
+        bytes_in=rate(after.bytes_in, earlier.bytes_in),
+        bytes_out=rate(after.bytes_out, earlier.bytes_out),
+        failed=rate(failed, failed_earlier),
+        failed_total=failed,
+        status=status,
+    )
+
+
+HEADINGS = ("CONNS", "CONN/S", "IN/S", "OUT/S", "FAIL/S", "FAILED")
+
+
+def cells(row: Row) -> list[str]:
+    """The figures of a row, under HEADINGS."""
+    return [
+        f"{row.connections:,}",
+        f"{row.rate:,.1f}",
+        size(row.bytes_in),
+        size(row.bytes_out),
+        f"{row.failed:,.1f}",
+        f"{row.failed_total:,}",
+    ]

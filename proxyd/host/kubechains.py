@@ -1,0 +1,119 @@
+"""Removes the chains of kube-proxy's userspace mode, which kube-proxy itself cannot any more since Kubernetes 1.26."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from proxyd.host.nft import which
+
+# kubernetes pkg/proxy/userspace/proxier.go, 1.25. KUBE-NODEPORTS, of the iptables mode, is another one.
+PREFIXES = ("KUBE-PORTALS-", "KUBE-NODEPORT-")
+_TABLES = ("nat", "filter")
+_TIMEOUT = 20.0
+_JUMP = re.compile(r"\s-[jg] (\S+)")
+
+
+class _Tool(NamedTuple):
+    """One kind of iptables: `iptables-nft`, `ip6tables-legacy` ..."""
+
+    name: str
+    loaded: str  # file of /proc/net that lists its tables: others are not touched, or they would be loaded; "" = any
+
+
+def remove_userspace_chains(*, dry_run: bool = False) -> list[str]:
+    """Remove the chains KUBE-PORTALS-* and KUBE-NODEPORT-*, and the rules that lead to them; nothing else.
+
+    Args:
+        dry_run: only say what would be removed.
+
+    Returns:
+        One line for each table that had some, `removed ...` or `would remove ...`, or what went wrong.
+    """
+    lines = []
+    for tool in _tools():
+        for table in _TABLES:
+            if tool.loaded and table not in _loaded(tool.loaded):
+                continue
+            saved = _run(f"{tool.name}-save", "-t", table)
+            script, chains = removal(table, saved.stdout) if saved and not saved.returncode else ("", [])
+            if not chains:
+                continue
+            what = f"{tool.name} table {table}: {', '.join(chains)}"
+            if dry_run:
+                lines.append(f"would remove {what}")
+                continue
+            done = _run(f"{tool.name}-restore", "--noflush", stdin=script)
+            if done is not None and done.returncode == 0:
+                lines.append(f"removed {what}")
+            else:
+                why = done.stderr.strip().splitlines() if done else []
+                lines.append(f"cannot remove {what}: {why[0] if why else f'{tool.name}-restore did not run'}")
+    return lines
+
+
+def removal(table: str, saved: str) -> tuple[str, list[str]]:
+    """What `iptables-restore --noflush` is given to remove the chains that are in the output of `iptables-save`.
+
+    Args:
+        table: of iptables.
+        saved: what `iptables-save -t TABLE` printed.
+
+    Returns:
+        The script, and the names of the chains; "" and [] where there are none.
+    """
+    chains = sorted(
+        line[1:].split()[0]
+        for line in saved.splitlines()
+        if line.startswith(":") and line[1:].startswith(PREFIXES)
+    )
+    if not chains:
+        return "", []
+    commands = [f"*{table}"]
+    for line in saved.splitlines():
+        if not line.startswith("-A ") or line.startswith(tuple(f"-A {chain} " for chain in chains)):
+            continue
+        jump = _JUMP.search(line)
+        if jump and jump[1] in chains:
+            commands.append(f"-D {line[3:]}")
+    commands += [f"-F {chain}" for chain in chains]
+    commands += [f"-X {chain}" for chain in chains]
+    return "\n".join([*commands, "COMMIT", ""]), chains
+
+
+def _tools() -> Iterator[_Tool]:
+    for program, names in (("iptables", "ip_tables_names"), ("ip6tables", "ip6_tables_names")):
+        if which(f"{program}-nft-save"):
+            yield _Tool(f"{program}-nft", "")
+        if which(f"{program}-legacy-save"):
+            yield _Tool(f"{program}-legacy", names)
+        elif not which(f"{program}-nft-save") and which(f"{program}-save"):
+            yield _Tool(program, names)
+
+
+def _loaded(names: str) -> list[str]:
+    try:
+        return Path("/proc/thread-self/net", names).read_text(encoding="ascii").split()
+    except OSError:
+        return []
+
+
+def _run(program: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str] | None:
+    path = which(program)
+    if path is None:
+        return None
+    try:
+        return subprocess.run(  # noqa: S603 - the program's own path; the script is its own output
+            [path, *arguments],
+            input=stdin,
+            capture_output=True,
+            timeout=_TIMEOUT,
+            check=False,
+            text=True,
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,360 @@
+"""UDP through one real worker: flows, endpoints that come and go, limits, timeouts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from udplib import UdpServer, balancer, bound, close, echo, listen, named, query, serving, silent
+from workerlib import WorkerDriver, running, unused_port, wait_for
+
+from proxyd.relay import slots as s
+
+
+@pytest.fixture
+def worker() -> Iterator[WorkerDriver]:
+    with running() as made:
+        yield made
+
+
+def unused_udp_port() -> int:
+    """A port that refuses datagrams for as long as nobody takes it."""
+    return unused_port()
+
+
+def active(worker: WorkerDriver, number: int) -> int:
+    return worker.total(number, s.OPENED) - worker.total(number, s.CLOSED)
+
+
+def test_each_client_has_a_flow_and_flows_go_round(worker: WorkerDriver) -> None:
+    with serving(named(b"a"), named(b"b"), named(b"c")) as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(front.client()) for _ in range(6)]
+            first = [query(client, b"one") for client in clients]
+            assert first == [b"a one", b"b one", b"c one"] * 2
+            assert [query(client, b"two") for client in clients] == [b"a two", b"b two", b"c two"] * 2
+        assert [len(server.peers) for server in servers] == [2, 2, 2]
+        assert worker.total(number, s.OPENED) == 6
+        wait_for(lambda: worker.total(number, s.DATAGRAMS_IN) == 12)
+        assert worker.total(number, s.DATAGRAMS_OUT) == 12
+        assert worker.total(number, s.BYTES_IN) == 12 * 3
+        assert worker.total(number, s.BYTES_OUT) == 12 * 5
+        assert worker.total(1000, s.DATAGRAMS_IN) == 4
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_every_size_is_whole_in_both_directions(worker: WorkerDriver, host: str) -> None:
+    with serving(echo, host=host) as servers:
+        front = listen(worker, balancer(worker, servers), host=host)
+        with front.client() as client:
+            for size in (0, 1, 512, 1472, 1473, 4096, 4097, 65_000, 65_507, 0, 3):
+                data = os.urandom(size)
+                assert hashlib.sha256(query(client, data)).digest() == hashlib.sha256(data).digest()
+        assert [len(data) for data in servers[0].seen[-3:]] == [65_507, 0, 3]
+
+
+def test_replies_come_from_the_address_that_was_asked(worker: WorkerDriver) -> None:
+    with serving(echo) as servers:
+        number = balancer(worker, servers)
+        fronts = [listen(worker, number, host=f"127.0.0.{i}") for i in range(1, 6)]
+        with bound() as client:
+            client.settimeout(5)
+            for front in fronts:
+                client.sendto(b"x", front.address)
+                assert client.recvfrom(100) == (b"x", front.address)
+
+
+def test_one_question_may_have_many_answers(worker: WorkerDriver) -> None:
+    with serving(lambda _: [b"%d" % i for i in range(100)]) as servers:
+        front = listen(worker, balancer(worker, servers))
+        with front.client() as client:
+            client.send(b"go")
+            assert [client.recv(100) for _ in range(100)] == [b"%d" % i for i in range(100)]
+
+
+def test_a_removed_endpoint_loses_its_flows_at_once(worker: WorkerDriver) -> None:
+    with serving(named(b"a"), named(b"b")) as servers:
+        number = balancer(worker, servers[:1])
+        front = listen(worker, number)
+        with front.client() as client:
+            for _ in range(5):
+                assert query(client) == b"a ?"
+            balancer(worker, servers[1:], number=number, first=1001)
+            seen = len(servers[0].seen)
+            # Never a pause, always the same port.
+            for _ in range(20):
+                assert query(client) == b"b ?"
+            assert len(servers[0].seen) == seen
+            assert active(worker, 1000) == 0
+            assert active(worker, number) == 1
+
+
+def test_a_reply_under_way_survives_the_removal(worker: WorkerDriver) -> None:
+    asked = threading.Event()
+    go = threading.Event()
+
+    def slow(data: bytes) -> list[bytes]:
+        asked.set()
+        go.wait(10)
+        return [b"late"]
+
+    with serving(slow, named(b"b")) as servers:
+        number = balancer(worker, servers[:1])
+        front = listen(worker, number)
+        with front.client() as client:
+            client.send(b"?")
+            assert asked.wait(5)
+            balancer(worker, servers[1:], number=number, first=1001)
+            go.set()
+            assert client.recv(100) == b"late"
+            assert query(client) == b"b ?"
+            wait_for(lambda: active(worker, 1000) == 0)
+
+
+def test_an_endpoint_that_refuses_is_passed_over(worker: WorkerDriver) -> None:
+    dead = unused_udp_port()
+    with serving(named(b"a")) as servers:
+        number = balancer(worker, [dead, servers[0]])
+        front = listen(worker, number)
+        for _ in range(10):
+            assert front.ask(b"first") == b"a first"  # the client's only datagram is not lost
+        assert worker.total(1000, s.FAILED) >= 1
+        worker.wait(lambda: any("Connection refused" in text for text in worker.trouble))
+
+
+def test_no_refusal_takes_the_listener_down(worker: WorkerDriver) -> None:
+    dead = unused_udp_port()
+    number = balancer(worker, [dead])
+    front = listen(worker, number)
+    with front.client(0.2) as client:
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                query(client)
+        with UdpServer(named(b"a"), port=dead):
+            assert query(client, b"!") == b"a !"
+    assert worker.total(number, s.FAILED) >= 1
+
+
+def test_a_conversation_moves_when_its_endpoint_dies(worker: WorkerDriver) -> None:
+    with serving(named(b"a")) as alive, UdpServer(named(b"b")) as dying:
+        number = balancer(worker, [dying, alive[0]])
+        front = listen(worker, number)
+        with front.client(1) as client:
+            assert query(client) == b"b ?"
+            assert query(client) == b"b ?"
+            dying.close()
+            with contextlib.suppress(TimeoutError):
+                query(client)  # this one meets the refusal
+            assert query(client) == b"a ?"
+
+
+def test_affinity(worker: WorkerDriver) -> None:
+    with serving(named(b"a"), named(b"b"), named(b"c")) as servers:
+        front = listen(worker, balancer(worker, servers, affinity=60))
+        assert len({front.ask() for _ in range(9)}) == 1
+
+
+def test_source_ranges(worker: WorkerDriver) -> None:
+    with serving(named(b"a")) as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number, ranges=["127.0.0.2/32"])
+        with front.client(0.3) as client, pytest.raises(TimeoutError):
+            query(client)
+        assert worker.total(number, s.REFUSED) == 1
+        assert not servers[0].seen
+        with bound("127.0.0.2") as client:
+            client.settimeout(5)
+            client.sendto(b"?", front.address)
+            assert client.recv(100) == b"a ?"
+
+
+def test_a_slow_first_reply_is_waited_for() -> None:
+    def slow(_data: bytes) -> list[bytes]:
+        time.sleep(5)
+        return [b"at last"]
+
+    with running("--udp-timeout=0.25") as worker, serving(slow) as servers:
+        assert listen(worker, balancer(worker, servers)).ask(timeout=8) == b"at last"
+
+
+def test_idle_flows_end_and_busy_ones_stay() -> None:
+    with running("--udp-timeout=1", "--records") as worker, serving(echo, echo) as servers:
+        number = balancer(worker, servers[:1])
+        front = listen(worker, number)
+        other = balancer(
+            worker, servers[1:], idle=60, first=1001
+        )  # what the Service says goes before the flag
+        lasting = listen(worker, other)
+        with front.client() as busy:
+            assert front.ask(b"once") == lasting.ask(b"once") == b"once"
+            end = time.monotonic() + 4
+            while time.monotonic() < end:
+                assert query(busy) == b"?"
+                time.sleep(0.1)
+            assert active(worker, number) == 1
+            assert active(worker, other) == 1
+        wait_for(lambda: active(worker, number) == 0)
+        worker.wait(lambda: len(worker.records) == 2)
+        once = next(record for record in worker.records if record.bytes_in == 4)
+        assert (once.reason, once.bytes_out, once.attempts, once.service) == ("idle", 4, 1, "prod/dns")
+        assert once.endpoint == f"127.0.0.1:{servers[0].port}"
+
+
+def test_a_closed_listener_refuses_and_its_port_is_free(worker: WorkerDriver) -> None:
+    with serving(named(b"a")) as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        with front.client(1) as client:
+            for _ in range(3):
+                assert query(client) == b"a ?"
+                close(worker, front)
+                worker.wait(lambda gone=front.number: gone in worker.drained)
+                with pytest.raises(ConnectionRefusedError):
+                    query(client)
+                assert active(worker, number) == 0
+                front = listen(worker, number, port=front.address[1])
+
+
+def test_a_reissued_listener_keeps_its_flows(worker: WorkerDriver) -> None:
+    with serving(named(b"a"), named(b"b")) as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        with front.client() as client, front.client() as second:
+            assert query(client) == b"a ?"
+            assert query(second) == b"b ?"
+            # As control does it: the same socket under a new number, then the old number is closed.
+            pid = os.pidfd_open(worker.pid)
+            try:
+                fd = _listener_fd(worker, front.address[1])
+                sock = _duplicate(pid, fd)
+            finally:
+                os.close(pid)
+            with socket.socket(fileno=sock) as same:
+                from proxyd.relay.messages import CloseListener, ListenerConfig
+
+                config = ListenerConfig(worker.id(), number, "UDP", f"127.0.0.1:{front.address[1]}", [])
+                worker.apply(
+                    listeners=[config], close=[CloseListener(front.number)], descriptors=[same.fileno()]
+                )
+            for _ in range(3):
+                assert query(client) == b"a ?"
+                assert query(second) == b"b ?"
+        assert worker.total(number, s.OPENED) == 2
+
+
+def _listener_fd(worker: WorkerDriver, port: int) -> int:
+    """The worker's descriptor of the UDP socket that is bound to a port."""
+    inode = next(
+        line.split()[9]
+        for line in Path("/proc/net/udp").read_text().splitlines()[1:]
+        if line.split()[1].endswith(f":{port:04X}")
+    )
+    folder = Path(f"/proc/{worker.pid}/fd")
+    return next(int(entry.name) for entry in folder.iterdir() if str(entry.readlink()) == f"socket:[{inode}]")
+
+
+def _duplicate(pidfd: int, fd: int) -> int:
+    """pidfd_getfd(2), which Python has not."""
+    import ctypes
+
+    made: int = ctypes.CDLL(None, use_errno=True).syscall(438, pidfd, fd, 0)
+    assert made >= 0, os.strerror(ctypes.get_errno())
+    return made
+
+
+def test_ten_thousand_clients(worker: WorkerDriver) -> None:
+    """Each has a socket of its own, and answers find their way."""
+    with serving(echo, echo) as servers:
+        for server in servers:
+            server.socket.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        limit = min(10_000, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500) // 2)
+        with contextlib.ExitStack() as stack:
+            clients = []
+            for first in range(0, limit, 100):
+                more = [stack.enter_context(_from(first + i, front.address)) for i in range(100)]
+                for i, client in enumerate(more):
+                    client.send(b"%d" % (first + i))
+                assert [client.recv(100) for client in more] == [b"%d" % (first + i) for i in range(100)]
+                clients += more
+            assert active(worker, number) > limit * 0.7  # some of the oldest may have been ended
+
+
+def _from(i: int, address: tuple[str, int]) -> socket.socket:
+    """A client on an address of its own: the node's local ports are for the worker."""
+    client = bound(f"127.1.{i >> 8}.{i & 255}", 5000)
+    client.settimeout(5)
+    client.connect(address)
+    return client
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_flood_leaves_conversations_alone(answered: bool) -> None:
+    """20,000 clients of one packet each, of whom the table holds 200."""
+    with running("--max-relays=200") as worker, serving(named(b"a"), echo if answered else silent) as servers:
+        number = balancer(worker, servers[:1])
+        front = listen(worker, number)
+        flooded = balancer(worker, servers[1:], number=worker.id(), first=1001)
+        hole = listen(worker, flooded)
+        with front.client() as client, bound("127.0.0.1") as here:
+            assert query(client) == b"a ?"
+            assert query(client) == b"a ?"
+            here.settimeout(5)
+            before = 0
+            for i in range(20_000):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+                    stranger.bind((f"127.{2 + (i >> 16)}.{i >> 8 & 255}.{i & 255}", 4000))
+                    stranger.sendto(b"flood", hole.address)
+                if i % 50 == 0:
+                    assert query(client, b"%d" % i) == b"a %d" % i
+                if i == 2000:
+                    before = worker.rss()
+            assert worker.total(number, s.OPENED) == 1  # the conversation is still the same flow
+            assert worker.total(flooded, s.EVICTED) > 15_000
+            assert active(worker, flooded) <= 200
+            assert worker.descriptors() < 300
+            assert worker.rss() - before < 2 << 20
+            worker.wait(lambda: any("as many UDP flows" in text for text in worker.trouble))
+            assert worker.trouble_messages < 60  # once a second at most
+
+
+def test_shutdown_waits_for_a_reply_under_way() -> None:
+    asked = threading.Event()
+    go = threading.Event()
+
+    def slow(_data: bytes) -> list[bytes]:
+        asked.set()
+        go.wait(10)
+        return [b"late"]
+
+    with running() as worker, serving(slow) as servers:
+        front = listen(worker, balancer(worker, servers))
+        with front.client() as client:
+            client.send(b"?")
+            assert asked.wait(5)
+            worker.shutdown(5)
+            time.sleep(0.2)
+            assert worker.process.poll() is None
+            go.set()
+            assert client.recv(100) == b"late"
+            assert worker.process.wait(3) == 0
+
+
+def test_shutdown_does_not_wait_for_idle_flows() -> None:
+    with running() as worker, serving(echo) as servers:
+        front = listen(worker, balancer(worker, servers))
+        with front.client() as client:
+            assert query(client) == b"?"
+            worker.shutdown(20)
+            assert worker.process.wait(2) == 0
