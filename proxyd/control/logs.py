@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Protocol, TextIO, cast
 
 import msgspec
-import structlog
+
+# structlog imports rich, where it is installed, for tracebacks that are never printed: 0.1 s of every start.
+_hide_rich = "rich" not in sys.modules
+if _hide_rich:
+    sys.modules["rich"] = None  # type: ignore[assignment]  # importing it fails, as if it were not installed
+import structlog  # noqa: E402 - see above
+
+if _hide_rich:
+    del sys.modules["rich"]
 
 
 class Log(Protocol):

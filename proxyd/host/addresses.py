@@ -21,9 +21,9 @@ _LINK = struct.Struct("=BBHiII")  # family, padding, type, index, flags, changed
 _IFLA_IFNAME = 3
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 
-# Addresses that only a default route leads to, of the ranges kept for documentation (RFC 5737, RFC 3849). The kernel is
-# asked how it would reach them; nothing is sent.
-_ELSEWHERE = {4: "192.0.2.1", 6: "2001:db8::1"}
+# Addresses that only a default route leads to, since no host may have them (RFC 7600, RFC 6666). The kernel is asked
+# how it would reach them; nothing is sent.
+_ELSEWHERE = {4: "192.0.0.8", 6: "100::1"}
 
 # linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _GROUPS = 0x1 | 0x10 | 0x100

@@ -5,8 +5,8 @@ In a test: `async with ApiServer(store) as server`. As a process, for others:
     python tests/cluster/apiserver.py --port 8001 [--state FILE] [--services 1000 --endpoints 3000] [--kubeconfig FILE]
 
 It prints "ready URL" when it listens. `kubectl --server URL` creates, changes and deletes objects (with --validate=false).
-POST /_test/<operation> with a JSON object does what the methods of the same name do: bulk, compact, fail, cut, hang,
-restart. With --state everything survives a kill.
+POST /_test/<operation> with a JSON object does what the methods of the same name do: bulk, storm, compact, fail, cut,
+hang, restart. With --state everything survives a kill.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import ipaddress
 import json
 import logging
 import signal
@@ -139,6 +140,20 @@ class ApiServer:
 
     def hang(self, plural: str = "") -> int:
         return self.order("hang", plural)
+
+    async def storm(self, rate: int, seconds: float, services: int) -> None:
+        """Changes the first endpoint of bulk slices, so many a second; change n gives it the address 10.201.0.0 + n."""
+        loop = asyncio.get_running_loop()
+        started, sent, total = loop.time(), 0, int(rate * seconds)
+        while sent < total:
+            due = min(total, int((loop.time() - started) * rate) + 1)
+            for n in range(sent, due):
+                i = n % services
+                endpoint = {"addresses": [str(ipaddress.ip_address(0x0AC90000 + n))]}
+                key = (f"ns-{i % 50}", f"bulk-{i}-abcde")
+                self.store.patch("endpointslices", key, {"endpoints": [endpoint]})
+            sent = due
+            await asyncio.sleep(0.002)
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -392,6 +407,8 @@ class ApiServer:
             getattr(self.store, operation)(**given)
         elif operation in ("fail", "cut", "hang"):
             getattr(self, operation)(**given)
+        elif operation == "storm":
+            await self.storm(**given)
         elif operation == "restart":
             # Not here: this request would be waited for.
             task = asyncio.get_running_loop().create_task(self.restart(**given))

@@ -18,6 +18,7 @@ from hostlib import REFUSED, SILENCE, UNREACHABLE, Naming, daemon_socket, key, q
 from netlab import (
     CLIENT_POD_IP,
     EXTERNAL_IP,
+    NODE_FAR_IP,
     NODE_IP,
     NODE_IP6,
     OUTSIDE_IP,
@@ -496,8 +497,8 @@ def test_new_clients_are_refused_while_relays_live_on(town: Lab, naming: Naming)
 
 def test_a_vanished_source_address_is_replaced(town: Lab, naming: Naming) -> None:
     steering = steer(town, naming)
-    assert question(town.node, EXTERNAL_IP, 80) == f"service {NODE_IP}"
-    town.node.ip(f"addr del {NODE_IP}/24 dev out0")
+    assert question(town.node, EXTERNAL_IP, 80) == f"service {NODE_FAR_IP}"
+    town.node.ip(f"addr del {NODE_FAR_IP}/24 dev far0")
     assert town.node.call(steering.refresh) == {}
     assert question(town.node, EXTERNAL_IP, 80).startswith("service ")
     assert question(town.client, EXTERNAL_IP, 80) == f"service {CLIENT_POD_IP}"

@@ -81,6 +81,11 @@ class ClusterSource:
         component: who sends Events.
         agent: the User-Agent.
         tuning: times, for tests.
+
+    Attributes:
+        stats: requests so far.
+        last_event_at: Unix time of the last list or change; 0: none yet.
+        lists: full lists taken in so far.
     """
 
     def __init__(
@@ -103,7 +108,7 @@ class ClusterSource:
         tuning = tuning or Tuning()
         self.stats = RequestStats()
         self.last_event_at = 0.0
-        self.relists = 0
+        self.lists = 0
         self._on_change, self._on_problem = on_change, on_problem
         credentials = Credentials(access, kubeconfig=kubeconfig, master=master)
         self._client = ApiClient(credentials, Throttle(qps, burst), self.stats, agent=agent)
@@ -195,7 +200,7 @@ class ClusterSource:
             async for listed in follower.feed(steps):
                 self.last_event_at = time.time()
                 if listed:
-                    self.relists += 1
+                    self.lists += 1
                     self._unlisted.discard(watcher.name)
                 self._changed()
 

@@ -1,0 +1,309 @@
+"""UDP Services through the real program: real resolvers in pods, clients on several hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from clients import wait_for
+from daemon import Proxyd
+from manifests import Document, write
+from netlab import (
+    BRIDGE_IP,
+    NODE_FAR_IP,
+    NODE_IP,
+    NODE_IP6,
+    OUTSIDE_IP,
+    Lab,
+    Namespace,
+    pod_ip,
+    pod_ip6,
+)
+
+VIP = "10.96.0.53"
+VIP6 = "fd00:96::53"
+DNS_PORT = 5353
+NODE_PORT = 30053
+MORE_NODE_IPS = ("192.0.2.11", "192.0.2.12", "192.0.2.13")
+
+Run = Callable[..., Proxyd]
+
+# Gives everything back, under the name of its pod where it is asked "who".
+_ECHO = """
+import socket, sys
+sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+sock.bind(("::", int(sys.argv[1])))
+while True:
+    data, peer = sock.recvfrom(65536)
+    sock.sendto(sys.argv[2].encode() if data == b"who" else data, peer)
+"""
+
+
+def dns_service(**spec: object) -> Document:
+    """A Service that has the same port on UDP and TCP."""
+    ports = [
+        {"name": "dns", "port": 53, "targetPort": DNS_PORT, "protocol": "UDP", "nodePort": NODE_PORT},
+        {"name": "dns-tcp", "port": 53, "targetPort": DNS_PORT, "protocol": "TCP", "nodePort": NODE_PORT},
+    ]
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "dns"},
+        "spec": {"type": "NodePort", "clusterIP": VIP, "ports": ports, **spec},
+    }
+
+
+def dns_endpoints(*pods: int, v6: bool = False) -> Document:
+    ports = [
+        {"name": "dns", "port": DNS_PORT, "protocol": "UDP"},
+        {"name": "dns-tcp", "port": DNS_PORT, "protocol": "TCP"},
+    ]
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": f"dns-{6 if v6 else 4}", "labels": {"kubernetes.io/service-name": "dns"}},
+        "addressType": "IPv6" if v6 else "IPv4",
+        "endpoints": [{"addresses": [pod_ip6(pod) if v6 else pod_ip(pod)]} for pod in pods],
+        "ports": ports,
+    }
+
+
+@contextlib.contextmanager
+def programs(*started: subprocess.Popen[bytes]) -> Iterator[None]:
+    """These programs, until the end of the block."""
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def resolver(pod: Namespace) -> subprocess.Popen[bytes]:
+    """dnsmasq in a pod: who.test names the pod, mid.test has an answer over 512 bytes, big.test one over 1232."""
+
+    def txt(name: str, strings: int) -> str:
+        return f"--txt-record={name}," + ",".join(f"{i:02}" + "x" * 198 for i in range(strings))
+
+    return pod.popen(
+        [
+            *("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--user=root"),
+            *("--pid-file=", f"--port={DNS_PORT}", "--edns-packet-max=4096"),
+            *(f"--txt-record=who.test,{pod.name}", txt("mid.test", 4), txt("big.test", 12)),
+        ]
+    )  # fmt: skip
+
+
+def echo(pod: Namespace) -> subprocess.Popen[bytes]:
+    return pod.popen([sys.executable, "-c", _ECHO, str(DNS_PORT), pod.name])
+
+
+def dig(host: Namespace, server: str, name: str, *options: str, port: int = 53) -> str:
+    """The answer of `dig`; "" where there is none."""
+    argv = ["dig", f"@{server}", "-p", str(port), name, "TXT", "+tries=1", "+time=2", *options]
+    return host.call(subprocess.run, argv, capture_output=True, text=True, timeout=20, check=False).stdout
+
+
+def ask(host: Namespace, ip: str, port: int = 53, data: bytes = b"who", timeout: float = 2) -> bytes:
+    """The answer to one datagram from a new port; it must come from the address that was asked."""
+    with host.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(timeout)
+        sock.sendto(data, (ip, port))
+        answer, peer = sock.recvfrom(1 << 16)
+        assert peer[:2] == (ip, port)
+        return answer
+
+
+def refused(host: Namespace, ip: str, port: int = 53) -> bool:
+    """Whether a datagram is answered by ICMP port unreachable."""
+    with host.socket(kind=socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.5)
+        sock.connect((ip, port))
+        sock.send(b"who")
+        try:
+            sock.recv(100)
+        except ConnectionRefusedError:
+            return True
+        except TimeoutError:
+            return False
+        return False
+
+
+def test_dns(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    for ip in MORE_NODE_IPS:
+        lab.node.ip(f"addr add {ip}/24 dev out0")
+    write(manifests / "dns.yaml", dns_service(), dns_endpoints(1, 2, 3))
+    with programs(*(resolver(pod) for pod in lab.pods)):
+        daemon = proxyd(workers=2)
+        daemon.wait_listener(VIP, 53)
+        wait_for(lambda: "pod-" in dig(lab.client, VIP, "who.test"), "an answer")
+        answers = [dig(lab.client, VIP, "who.test", "+short").strip('"\n') for _ in range(9)]
+        assert {answers.count(f"pod-{i}") for i in (1, 2, 3)} == {3}
+        # Over 512 and over 1232 bytes by UDP; where the client takes no more than 512, by TCP on the same VIP.
+        for host in (lab.client, lab.outside, lab.node):
+            mid = dig(host, VIP, "mid.test", "+bufsize=1232", "+ignore")
+            assert "(UDP)" in mid
+            assert mid.count("x" * 198) == 4
+            big = dig(host, VIP, "big.test", "+bufsize=4096", "+ignore")
+            assert "(UDP)" in big
+            assert big.count("x" * 198) == 12
+            small = dig(host, VIP, "big.test", "+noedns")
+            assert "Truncated, retrying in TCP mode" in small
+            assert small.count("x" * 198) == 12
+        # A node of many addresses answers from the one that was asked; dig takes no other.
+        for ip in (NODE_IP, NODE_FAR_IP, BRIDGE_IP, *MORE_NODE_IPS):
+            for host in (lab.outside, lab.client, lab.far):
+                assert "status: NOERROR" in dig(host, ip, "who.test", port=NODE_PORT), f"{host.name} {ip}"
+
+
+def test_dnsperf(lab: Lab, folder: Path, manifests: Path, proxyd: Run) -> None:
+    """Ten thousand queries of a hundred clients: every one is answered."""
+    write(manifests / "dns.yaml", dns_service(), dns_endpoints(1, 2, 3))
+    queries = folder / "queries"
+    queries.write_text("who.test TXT\nmid.test TXT\n")
+    with programs(*(resolver(pod) for pod in lab.pods)):
+        proxyd().wait_listener(VIP, 53)
+        wait_for(lambda: "pod-" in dig(lab.client, VIP, "who.test"), "an answer")
+        done = lab.client.run(
+            *("dnsperf", "-s", VIP, "-d", str(queries), "-n", "5000", "-c", "100", "-Q", "5000", "-e"),
+            timeout=60,
+        )
+    assert "Queries completed:    10000 (100.00%)" in done
+    assert "Queries lost:         0 (0.00%)" in done
+
+
+def test_large_datagrams_and_every_kind_of_address(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "dns.yaml", dns_service(externalIPs=["203.0.113.9"]), dns_endpoints(1))
+    lab.outside.ip(f"route add 203.0.113.9/32 via {NODE_IP}")
+    with programs(echo(lab.pods[0])):
+        daemon = proxyd()
+        daemon.wait_listener(VIP, 53)
+        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+        for ip, port, host in (
+            (VIP, 53, lab.client),
+            (VIP, 53, lab.node),
+            (NODE_IP, NODE_PORT, lab.outside),
+            ("127.0.0.1", NODE_PORT, lab.node),
+            ("203.0.113.9", 53, lab.outside),
+        ):
+            for size in (0, 1, 1472, 9000, 65_507):
+                data = os.urandom(size)
+                answer = ask(host, ip, port, data)
+                assert hashlib.sha256(answer).digest() == hashlib.sha256(data).digest(), f"{ip} {size}"
+        listing = daemon.get("connections")
+        assert {entry["protocol"] for entry in listing} == {"UDP"}
+
+
+def _answers(host: Namespace, ip: str, port: int = 53) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(ask(host, ip, port, timeout=0.3))
+    return False
+
+
+def test_endpoints_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "dns.yaml", dns_service())
+    slices = manifests / "slices.yaml"
+    write(slices, dns_endpoints(1))
+    with programs(*(echo(pod) for pod in lab.pods)):
+        daemon = proxyd(workers=2)
+        daemon.wait_listener(VIP, 53)
+        with lab.client.socket(kind=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(2)
+            sock.connect((VIP, 53))
+
+            def who() -> bytes:
+                sock.send(b"who")
+                return sock.recv(100)
+
+            wait_for(lambda: _answers(lab.client, VIP), "an answer")
+            for pod in (2, 3, 1, 2):
+                write(slices, dns_endpoints(pod))
+                # One source port, no pause, no answer lost.
+                wait_for(lambda name=b"pod-%d" % pod: who() == name, f"pod-{pod}", 3, pause=0)
+                assert {who() for _ in range(20)} == {b"pod-%d" % pod}
+        for _ in range(2):
+            write(slices, dns_endpoints())
+            daemon.wait_listener(VIP, 53, "NoEndpoints")
+            wait_for(lambda: refused(lab.client, VIP), "a refusal", 3)
+            assert refused(lab.outside, NODE_IP, NODE_PORT)
+            write(slices, dns_endpoints(3))
+            daemon.wait_listener(VIP, 53)
+            wait_for(lambda: _answers(lab.client, VIP), "an answer", 3)
+            assert ask(lab.outside, NODE_IP, NODE_PORT) == b"pod-3"
+
+
+def test_a_dead_pod_is_passed_over(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    """No server listens in two of three pods: the kernel there answers with ICMP, and no query is lost."""
+    write(manifests / "dns.yaml", dns_service(), dns_endpoints(1, 2, 3))
+    with programs(echo(lab.pods[1])):
+        proxyd().wait_listener(VIP, 53)
+        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+        assert [ask(lab.client, VIP) for _ in range(20)] == [b"pod-2"] * 20
+
+
+def test_affinity_is_by_address(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "dns.yaml", dns_service(sessionAffinity="ClientIP"), dns_endpoints(1, 2, 3))
+    with programs(*(echo(pod) for pod in lab.pods)):
+        proxyd(workers=2).wait_listener(VIP, 53)
+        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+        hosts = (lab.client, lab.outside, lab.far)
+        kept = {host.name: ask(host, VIP) for host in hosts[:2]}
+        for host in hosts[:2]:
+            assert {ask(host, VIP) for _ in range(9)} == {kept[host.name]}
+
+
+def test_ipv6(lab6: Lab, folder: Path, manifests: Path) -> None:
+    spec = {"clusterIPs": [VIP, VIP6], "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack"}
+    write(manifests / "dns.yaml", dns_service(**spec), dns_endpoints(1, 2), dns_endpoints(1, 2, v6=True))
+    with (
+        programs(*(echo(pod) for pod in lab6.pods)),
+        Proxyd(lab6.node, folder, manifests) as daemon,
+    ):
+        daemon.wait_listener(VIP6, 53)
+        wait_for(lambda: _answers(lab6.client, VIP6), "an answer")
+        assert {ask(lab6.client, VIP6) for _ in range(4)} == {b"pod-1", b"pod-2"}
+        for ip, port, host in ((VIP6, 53, lab6.client), (NODE_IP6, NODE_PORT, lab6.outside)):
+            for size in (0, 1, 1452, 65_507):
+                data = os.urandom(size)
+                assert ask(host, ip, port, data) == data
+
+
+@pytest.mark.parametrize(("text", "ends"), [("1s", True), ("soon", False)])
+def test_the_annotation(lab: Lab, manifests: Path, proxyd: Run, text: str, ends: bool) -> None:
+    service = dns_service()
+    service["metadata"]["annotations"] = {"proxyd.io/udp-idle-timeout": text}
+    write(manifests / "dns.yaml", service, dns_endpoints(1))
+    with programs(echo(lab.pods[0])):
+        daemon = proxyd(flags=("--access-log", str(manifests.parent / "access")))
+        daemon.wait_listener(VIP, 53)
+        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+
+        def idle() -> bool:
+            return '"reason":"idle"' in (manifests.parent / "access").read_text()
+
+        if ends:
+            wait_for(idle, "the end of the flow", 5)
+        else:
+            problem = "metadata.annotations[proxyd.io/udp-idle-timeout]"
+            wait_for(lambda: problem in daemon.log(), "a warning", 5)
+            assert not idle()
+        assert daemon.find(VIP, 53)
+
+
+def test_a_client_outside_is_seen_by_its_address(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    """In the connection records; the pod itself sees the node."""
+    write(manifests / "dns.yaml", dns_service(), dns_endpoints(1))
+    access = manifests.parent / "access"
+    with programs(echo(lab.pods[0])):
+        daemon = proxyd(flags=("--access-log", str(access), "--udp-timeout", "500ms"))
+        daemon.wait_listener(NODE_IP, NODE_PORT)
+        wait_for(lambda: _answers(lab.outside, NODE_IP, NODE_PORT), "an answer")
+        wait_for(lambda: f'"client":"{OUTSIDE_IP}:' in access.read_text(), "a record", 5)
