@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test lint lock clean prerequisites dist install uninstall
+.PHONY: help venv demo test lint lock clean prerequisites dist install uninstall man
 
 help: ## list what there is to run
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ uninstall: ## remove what install installed; configuration and state stay
 
 DESTDIR ?=
 PREFIX ?= /usr/local
+
+man: $(VENV)/.installed ## write the manual pages into build/man/
+	@$(BIN)/python -m proxyd.cli.manual build/man
 
 clean: ## remove what the other commands made, .venv included
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -130,8 +130,8 @@ async def run(args: argparse.Namespace, session: aiohttp.ClientSession, url: str
     for operation in ("compact", "restart"):
         async with session.post(f"{url}/_test/{operation}", json={}) as response:
             response.raise_for_status()
-    while source.lists < lists + 3:
-        await asyncio.sleep(0.02)  # noqa: ASYNC110  that nothing changes is what is measured: no event tells
+    while source.lists < lists + 3:  # noqa: ASYNC110  that nothing changes is what is measured: no event tells
+        await asyncio.sleep(0.02)
     print(
         f"relist after 410: {time.perf_counter() - started:.2f} s, CPU {time.process_time() - cpu:.2f} s,"
         f" {sum(source.stats.requests.values()) - asked} requests, {seen.calls - calls} calls,"

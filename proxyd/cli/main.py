@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,8 +12,9 @@ from typing import NoReturn
 
 from proxyd import __version__
 from proxyd.cli.commands import COMMANDS
-from proxyd.cli.env import OK, USAGE, CommandError, Env
+from proxyd.cli.env import FAILED, OK, USAGE, CommandError, Env
 
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 
@@ -36,14 +38,26 @@ def main(argv: Sequence[str] | None = None, env: Env | None = None) -> int:
             env.say(f"proxyd: error: {line}")
         return error.code
     except BrokenPipeError:
-        # The reader has what it wanted, as in `proxyd get services | head`. What is still buffered must go nowhere.
+        # The reader has what it wanted, as in `proxyd get services | head`.
         if own:
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _forget_output()
         return OK
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        if own:
+            _forget_output()
+        env.say(f"proxyd: error: cannot write the output: {(error.strerror or '').lower()}")
+        return FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
     return code
+
+
+def _forget_output() -> None:
+    """What is still buffered must go nowhere, or the interpreter complains at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str], env: Env) -> int:

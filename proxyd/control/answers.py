@@ -179,7 +179,7 @@ class ConnectionView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     client: str  # ip:port
     frontend: str  # ip:port
     endpoint: str = ""  # ip:port; "" while there is none
-    state: str  # connecting, established, half-closed
+    state: str  # connecting, established, half-closed; of a UDP flow: unanswered, answered
     age: float  # seconds
     bytes_in: int = 0
     bytes_out: int = 0

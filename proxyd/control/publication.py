@@ -36,6 +36,19 @@ class Held:
     owner: int | None
 
 
+@dataclass(slots=True, eq=False)
+class Retired:
+    """A closed listener whose relays may live on, in the worker that had it (`owner`; None: in all).
+
+    `drains`: they end after a while in any case.
+    """
+
+    id: int
+    spec: ListenerSpec
+    owner: int | None
+    drains: bool
+
+
 @dataclass(slots=True)
 class Update:
     """What changed since the last generation. `owner` None: for all workers."""
@@ -67,6 +80,7 @@ class Publication:
         self.held: dict[ListenerKey, Held] = {}
         self.generation = 0
         self._update = Update(1)
+        self._retired: list[Retired] = []
 
     def set_balancer(self, spec: BalancerSpec) -> None:
         """Add a balancer, or change its endpoints and affinity."""
@@ -112,24 +126,30 @@ class Publication:
         self.held[spec.key] = held
         self._update.listeners.append(held)
 
-    def change(self, spec: ListenerSpec, drain: float | None) -> int | None:
+    def change(self, spec: ListenerSpec, drain: float | None) -> None:
         """Give an open listener another spec; the socket stays.
 
         Args:
             spec: of the same key.
             drain: what is left of the relays begun under the old spec ends after that many seconds; None: they stay.
-
-        Returns:
-            The number under which the old relays drain; None where no worker had heard of the listener yet.
         """
-        return self._reissue(self.held[spec.key], spec, drain)
+        self._reissue(self.held[spec.key], spec, drain)
 
-    def close(self, key: ListenerKey, drain: float | None) -> int | None:
-        """Close a listener. Returns the number under which its relays drain, as `change` does."""
+    def close(self, key: ListenerKey, drain: float | None) -> None:
+        """Close a listener. `drain` as in `change`."""
         held = self.held.pop(key)
-        number = self._retire(held, drain)
+        self._retire(held, drain)
         _close(held.socket)
-        return number
+
+    def drain(self, retired: Retired, seconds: float) -> None:
+        """End what is left of a closed listener's relays after that many seconds."""
+        retired.drains = True
+        self._update.close.append((CloseListener(retired.id, seconds), retired.owner))
+
+    def take_retired(self) -> list[Retired]:
+        """The listeners that workers had and that were closed, or given anew, since the last call."""
+        retired, self._retired = self._retired, []
+        return retired
 
     def close_all(self) -> None:
         """Close every socket, without telling the workers."""
@@ -201,20 +221,19 @@ class Publication:
             yield Apply(update.generation, last=False, drop_balancers=ids), []
         yield Apply(update.generation, last=True), []
 
-    def _reissue(self, held: Held, spec: ListenerSpec, drain: float | None) -> int | None:
+    def _reissue(self, held: Held, spec: ListenerSpec, drain: float | None) -> None:
         # A new number with the same socket: the backlog is kept, and old relays can be told from new ones.
-        number = self._retire(held, drain)
+        self._retire(held, drain)
         new = Held(next(self._ids), held.socket, spec, self._owner(spec))
         self.held[spec.key] = new
         self._update.listeners.append(new)
-        return number
 
-    def _retire(self, held: Held, drain: float | None) -> int | None:
-        if held in self._update.listeners:
+    def _retire(self, held: Held, drain: float | None) -> None:
+        if held in self._update.listeners:  # no worker has heard of it yet
             self._update.listeners.remove(held)
-            return None
+            return
         self._update.close.append((CloseListener(held.id, drain), held.owner))
-        return held.id
+        self._retired.append(Retired(held.id, held.spec, held.owner, drains=drain is not None))
 
     def _owner(self, spec: ListenerSpec) -> int | None:
         balancer = self._specs[spec.balancer]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from proxyd.control.logs import get_logger
-from proxyd.control.publication import Publication, Update
+from proxyd.control.publication import Publication, Retired, Update
 from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
@@ -45,6 +45,15 @@ class Failure:
     retry_at: float  # monotonic
 
 
+@dataclass(slots=True)
+class Ending:
+    """A closed listener, and the workers that may still have relays of it."""
+
+    retired: Retired
+    workers: set[int]
+    holds: bool  # the relays need its address
+
+
 class Reconciler:
     """Turns desired states into what the node holds. One owner for every address and listening socket.
 
@@ -77,8 +86,9 @@ class Reconciler:
         self._steering: dict[ListenerKey, Steering] = rules.present() if rules else {}
         self._refused: frozenset[ListenerKey] | None = None
         self._rules_trouble = ""
-        # Listener numbers whose relays drain: the key, and the workers that still have some.
-        self._draining: dict[int, tuple[ListenerKey, set[int]]] = {}
+        self._ending: dict[int, Ending] = {}  # by the listener's number
+        # Of `desired`, once it is asked for.
+        self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
         self._guarded: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
         self._guard_made = bool(guard and guard.present())
         self._guard_error = ""
@@ -102,26 +112,24 @@ class Reconciler:
             desired: the state to reach.
             workers: numbers of the workers that may hold relays.
         """
-        self.desired = desired
+        self.desired, self._unopened = desired, None
         todo = plan(self.observed, desired.host)
         crew = set(workers)
         self._add_vips(todo)
         for spec in todo.set_balancers:
             self._publication.set_balancer(spec)
             self._balancers[spec.key] = spec
-        wished = {(status.key, status.service_port) for status in desired.unopened} if todo.close else set()
         for key in todo.close:
-            # Where a Service still wants the address, only its endpoints have gone: its relays stay.
-            gone = (key, self._listeners[key].service_port) not in wished
-            self._close(key, self._drain if gone else None, crew)
+            self._close(key)
         for wish in todo.open:
             self._open(wish)
         for wish in todo.change:
-            self._change(wish, crew)
+            self._change(wish)
         for balancer in todo.drop_balancers:
             self._publication.drop_balancer(balancer)
             del self._balancers[balancer]
         self._forget(todo)
+        self._keep_relays(crew)
         self._steer(todo)
         self._refuse_new()
         self._remove_addresses(todo)
@@ -143,6 +151,8 @@ class Reconciler:
                 self._vips = set(self._routes.present()) | (self._vips & own)
             if self._rules:
                 self._steering = self._rules.present()
+                self.addresses_changed()
+                self._refused = None
         except OSError as error:
             log.warning("routes and rules can't be read", error=str(error))
         self._guarded = None
@@ -157,7 +167,7 @@ class Reconciler:
 
     def worker_died(self, worker: int) -> bool:
         """A worker's relays are gone. Returns whether an address may be free now."""
-        return sum(self._one_drained(worker, number) for number in list(self._draining)) > 0
+        return sum(self._one_drained(worker, number) for number in list(self._ending)) > 0
 
     def statuses(self) -> tuple[ListenerStatus, ...]:
         """The status of every listener that is wished for."""
@@ -268,35 +278,52 @@ class Reconciler:
         self._publication.open(spec, sock)
         self._listeners[spec.key] = spec
 
-    def _change(self, spec: ListenerSpec, crew: set[int]) -> None:
+    def _change(self, spec: ListenerSpec) -> None:
         # Relays of a Service that lost the address drain; a new spec of the same service port leaves its relays alone.
         same = self._listeners[spec.key].service_port == spec.service_port
-        number = self._publication.change(spec, None if same else self._drain)
-        if not same:
-            self._keep(number, spec.key, crew)
+        self._publication.change(spec, None if same else self._drain)
         self._listeners[spec.key] = spec
 
-    def _close(self, key: ListenerKey, drain: float | None, crew: set[int]) -> None:
+    def _close(self, key: ListenerKey) -> None:
         self._note(self._listeners[key].service_port, f"Closed {key}")
-        self._keep(self._publication.close(key, drain), key, crew)
+        # Where the Service still wants the address, only its endpoints have gone: its relays stay.
+        stay = self._wants(key, self._listeners[key].service_port)
+        self._publication.close(key, None if stay else self._drain)
         del self._listeners[key]
 
-    def _keep(self, number: int | None, key: ListenerKey, crew: set[int]) -> None:
-        if number is not None and crew and (key.ip in self._vips or key in self._steering):
-            self._draining[number] = (key, set(crew))
+    def _keep_relays(self, crew: set[int]) -> None:
+        """Keep account of closed listeners, and drain those that their Service does not want any more."""
+        for retired in self._publication.take_retired():
+            key = retired.spec.key
+            workers = crew if retired.owner is None else crew & {retired.owner}
+            if workers:
+                holds = key.ip in self._vips or key in self._steering
+                self._ending[retired.id] = Ending(retired, set(workers), holds)
+        for retired in [ending.retired for ending in self._ending.values() if not ending.retired.drains]:
+            if not self._wants(retired.spec.key, retired.spec.service_port):
+                self._publication.drain(retired, self._drain)
+
+    def _wants(self, key: ListenerKey, service_port: ServicePortName) -> bool:
+        """Whether a service port wants an address, be it that it can't have it at present."""
+        holder = self.desired.host.listeners.get(key)
+        if holder is not None and holder.service_port == service_port:
+            return True
+        if self._unopened is None:
+            self._unopened = {(status.key, status.service_port) for status in self.desired.unopened}
+        return (key, service_port) in self._unopened
 
     def _one_drained(self, worker: int, number: int) -> bool:
-        entry = self._draining.get(number)
-        if entry is None:
+        ending = self._ending.get(number)
+        if ending is None:
             return False
-        entry[1].discard(worker)
-        if entry[1]:
+        ending.workers.discard(worker)
+        if ending.workers:
             return False
-        del self._draining[number]
-        return True
+        del self._ending[number]
+        return ending.holds
 
     def _held_keys(self) -> set[ListenerKey]:
-        return {key for key, _ in self._draining.values()}
+        return {ending.retired.spec.key for ending in self._ending.values() if ending.holds}
 
     def _forget(self, todo: Plan) -> None:
         if not todo.drop_balancers:

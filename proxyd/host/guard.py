@@ -8,6 +8,8 @@ not load connection tracking; what belongs to something that exists is recognise
 - UDP: whatever comes from a service port over `lo` is an answer to the node's own client, whose address is the VIP.
   With kernels that have the `socket` expression, so is whatever reaches a socket that is bound to the VIP itself.
 - SCTP: only an INIT chunk is rejected.
+- IPv6 fragments come by before they are put together (IPv4: after it). All but the first pass; they carry no port, and
+  are nothing without the first.
 - ICMP passes: errors carry path MTU and refusals, and an echo harms nothing.
 
 Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded. The rules name protocols by their numbers
@@ -38,6 +40,7 @@ table inet proxyd {{
     goto guard
   }}
   chain guard6 {{
+    frag frag-off != 0 accept
     ip6 daddr . meta l4proto . th dport @ports6 accept
     iif lo ip6 saddr . meta l4proto . th sport @ports6 accept
     goto guard

@@ -30,7 +30,7 @@ _ANY_STATE = 0xFFFFFFFF
 _NUMBERS = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 
 # Conflicts may come in hundreds and must not hold up control. Looking through /proc takes at most this many seconds ...
-_SCAN_SECONDS = 0.05
+_SCAN_SECONDS = 0.1
 # ... and a tenth of the time in the long run; what was not used adds up to this many seconds of waiting.
 _PAUSE = 10
 _SAVED = 5.0

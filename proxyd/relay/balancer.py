@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterable, MutableSequence
 
 MAX_CLIENTS = 65_536  # remembered by one balancer's affinity table; the longest unused go first
 SUSPECT_SECONDS = 1.0  # an endpoint that just failed is passed over for so long, where there is another
+MAX_PASSED = (
+    64  # suspects passed over in one choice, as of thousands of dead endpoints not all can be looked at
+)
 
 _WRAP = (1 << 64) - 1
 _EPHEMERAL = 32_768  # where the kernel picks local ports from, by default
@@ -123,6 +126,7 @@ class Balancer:
         endpoints = self.endpoints
         positions, slot, suspects = self._positions, self._slot, self.suspects
         fallback = None
+        passed = 0
         for _ in endpoints:
             position = positions[slot]
             positions[slot] = (position + 1) & _WRAP
@@ -136,6 +140,9 @@ class Balancer:
                 del suspects[endpoint]
                 return endpoint
             fallback = fallback or endpoint
+            passed += 1
+            if passed == MAX_PASSED:
+                break
         return fallback
 
     def _sticky(self, client: str, now: float, tried: Collection[Endpoint]) -> Endpoint | None:

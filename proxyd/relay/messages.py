@@ -43,14 +43,13 @@ class CloseListener(msgspec.Struct, frozen=True, array_like=True):
 class Apply(msgspec.Struct, frozen=True, tag="apply"):
     """A part of an update. The part with `last` is answered by an Acknowledged with the same generation.
 
-    Order within a part: balancers, listeners, retarget, close, drop_balancers.
+    Order within a part: balancers, listeners, close, drop_balancers.
     """
 
     generation: int
     last: bool
     balancers: list[BalancerConfig] = []  # new or changed
     listeners: list[ListenerConfig] = []
-    retarget: list[tuple[int, int]] = []  # listener, its new balancer
     close: list[CloseListener] = []
     drop_balancers: list[int] = []
 
@@ -143,7 +142,7 @@ class LiveConnection(msgspec.Struct, frozen=True, array_like=True):
     seconds: float  # since it was accepted
     bytes_in: int  # client to endpoint
     bytes_out: int  # endpoint to client
-    state: str  # connecting, established, half-closed
+    state: str  # connecting, established, half-closed; of a UDP flow: unanswered, answered
 
 
 class LiveConnections(msgspec.Struct, frozen=True, tag="live"):

@@ -27,7 +27,7 @@ TICK_SECONDS = 0.5
 WAIT_SECONDS = 10.0
 # After a single exchange; the usual DNS query is one, from a port that is never used again.
 BRIEF_SECONDS = 10.0
-# The same while the table is nearly full.
+# The same while the table fills up.
 HURRIED_SECONDS = 1.0
 # How long a reply under way is waited for when the endpoint is gone.
 LEAVE_SECONDS = 2.0
@@ -38,6 +38,8 @@ MAX_FLOWS = 32_768
 _PORT_SHARE = 0.75
 # What a single listener may take of the table.
 _LISTENER_SHARE = 0.75
+# How full the table is when single exchanges are forgotten sooner.
+_HURRIED_SHARE = 0.5
 # This part of the table is ended at once when it is full, so that one pass over all flows serves many new ones.
 _EVICTED_SHARE = 1 / 16
 
@@ -144,16 +146,15 @@ class FlowTable:
         for flow in chosen[: max(int(limit * _EVICTED_SHARE), 1)]:
             self.counters[flow.balancer.row + EVICTED] += 1
             flow.finish("evicted")
-        self.plane.reporter.trouble(
-            f"as many UDP flows as there may be ({limit}): the longest idle are ended; raise the limit of open files"
-        )
+        advice = "; raise the limit of open files" if limit == self.plane.max_relays else ""
+        self.plane.reporter.trouble(f"as many UDP flows as there may be: the longest idle are ended{advice}")
 
     # -- time -----------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self._timer = None
         last, self.clock = self.clock, monotonic()
-        hurried = self.plane.flows > self.limit * 0.75
+        hurried = self.plane.flows > self.limit * _HURRIED_SHARE
         for listener in list(self.listeners.values()):
             own = listener.balancer.udp_idle_seconds
             idle = own or self._idle_seconds

@@ -151,12 +151,6 @@ class Worker:
                 self._reporter.trouble(
                     "listeners without a descriptor: out of file descriptors in this worker"
                 )
-        for number, target in message.retarget:
-            held, new = self._listeners.get(number), self._balancers.get(target)
-            if held is None or new is None:
-                self._reporter.trouble("from control: a listener or balancer to retarget is unknown")
-            else:
-                held.balancer = new
         for closing in message.close:
             self._close(closing)
         for number in message.drop_balancers:
@@ -297,6 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     # A terminal's Ctrl-C reaches the whole process group; when and how to end is control's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    drop_privileges()
     options = Options(
         tcp_idle_timeout=given.tcp_idle_timeout,
         udp_timeout=given.udp_timeout,

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Container, Iterable, Iterator
 
 from proxyd.api.findings import Path
-from proxyd.sources import json_reader, yaml_reader
+from proxyd.sources import json_reader, yaml_positions, yaml_reader
 from proxyd.sources.yaml_reader import Unreadable, line_and_column
 
 __all__ = ["MAX_BYTES", "Document", "Unreadable", "read_documents"]
@@ -45,7 +45,7 @@ class Document:
         """As `position`, for many at once: the text is read once more for that, as no positions are kept."""
         if self._json:
             return json_reader.positions(self._text, self._start, paths)
-        return yaml_reader.positions(self._text[self._start : self._end], self._line, paths)
+        return yaml_positions.positions(self._text[self._start : self._end], self._line, paths)
 
 
 def read_documents(

@@ -52,6 +52,7 @@ class Watch:
     response: web.StreamResponse
     request: web.Request
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    rv: int = 0  # what it has been told up to
     orders: list[bytes | str] = field(default_factory=list)  # bytes: sent as they are; "cut", "hang", "end"
 
 
@@ -375,6 +376,7 @@ class ApiServer:
             rv = changes[-1].rv if changes else rv
             if lines:
                 await send(b"".join(lines))
+                watch.rv = rv
             for order in watch.orders:
                 if isinstance(order, bytes):
                     await send(order)
@@ -391,6 +393,7 @@ class ApiServer:
                 bookmark_at = now + self.bookmark_seconds
                 rv = max(rv, self.store.rv)
                 await send(_line("BOOKMARK", _bookmark(watch.kind, version, rv)))
+                watch.rv = rv
             if now >= end:
                 return
             try:

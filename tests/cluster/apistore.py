@@ -225,7 +225,8 @@ class Store:
             self.rv = max(self.rv, stored.rv)
 
     def compact(self) -> None:
-        """Forgets all history: what goes on from an earlier place gets 410."""
+        """Forgets all history: whoever goes on from a place before this gets 410."""
+        self.rv += 1
         self.compacted = self.rv
         for changes in self.history.values():
             changes.clear()

@@ -133,6 +133,15 @@ def test_get_connections(lab: Lab, daemon: Proxyd) -> None:
     wait_for(lambda: items(daemon, "connections") == [], "the connections to end")
 
 
+def test_a_half_closed_connection_says_so(lab: Lab, daemon: Proxyd) -> None:
+    with connect(lab.client, VIP, 80) as sock:
+        sock.sendall(b"early k\n")
+        assert read_line(sock) == "early"
+        wait_for(
+            lambda: [one["state"] for one in items(daemon, "connections")] == ["half-closed"], "the state"
+        )
+
+
 def test_get_connections_is_bounded_and_holds_nobody_up(lab: Lab, daemon: Proxyd) -> None:
     with ExitStack() as stack:
         for _ in range(1000):
@@ -226,7 +235,8 @@ def test_watching_across_a_restart(lab: Lab, manifests: Path, daemon: Proxyd, pr
 
 def test_describe_tells_failures_and_events(lab: Lab, manifests: Path, daemon: Proxyd) -> None:
     assert many(lab.client, VIP, 80, 6).total == 6
-    assert len(many(lab.client, DEAD_VIP, 80, 3).broken) == 3
+    turned_away = many(lab.client, DEAD_VIP, 80, 3)
+    assert len(turned_away.broken + turned_away.refused) == 3
 
     def failures() -> list[dict[str, Any]]:
         said = json.loads(output(daemon, "describe", "service", "dead", "-o", "json"))
@@ -351,6 +361,50 @@ def test_drain_waits_for_the_end(lab: Lab, daemon: Proxyd) -> None:
         assert 0.8 < time.monotonic() - begin < 8
     assert said == ["draining 1 connection, 1s at most", "it has ended"]
     assert daemon.wait(5) == 0
+
+
+def test_workers_are_out_of_reach_of_ctrl_c(daemon: Proxyd) -> None:
+    for pid in daemon.worker_pids():
+        assert os.getpgid(pid) != os.getpgid(daemon.pid)
+
+
+# cleanup --kube-proxy
+
+
+def test_chains_of_kube_proxys_userspace_mode_go_only_when_asked(lab: Lab, folder: Path) -> None:
+    def node(*argv: str) -> str:
+        return lab.node.run(*argv)
+
+    for chain in ("KUBE-PORTALS-HOST", "KUBE-NODEPORT-CONTAINER", "KUBE-SERVICES"):
+        node("iptables", "-t", "nat", "-N", chain)
+        node("iptables", "-t", "nat", "-A", "PREROUTING", "-m", "comment", "--comment", "a; b", "-j", chain)
+    node("iptables", "-t", "nat", "-A", "KUBE-PORTALS-HOST", "-d", "10.0.0.1", "-j", "ACCEPT")
+
+    def cleanup(*flags: str) -> subprocess.CompletedProcess[str]:
+        with lab.node.popen(
+            [*COMMAND, "cleanup", *flags, "--admin-socket", str(folder / "none.sock")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=REPOSITORY,
+        ) as process:
+            out, err = process.communicate(timeout=60)
+            return subprocess.CompletedProcess([], process.returncode, out.decode(), err.decode())
+
+    named = cleanup()
+    assert named.returncode == 0
+    assert "KUBE-PORTALS-HOST" in named.stderr
+    assert "proxyd cleanup --kube-proxy" in named.stderr
+    dry = cleanup("--kube-proxy", "--dry-run")
+    assert dry.stdout.startswith("would remove iptables")
+    assert "KUBE-PORTALS-HOST" in node("iptables-save", "-t", "nat")
+    done = cleanup("--kube-proxy")
+    assert done.returncode == 0
+    assert "table nat: KUBE-NODEPORT-CONTAINER, KUBE-PORTALS-HOST" in done.stdout
+    left = node("iptables-save", "-t", "nat")
+    assert "KUBE-PORTALS" not in left
+    assert "KUBE-NODEPORT-" not in left
+    assert "-j KUBE-SERVICES" in left
+    assert "KUBE-SERVICES" in done.stderr
 
 
 # Nobody there, or somebody else

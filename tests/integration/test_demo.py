@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -81,3 +82,14 @@ def test_a_taken_port_is_named_and_the_rest_is_served(folder):
             assert {row[1]: row[8].rstrip(":") for row in rows} == {"web": "Failed", "web-sticky": "Serving"}
             assert "not serving: default/web:http 127.96.0.10:8080/TCP: Failed: " in said
             assert namespace.call(fetch, "http://127.0.0.1:30080/").startswith(b"hello from web-")
+
+
+def test_what_a_killed_demo_left_is_removed_by_the_next(folder):
+    left = {path.name for path in Path(tempfile.gettempdir()).glob("proxyd-demo-*")}
+    with Namespace("demo") as namespace, demo(namespace, folder) as (process, _):
+        (own,) = {path.name for path in Path(tempfile.gettempdir()).glob("proxyd-demo-*")} - left
+        process.kill()
+        process.communicate(timeout=20)
+        assert (Path(tempfile.gettempdir()) / own).exists()
+    with Namespace("demo") as namespace, demo(namespace, folder):
+        assert not (Path(tempfile.gettempdir()) / own).exists()

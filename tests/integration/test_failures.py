@@ -141,6 +141,37 @@ def test_draining_has_an_end(lab: Lab, manifests: Path, proxyd: Run) -> None:
         assert 0.5 < time.monotonic() - begin < 4
 
 
+def test_relays_from_before_the_endpoints_were_away_drain_too(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    daemon = proxyd(flags=("--drain-timeout", "1s"))
+    daemon.wait_listener(VIP, 80)
+    with connect(lab.client, VIP, 80, timeout=10) as sock:
+        sock.sendall(b"echo\nbefore\n")
+        assert read_line(sock) == "before"
+        write(manifests / "web.yaml", service("web", VIP), endpoints("web"))
+        daemon.wait_listener(VIP, 80, "NoEndpoints")
+        write(manifests / "web.yaml", service("web", VIP), endpoints("web", 2))
+        daemon.wait_listener(VIP, 80)
+        sock.sendall(b"meanwhile\n")
+        assert read_line(sock) == "meanwhile"
+        (manifests / "web.yaml").unlink()
+        begin = time.monotonic()
+        with suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+        assert 0.5 < time.monotonic() - begin < 4
+
+
+def test_the_address_of_a_removed_service_with_affinity_goes(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP, sessionAffinity="ClientIP"), endpoints("web", 1))
+    daemon = proxyd(workers=2)  # only one of them has the listener
+    daemon.wait_listener(VIP, 80)
+    assert ask(lab.client, VIP, 80) == "pod-1"
+    (manifests / "web.yaml").unlink()
+    wait_for(
+        lambda: VIP not in lab.node.run("ip", "route", "show", "table", "local"), "the VIP's route to go", 5
+    )
+
+
 def test_a_removed_service_comes_back_while_it_drains(lab: Lab, manifests: Path, proxyd: Run) -> None:
     write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
     daemon = proxyd()

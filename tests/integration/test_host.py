@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 import uvloop
+from clients import wait_for
 from hostlib import REFUSED, SILENCE, UNREACHABLE, Naming, daemon_socket, key, question, spec
 from netlab import (
     CLIENT_POD_IP,
@@ -254,9 +256,17 @@ def test_a_port_in_use_names_the_process(space: Namespace, protocol: str, held: 
         other.bind((held, 8000))
         if protocol == "TCP":
             other.listen()
-        with pytest.raises(BindFailed, match=rf"^in use by .+ \(pid {os.getpid()}\): ") as failed:
-            opened(space, spec(VIP, 8000, protocol))
-    assert failed.value.retryable
+        failures: list[BindFailed] = []
+
+        def named() -> bool:
+            with pytest.raises(BindFailed, match=r"^in use by ") as failed:
+                opened(space, spec(VIP, 8000, protocol))
+            failures.append(failed.value)
+            return re.match(rf"in use by .+ \(pid {os.getpid()}\): ", str(failed.value)) is not None
+
+        # The search is bounded in time, so on a busy machine it may take more than one attempt, as in the daemon.
+        wait_for(named, "the process is named", timeout=60, pause=0.5)
+    assert failures[-1].retryable
     opened(space, spec(VIP, 8000, protocol)).close()
 
 

@@ -320,3 +320,13 @@ def test_what_cannot_run_says_so_in_one_line(lab: Lab, folder: Path, manifests: 
             assert "Traceback" not in with_flag.log()
         finally:
             with_flag.__exit__()
+
+
+def test_workers_have_no_capabilities(manifests: Path, proxyd: Run) -> None:
+    write_web(manifests)
+    daemon = proxyd(workers=2)
+    wait_serving(daemon)
+    for pid in daemon.worker_pids():
+        status = Path(f"/proc/{pid}/status").read_text()
+        sets = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Cap"))
+        assert {sets[name] for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {"0" * 16}

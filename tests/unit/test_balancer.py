@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from proxyd.relay import balancer as module
-from proxyd.relay.balancer import SUSPECT_SECONDS, Balancer, Endpoint
+from proxyd.relay.balancer import MAX_PASSED, SUSPECT_SECONDS, Balancer, Endpoint
 
 
 def endpoint(number: int) -> Endpoint:
@@ -158,3 +158,18 @@ def test_clients_over_time_are_forgotten_as_new_ones_come() -> None:
     for number in range(50):
         balancer.pick(f"new {number}", 20.0)
     assert len(balancer) == 50
+
+
+def test_of_thousands_of_dead_endpoints_not_all_are_looked_at_for_each_choice() -> None:
+    positions = [0]
+    balancer = make(*range(3000), positions=positions)
+    for one in balancer.endpoints:
+        balancer.failed("c", one, 0.0)
+    tried: list[Endpoint] = []
+    for _ in range(10):
+        before = positions[0]
+        chosen = balancer.pick("c", 0.0, tried)
+        assert chosen is not None
+        assert chosen not in tried
+        assert positions[0] - before <= MAX_PASSED
+        tried.append(chosen)

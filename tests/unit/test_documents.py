@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxyd.sources import documents, yaml_reader
+from proxyd.sources import documents, yaml_positions, yaml_reader
 from proxyd.sources.documents import Document, Unreadable, read_documents
 
 
@@ -347,7 +347,7 @@ def test_position_in_yaml(path: tuple[str | int, ...], position: tuple[int, int]
 def test_position_in_a_large_document(
     path: tuple[str | int, ...], position: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(yaml_reader, "_LARGE", 0)
+    monkeypatch.setattr(yaml_positions, "_LARGE", 0)
     _, document = read_documents(("a: 1\n---\n" + POSITIONED).encode())
     assert isinstance(document, Document)
     assert document.positions([path, ("kind",)]) == [position, (4, 7)]

@@ -1,0 +1,17 @@
+"""Fixtures of the tests of the API source."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+from apiserver import ApiServer
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[ApiServer]:
+    async with ApiServer() as running:
+        running.store.create(
+            "nodes", {"metadata": {"name": "node", "labels": {"topology.kubernetes.io/zone": "za"}}}
+        )
+        yield running
