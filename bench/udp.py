@@ -261,7 +261,7 @@ def main() -> None:
                 got, rate = run(live, "live", 200_000, highest / 2)
                 print(f"{proxy}: {200_000 - got} of 200,000 lost at {rate:,.0f}/s")
         print(
-            f"idle flow: {idle_flow_bytes(worker, port):,.0f} bytes of the worker, beside the kernel's socket"
+            f"idle flow: {idle_flow_bytes(server_port):,.0f} bytes of the worker, beside the kernel's socket"
         )
     finally:
         worker.__exit__()

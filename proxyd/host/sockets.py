@@ -28,6 +28,10 @@ _SCTP = 132
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
+# Of a UDP listener: a burst of some 4,000 small datagrams, or 60 of the largest.
+_UDP_BUFFER = 4 * 1024 * 1024
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
+
 
 class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the status and at its raise
     """A listener could not be opened. The text is one line: why, and what to do.
@@ -80,7 +84,14 @@ def _socket(family: int, protocol: Protocol) -> socket.socket:
     flags = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     if protocol is Protocol.UDP:
         # No SO_REUSEADDR: for UDP it would let another process take the port away.
-        return socket.socket(family, socket.SOCK_DGRAM | flags)
+        opened = socket.socket(family, socket.SOCK_DGRAM | flags)
+        for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+            try:
+                opened.setsockopt(socket.SOL_SOCKET, force, _UDP_BUFFER)
+            except PermissionError:
+                # As large as net.core.rmem_max and wmem_max allow.
+                opened.setsockopt(socket.SOL_SOCKET, plain, _UDP_BUFFER)
+        return opened
     number = _SCTP if protocol is Protocol.SCTP else socket.IPPROTO_TCP
     opened = socket.socket(family, socket.SOCK_STREAM | flags, number)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -149,7 +149,9 @@ class TcpListener:
             self.plane.pause(f"{os.strerror(error.errno or 0)}: accepting paused")
         elif error.errno in _UNUSABLE:
             if error.errno != errno.EINVAL:  # control has shut it down, and will say that it is closed
-                self.plane.reporter.trouble(f"listener {self.address}: can't accept any more: {error.strerror}")
+                self.plane.reporter.trouble(
+                    f"listener {self.address}: can't accept any more: {error.strerror}"
+                )
             # Muting is not enough: a hang-up is reported always.
             self.plane.poller.close_shared(self._socket)
         # Anything else is the fate of the one connection (accept(2), "Error handling").

@@ -151,7 +151,8 @@ class Flow:
         else:
             self.stage = TALKING
             if self._sock is not None:
-                self._table.enlarge(self._sock, TALKING_BUFFER)
+                # As large as net.core.rmem_max allows: a worker has no privilege.
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TALKING_BUFFER)
 
     def send_failed(self, error: OSError, data: memoryview) -> None:
         """Act on an error of `send`: the datagram has not left. It may tell of the one before it."""
@@ -177,18 +178,18 @@ class Flow:
         self._last_turn = turn
         left = MAX_BATCH if streak >= STREAK else 1
         vector = self._vector
+        recv_into = self._recv_into
         try:
             while left:
                 slot = vector.queued
                 if slot == SLOTS or vector.to != self._fd:
                     vector.turn_to(self._fd)
                     slot = 0
-                size = self._recv_into(vector.views[slot])
-                key = self.key
-                if isinstance(key, int):
-                    vector.words[slot * 4] = key
+                size = recv_into(vector.views[slot])
+                if vector.v6:
+                    vector.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES] = self.key  # type: ignore[assignment]  # bytes here
                 else:
-                    vector.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES] = key
+                    vector.words[slot * 4] = self.key  # type: ignore[assignment]  # int here
                 vector.sizes[2 * slot + 1] = size
                 vector.queued = slot + 1
                 self.bytes_out += size

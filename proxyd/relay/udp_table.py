@@ -7,8 +7,6 @@ all flows, each TICK_SECONDS, brings counters up to date and ends what has been 
 from __future__ import annotations
 
 import asyncio
-import socket
-from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -43,9 +41,6 @@ _HURRIED_SHARE = 0.5
 # This part of the table is ended at once when it is full, so that one pass over all flows serves many new ones.
 _EVICTED_SHARE = 1 / 16
 
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-_SO_SNDBUFFORCE = 32
-
 
 class FlowTable:
     """Shared by the UDP listeners of one worker.
@@ -67,7 +62,6 @@ class FlowTable:
         self._ports = int(_local_ports() * _PORT_SHARE / max(workers, 1))
         self._receivers: dict[int, Vector] = {}
         self._senders: dict[int, Vector] = {}
-        self._forced = True  # buffers may go beyond the sysctl's limit
         self._timer: asyncio.TimerHandle | None = None
         self.poller.before_end = self._flush
 
@@ -83,21 +77,6 @@ class FlowTable:
     def sender(self, family: int) -> Vector:
         """What replies to clients of a family are queued in until the end of the batch."""
         return self._senders.setdefault(family, Vector(family))
-
-    def enlarge(self, sock: Socket, receive: int, send: int = 0) -> None:
-        """Give a socket larger buffers; as large as the sysctls allow where this process has no privilege."""
-        for plain, force, size in (
-            (socket.SO_RCVBUF, _SO_RCVBUFFORCE, receive),
-            (socket.SO_SNDBUF, _SO_SNDBUFFORCE, send),
-        ):
-            if size and self._forced:
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, force, size)
-                    continue
-                except PermissionError:
-                    self._forced = False
-            if size:
-                sock.setsockopt(socket.SOL_SOCKET, plain, size)
 
     # -- flows ----------------------------------------------------------------------------------------------------
 

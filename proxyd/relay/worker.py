@@ -30,6 +30,7 @@ from proxyd.relay.messages import (
 )
 from proxyd.relay.options import Options
 from proxyd.relay.plane import Plane, SharedRelay
+from proxyd.relay.privileges import drop_privileges
 from proxyd.relay.relay import Relay
 from proxyd.relay.reporter import Reporter
 from proxyd.relay.slots import MAX_SLOTS, Slots
