@@ -93,12 +93,25 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@touch $@
 
 # Commands that the tests run, and the Debian packages that bring them.
-prerequisites:
+TOOLS := ip:iproute2 nft:nftables iptables:iptables curl:curl unshare:util-linux setpriv:util-linux strace:strace \
+	openssl:openssl systemd-analyze:systemd dig:bind9-dnsutils dnsperf:dnsperf dnsmasq:dnsmasq-base \
+	zsh:zsh fish:fish mandoc:mandoc groff:groff
+
+prerequisites: $(BIN)/promtool
 	@missing=; \
 	PATH="$$PATH:/usr/sbin:/sbin"; \
-	for pair in ip:iproute2 nft:nftables iptables:iptables curl:curl unshare:util-linux systemd-analyze:systemd; do \
+	for pair in $(TOOLS); do \
 		command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
 	done; \
 	if [ -n "$$missing" ]; then \
 		$(call install,$$missing,tests need packages that are missing and that this user may not install: apt-get install$$missing); \
 	fi
+
+# It checks the alert rules. Taken out of Debian's package, so that no Prometheus is installed; apt-get can only fetch it
+# once the lists of packages are there.
+$(BIN)/promtool: | $(BIN)/python
+	@echo "fetching promtool"
+	@folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; chmod 755 "$$folder"; cd "$$folder"; \
+	apt-get -qq download prometheus 2>/dev/null || { [ -z "$(as_root)" ] || $(as_root) apt-get -qq update; \
+		apt-get -qq download prometheus; }; \
+	dpkg-deb -x prometheus_*.deb .; cp usr/bin/promtool "$(CURDIR)/$@"

@@ -63,6 +63,7 @@ class ApiServer:
         versions: of discovery.k8s.io.
         tokens: who may ask, by bearer token; None: everybody. `forbidden` users get 403.
         certificates: users known by the common name of their client certificate.
+        largest_page: objects in a page, where the client asks for pages.
         bookmark_seconds: between two bookmarks of a watch that asked for them.
         requests: method and path with query of everything that was asked.
         faults: see `fail`.
@@ -76,6 +77,7 @@ class ApiServer:
         self.certificates: set[str] = set()
         self.forbidden: set[str] = set()
         self.bookmark_seconds = 60.0
+        self.largest_page = 1 << 30
         self.requests: list[str] = []
         self.users: list[str] = []
         self.faults: list[Fault] = []
@@ -299,6 +301,7 @@ class ApiServer:
         found = [one for one in everything if one.key > start and wanted(one)]
         meta: dict[str, Any] = {"resourceVersion": str(rv)}
         limit = int(query.get("limit") or 0)
+        limit = min(limit, self.largest_page) if limit else 0
         if limit and len(found) > limit:
             self._snapshots.setdefault(rv, {})[kind.plural] = everything
             while len(self._snapshots) > 8:

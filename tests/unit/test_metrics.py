@@ -317,9 +317,7 @@ def test_every_metric_of_the_alerts_is_exported(exported):
 def test_promtool_accepts_alerts_and_metrics(publication):
     promtool = shutil.which("promtool", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if promtool is None:
-        # Debian's package prometheus has it; the test above checks what can be checked without.
-        assert os.environ.get("CI") != "true" or not os.environ.get("PROMTOOL_REQUIRED")
-        return
+        pytest.skip("promtool is not installed: `make test` fetches it")
     for command in (["check", "rules", "proxyd.rules.yaml"], ["test", "rules", "proxyd.test.yaml"]):
         done = subprocess.run([promtool, *command], cwd=RULES, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
