@@ -163,6 +163,16 @@ def cpu(pid: int) -> float:
     )
 
 
+def drops(pid: int) -> int:
+    """Datagrams that found no room in the receive buffers of a process's sockets."""
+    mine = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            mine.add(str(entry.readlink()))
+    lines = Path("/proc/net/udp").read_text().splitlines()[1:]
+    return sum(int(line.split()[12]) for line in lines if f"socket:[{line.split()[9]}]" in mine)
+
+
 def memory(pid: int) -> int:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -257,9 +267,13 @@ def main() -> None:
                     f"{name:34}" + "".join(f"{statistics.median(v):9.1f}" for v in figures.values()),
                     flush=True,
                 )
-            for proxy, (_, live, _) in proxies.items():
+            for proxy, (pid, live, _) in proxies.items():
+                before = drops(pid)
                 got, rate = run(live, "live", 200_000, highest / 2)
-                print(f"{proxy}: {200_000 - got} of 200,000 lost at {rate:,.0f}/s")
+                own = drops(pid) - before
+                print(
+                    f"{proxy}: {200_000 - got} of 200,000 lost at {rate:,.0f}/s, {own} of them in its own sockets"
+                )
         print(
             f"idle flow: {idle_flow_bytes(server_port):,.0f} bytes of the worker, beside the kernel's socket"
         )

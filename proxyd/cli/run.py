@@ -9,6 +9,7 @@ from typing import Any
 
 from proxyd.cli.env import INVALID, USAGE, CommandError, Env
 from proxyd.control import logs
+from proxyd.control.adminsocket import AdminError
 from proxyd.control.configfile import ConfigError, Configuration
 from proxyd.control.flags import FLAGS
 from proxyd.control.settings import Settings, SettingsError, Surroundings, build
@@ -62,8 +63,7 @@ def serve(
         CommandError: it cannot start.
     """
     logs.configure(settings.log_format, settings.verbosity, stream=env.stderr, environ=env.environ)
-    from proxyd.control.admin import AdminError  # noqa: PLC0415 - 200 ms that a wrong flag need not wait for
-    from proxyd.control.daemon import StartError  # noqa: PLC0415 - as above
+    from proxyd.control.daemon import StartError  # noqa: PLC0415 - a wrong flag need not wait for it
     from proxyd.control.daemon import run as run_daemon  # noqa: PLC0415 - as above
 
     try:

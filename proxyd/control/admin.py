@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import platform
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -77,13 +78,16 @@ class AdminServer:
         self._changed = asyncio.Event()
         self._unsent = 0
 
-    async def start(self) -> None:
+    async def start(self, listening: socket.socket | None = None) -> None:
         """Open the socket and answer.
+
+        Args:
+            listening: the socket, where it was opened before by `adminsocket.listen`.
 
         Raises:
             AdminError: another daemon answers there, or the path cannot be used.
         """
-        listening = listen(self.path)
+        listening = listening or listen(self.path)
         about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, before serving
         self._identity = (about.st_dev, about.st_ino)
         self._runner = web.AppRunner(

@@ -8,24 +8,25 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import uvloop
 
 from proxyd.control.accesslog import AccessLog
-from proxyd.control.admin import AdminServer
+from proxyd.control.adminsocket import listen
 from proxyd.control.configfile import Configuration
 from proxyd.control.feed import Feed
+from proxyd.control.health import BusyError
 from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.notify import Notifier
 from proxyd.control.observation import Observation
-from proxyd.control.observers import BusyError
 from proxyd.control.operations import Operations
 from proxyd.control.picture import draw
 from proxyd.control.publication import Publication
 from proxyd.control.reconciler import Reconciler
 from proxyd.control.settings import Settings
 from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
-from proxyd.control.tasks import describe, spawn
+from proxyd.control.tasks import cancel, describe, spawn
 from proxyd.control.views import Picture
 from proxyd.control.watchdog import Watchdog
 from proxyd.host import limits
@@ -41,6 +42,11 @@ from proxyd.state.snapshot import NodeView, Options, Snapshot, VipMode
 from proxyd.state.spec import ListenerState
 
 log = get_logger("proxyd")
+# The admin API and health answer after so many seconds at the latest, also where a worker is slow to start.
+ANSWER_SECONDS = 2.0
+
+if TYPE_CHECKING:
+    from proxyd.control.admin import AdminServer
 
 
 class StartError(Exception):
@@ -107,6 +113,9 @@ class Daemon:
         self._planner = Planner()
         self.observation = Observation(self, configuration)
         self.operations = Operations(self)
+        self._admin: AdminServer | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._answering = False
 
     async def run(self) -> int:
         """Start, serve until told to stop, take everything back."""
@@ -117,9 +126,8 @@ class Daemon:
             self._resources.callback(self.watchdog.close)
             self._options = self._decide_vip_mode()
             self._claim_addresses()
-            await self._start_admin()
+            self._listening = listen(self.settings.admin_socket)
             try:
-                await self._start_observation()
                 self._start_data_plane()
                 # They come up while manifests are read.
                 self.supervisor.start()
@@ -171,15 +179,26 @@ class Daemon:
             )
         self._resources.enter_context(claim)
 
-    async def _start_admin(self) -> None:
-        self._admin = AdminServer(self.settings.admin_socket, self.picture, self.operations)
-        await self._admin.start()
+    async def _start_servers(self) -> None:
+        """Answer on the admin socket, and for health and metrics; who asked before has waited in the backlog."""
+        # Imported late: aiohttp takes a third of a second, which nobody who waits for a listener should wait for.
+        from proxyd.control.admin import AdminServer  # noqa: PLC0415
 
-    async def _start_observation(self) -> None:
+        self._admin = AdminServer(self.settings.admin_socket, self.picture, self.operations)
+        await self._admin.start(self._listening)
         try:
             await self.observation.start()
         except BusyError as error:
-            raise StartError(str(error)) from None
+            self._fatal = str(error)
+            self._stop_after(0.0)
+            return
+        self._answering = True
+        self._acknowledged()
+
+    def _answer(self) -> None:
+        """Start the servers, once: when the workers have everything, or are slow to take it."""
+        if self._starting is None and not self._stop.is_set():
+            self._starting = spawn(self._start_servers(), name="servers", on_failure=self._failed)
 
     def _start_data_plane(self) -> None:
         settings, options = self.settings, self._options
@@ -240,6 +259,7 @@ class Daemon:
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
         self.phase = "serving"
         self.watchdog.start()
+        loop.call_later(ANSWER_SECONDS, self._answer)
         following = spawn(self.feed.follow(), name="manifests", on_failure=self._failed)
         try:
             await self._reconcile_forever()
@@ -288,11 +308,15 @@ class Daemon:
         self._reconciled = True
         self._acknowledged()
         self.operations.history.unopened(desired.unopened)
-        self._admin.changed()
+        if self._admin is not None:
+            self._admin.changed()
 
     def _acknowledged(self) -> None:
         self.observation.acknowledged()
         if not self._reconciled or self._dirty.is_set() or self.supervisor.lagging():
+            return
+        if not self._answering:
+            self._answer()
             return
         self.watchdog.in_force()
         if self._on_serving is None:
@@ -391,8 +415,15 @@ class Daemon:
             self.reconciler.close_listeners()
             await self.supervisor.stop(self._drain)
             self.reconciler.remove_addresses()
+        if self._starting is not None:
+            await cancel(self._starting)
         await self.observation.stop()
-        await self._admin.stop()
+        if self._admin is not None:
+            await self._admin.stop()
+        else:
+            self._listening.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self.settings.admin_socket)  # noqa: PTH108 - one call on a local path, at exit
 
     def serving(self) -> int:
         """How many listeners serve."""

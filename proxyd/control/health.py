@@ -14,6 +14,10 @@ _SHARE = 20
 _MAX_PENDING = 2 * _SHARE
 
 
+class BusyError(Exception):
+    """An address cannot be opened, and that is to end the daemon: one line."""
+
+
 class HealthFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The health at one moment. Times are Unix seconds, 0 = never."""
 

@@ -15,7 +15,6 @@ from proxyd.control.configfile import Configuration, changes, effective, shown_f
 from proxyd.control.health import Health
 from proxyd.control.logs import get_logger
 from proxyd.control.metrics import Facts, Metrics, WorkerState
-from proxyd.control.observers import Observers
 from proxyd.control.settings import Settings, SettingsError
 from proxyd.control.tasks import cancel, spawn
 from proxyd.sources.watch import watch
@@ -23,6 +22,7 @@ from proxyd.state.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon
+    from proxyd.control.observers import Observers
 
 log = get_logger("config")
 
@@ -44,15 +44,7 @@ class Observation:
         self._following: asyncio.Task[None] | None = None
         self._told: tuple[str, ...] = ()
         self.refused: tuple[str, ...] = ()  # what is wrong with the configuration; () = nothing
-        self._observers = Observers(
-            healthz=settings.healthz_address,
-            metrics_at=settings.metrics_address,
-            hard_fail=settings.bind_address_hard_fail,
-            health=self.health,
-            metrics=self.metrics,
-            facts=self.facts,
-            config=lambda: effective(daemon.settings),
-        )
+        self._observers: Observers | None = None
 
     async def start(self) -> None:
         """Open the servers, and follow the configuration file.
@@ -62,13 +54,27 @@ class Observation:
         """
         if self._configuration is not None and self._configuration.path:
             self._following = spawn(self._follow(self._configuration.path), name="config")
+        # Imported late: aiohttp takes a third of a second, which nobody who waits for a listener should wait for.
+        from proxyd.control.observers import Observers  # noqa: PLC0415
+
+        settings = self._daemon.settings
+        self._observers = Observers(
+            healthz=settings.healthz_address,
+            metrics_at=settings.metrics_address,
+            hard_fail=settings.bind_address_hard_fail,
+            health=self.health,
+            metrics=self.metrics,
+            facts=self.facts,
+            config=lambda: effective(self._daemon.settings),
+        )
         await self._observers.start()
 
     async def stop(self) -> None:
         """Close the servers. The data of metrics may go away afterwards."""
         if self._following is not None:
             await cancel(self._following)
-        await self._observers.stop()
+        if self._observers is not None:
+            await self._observers.stop()
 
     # What the daemon reports
 

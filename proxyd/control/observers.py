@@ -16,7 +16,7 @@ from aiohttp import web
 
 from proxyd import __version__
 from proxyd.control import health as healths
-from proxyd.control.health import Health
+from proxyd.control.health import BusyError, Health
 from proxyd.control.logs import get_logger, silent
 from proxyd.control.metrics import CONTENT_TYPE, Facts, Metrics
 from proxyd.control.tasks import cancel, spawn
@@ -29,10 +29,6 @@ _BACKLOG = 64
 _GZIP_LEVEL = 1  # 8 times smaller, at 100 MB/s
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class BusyError(Exception):
-    """An address cannot be opened, and that is to end the daemon: one line."""
 
 
 class Observers:

@@ -52,6 +52,7 @@ class Watch:
     response: web.StreamResponse
     request: web.Request
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    hung: bool = False
     rv: int = 0  # what it has been told up to
     orders: list[bytes | str] = field(default_factory=list)  # bytes: sent as they are; "cut", "hang", "end"
 
@@ -104,7 +105,7 @@ class ApiServer:
         app = web.Application(middlewares=[self._guard], client_max_size=64 << 20)
         app.router.add_post("/_test/{operation}", self._operate)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0, handler_cancellation=True)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.tls, reuse_address=True)
         await site.start()
@@ -387,6 +388,7 @@ class ApiServer:
                     _abort(watch.request)
                     return
                 elif order == "hang":
+                    watch.hung = True
                     await asyncio.sleep(3600)
                 else:
                     return

@@ -19,7 +19,7 @@ from proxyd.sources.cluster import ClusterSource, ClusterState, Tuning, load_acc
 
 RECORDINGS = Path(__file__).parent / "recordings"
 QUICK = Tuning(
-    watch_seconds=(20, 20), slack_seconds=1, steady_seconds=0.3, first_pause=0.05, longest_pause=0.4
+    watch_seconds=(20, 20), slack_seconds=1, steady_seconds=0.1, first_pause=0.05, longest_pause=0.4
 )
 
 
@@ -79,6 +79,11 @@ class Follower:
 
     def said(self, text: str) -> int:
         return sum(text in str(problem) for problem in self.problems)
+
+    async def settled(self) -> None:
+        """All watches are open, and have been for so long that a cut of one is nothing to speak of."""
+        watchers = self.source._watchers
+        await wait_for(lambda: not any(watcher._backoff.failures for watcher in watchers))
 
     async def sync(self) -> None:
         await wait_for(lambda: self.states)

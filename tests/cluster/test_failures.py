@@ -24,6 +24,7 @@ async def test_a_stream_cut_in_the_middle_of_a_line(server: ApiServer, tmp_path:
     async with follow(server, tmp_path) as seen:
         for i in range(5):
             await wait_for(lambda: len(server.watches) == 3)
+            await seen.settled()
             assert server.cut() == 3
             await follows(server, seen, f"s{i}")
         assert seen.source.lists == 3, "nothing is listed again"
@@ -48,7 +49,7 @@ async def test_nothing_but_garbage_from_a_place_leads_to_a_new_list(
 ) -> None:
     async with follow(server, tmp_path) as seen:
         await wait_for(lambda: len(server.watches) == 3)
-        server.fail("services?", body="<html>a proxy's login page</html>\n", times=4)
+        server.fail("watch=1", body="<html>a proxy's login page</html>\n", times=4)
         server.order("cut", "services")
         await wait_for(lambda: seen.source.lists > 3)
         await follows(server, seen, "web")
@@ -60,8 +61,9 @@ async def test_a_stream_that_hangs(server: ApiServer, tmp_path: Path) -> None:
     async with follow(server, tmp_path, tuning=tuning) as seen:
         await wait_for(lambda: len(server.watches) == 3)
         server.hang("services")
+        await wait_for(lambda: any(watch.hung for watch in server.watches))
         server.store.create("services", service("web"))
-        await wait_for(lambda: seen.services())
+        await wait_for(seen.services)
         assert seen.said("the connection hangs") == 1
 
 
@@ -120,7 +122,7 @@ async def test_watches_that_are_refused(server: ApiServer, tmp_path: Path) -> No
             await wait_for(lambda: len(server.requests) > asked + 6)  # noqa: B023  it is waited for here
         server.store.create("services", service("web"))
         server.faults.remove(fault)
-        await wait_for(lambda: seen.services())
+        await wait_for(seen.services)
         await wait_for(lambda: seen.solved)
         assert (len(seen.problems), len(seen.solved), seen.source.lists) == (3, 1, 3)
 
@@ -158,6 +160,7 @@ async def test_twenty_restarts(server: ApiServer, tmp_path: Path) -> None:
         first = seen.state
         for i in range(20):
             await wait_for(lambda: len(server.watches) == 3)
+            await seen.settled()
             await server.stop()
             if i % 2:
                 await wait_for(lambda: seen.source.problems)
