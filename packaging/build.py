@@ -89,6 +89,13 @@ def make_tree(tree: Path) -> None:
     for file in ("install.sh", "uninstall.sh", "manifests-README"):
         shutil.copy(ROOT / "packaging" / file, tree)
     shutil.copy(ROOT / "LICENSE", tree)
+    run(sys.executable, "-m", "proxyd.cli.manual", tree / "man")
+    (tree / "completion").mkdir()
+    for shell, name in (("bash", "proxyd"), ("zsh", "_proxyd"), ("fish", "proxyd.fish")):
+        text = subprocess.run(
+            [sys.executable, "-m", "proxyd", "completion", shell], check=True, stdout=subprocess.PIPE, cwd=ROOT
+        ).stdout
+        (tree / "completion" / name).write_bytes(text)
     (tree / "VERSION").write_text(f"{version()}\n", encoding="ascii")
     (tree / "PYTHON").write_text(f"{PYTHON}\n", encoding="ascii")
     (tree / "ENTRY").write_text(project()["scripts"]["proxyd"] + "\n", encoding="ascii")

@@ -72,6 +72,12 @@ put "$here/systemd/sysusers.d/proxyd.conf" "$PREFIX/lib/sysusers.d"
 for document in "$here"/docs/*.md; do
     put "$document" "$PREFIX/share/doc/proxyd"
 done
+for page in "$here"/man/*.1; do
+    put "$page" "$PREFIX/share/man/man1"
+done
+put "$here/completion/proxyd" "$PREFIX/share/bash-completion/completions"
+put "$here/completion/_proxyd" "$PREFIX/share/zsh/site-functions"
+put "$here/completion/proxyd.fish" "$PREFIX/share/fish/vendor_completions.d"
 # What is yours afterwards is never overwritten.
 mkdir -p "$DESTDIR/etc/proxyd/manifests"
 [ -e "$DESTDIR/etc/default/proxyd" ] || put "$here/config/proxyd.default" /etc/default proxyd

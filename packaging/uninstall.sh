@@ -15,6 +15,10 @@ if [ -z "$DESTDIR" ]; then
 fi
 rm -rf "$DESTDIR$PREFIX/lib/proxyd" "$DESTDIR$PREFIX/share/doc/proxyd"
 rm -f "$DESTDIR$PREFIX/bin/proxyd" \
+    "$DESTDIR$PREFIX"/share/man/man1/proxyd.1 "$DESTDIR$PREFIX"/share/man/man1/proxyd-*.1 \
+    "$DESTDIR$PREFIX/share/bash-completion/completions/proxyd" \
+    "$DESTDIR$PREFIX/share/zsh/site-functions/_proxyd" \
+    "$DESTDIR$PREFIX/share/fish/vendor_completions.d/proxyd.fish" \
     "$DESTDIR$PREFIX/lib/systemd/system/proxyd.service" \
     "$DESTDIR$PREFIX/lib/sysctl.d/50-proxyd.conf" \
     "$DESTDIR$PREFIX/lib/modules-load.d/proxyd.conf" \
