@@ -43,6 +43,7 @@ class Failure:
     message: str
     attempts: int
     retry_at: float  # monotonic
+    exhausted: bool  # descriptors or memory ran out: of many it is said once
 
 
 @dataclass(slots=True)
@@ -121,8 +122,7 @@ class Reconciler:
             self._balancers[spec.key] = spec
         for key in todo.close:
             self._close(key)
-        for wish in todo.open:
-            self._open(wish)
+        self._open_all(todo.open)
         for wish in todo.change:
             self._change(wish)
         for balancer in todo.drop_balancers:
@@ -254,6 +254,13 @@ class Reconciler:
             _report("VIP route can't be removed", self._routes.remove(free))
             self._vips -= free
 
+    def _open_all(self, specs: Iterable[ListenerSpec]) -> None:
+        said = any(failure.exhausted for failure in self.failures.values())
+        for spec in specs:
+            self._open(spec)
+        if not said and (new := [failure for failure in self.failures.values() if failure.exhausted]):
+            log.warning("listeners failed", count=len(new), error=new[0].message)
+
     def _open(self, spec: ListenerSpec) -> None:
         failure = self.failures.get(spec.key)
         now = time.monotonic()
@@ -265,12 +272,16 @@ class Reconciler:
         except BindFailed as error:
             message = self._vip_errors.get(spec.key.ip) or str(error)
             if failure is None or failure.message != message:
-                log.warning(
-                    "listener failed", listener=str(spec.key), service=str(spec.service_port), error=message
-                )
+                if not error.exhausted:
+                    log.warning(
+                        "listener failed",
+                        listener=str(spec.key),
+                        service=str(spec.service_port),
+                        error=message,
+                    )
                 self._note(spec.service_port, f"Failed {spec.key}: {message}")
             pause = min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
-            self.failures[spec.key] = Failure(spec, message, attempts, now + pause)
+            self.failures[spec.key] = Failure(spec, message, attempts, now + pause, error.exhausted)
             return
         if self.failures.pop(spec.key, None):
             log.info("listener opened after failures", listener=str(spec.key), service=str(spec.service_port))

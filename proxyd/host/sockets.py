@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 
 from proxyd.api.service import Protocol
@@ -19,6 +20,10 @@ BACKLOG = 4096
 KEEPALIVE_IDLE = 60
 KEEPALIVE_INTERVAL = 15
 KEEPALIVE_COUNT = 4
+
+# Never given to listeners: without them nobody could ask what is wrong, no worker be started again, and a worker, which
+# holds the same listeners under the same limit, could relay nothing.
+SPARE_DESCRIPTORS = 128
 
 # linux/in.h and linux/in6.h; the socket module does not have them all
 _IP_TRANSPARENT = 19
@@ -62,6 +67,7 @@ def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
     opened: socket.socket | None = None
     try:
         opened = _socket(family, key.protocol)
+        _leave_spare(opened)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if spec.steered:
@@ -102,6 +108,13 @@ def _socket(family: int, protocol: Protocol) -> socket.socket:
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
     return opened
+
+
+def _leave_spare(opened: socket.socket) -> None:
+    """Raise what the kernel would, while there still are some descriptors. It gives out the lowest free number."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if opened.fileno() >= limit - SPARE_DESCRIPTORS:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def _make_transparent(opened: socket.socket, family: int, key: ListenerKey) -> None:

@@ -11,7 +11,6 @@ from apiserver import ApiServer
 @pytest_asyncio.fixture
 async def server() -> AsyncIterator[ApiServer]:
     async with ApiServer() as running:
-        running.store.create(
-            "nodes", {"metadata": {"name": "node", "labels": {"topology.kubernetes.io/zone": "za"}}}
-        )
+        labels = {"topology.kubernetes.io/zone": "za"}
+        running.store.create("nodes", {"metadata": {"name": "node", "labels": labels}})
         yield running

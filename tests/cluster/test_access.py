@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import ssl
-import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -161,18 +160,25 @@ cat "$0.answer"
 """
 
 
+def replace_script(path: Path, text: str) -> None:
+    """At once: it may be running."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.chmod(0o700)
+    new.replace(path)
+
+
 @pytest.fixture
 def plugin(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Writes a credential plugin that prints a status, and returns the user that has it."""
     path = tmp_path / "plugin"
 
     def write(*, version: str = "v1", command: str = "./plugin", **status: str) -> dict[str, Any]:
-        path.write_text(PLUGIN)
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        replace_script(path, PLUGIN)
         api = f"client.authentication.k8s.io/{version}"
         answer = {"kind": "ExecCredential", "apiVersion": api, "status": status}
-        (tmp_path / "plugin.new").write_text(json.dumps(answer))
-        (tmp_path / "plugin.new").replace(tmp_path / "plugin.answer")
+        (tmp_path / "answer.new").write_text(json.dumps(answer))
+        (tmp_path / "answer.new").replace(tmp_path / "plugin.answer")
         given = {
             "apiVersion": api,
             "command": command,
@@ -250,7 +256,7 @@ async def test_plugins_that_fail(
     server: ApiServer, tmp_path: Path, plugin: Callable[..., dict[str, Any]], script: str, text: str
 ) -> None:
     user = plugin(token="one")
-    (tmp_path / "plugin").write_text(script)
+    replace_script(tmp_path / "plugin", script)
     async with follow(server, tmp_path, user=user, sync=False) as seen:
         await wait_for(lambda: seen.problems)
         assert text in str(seen.problems[0])

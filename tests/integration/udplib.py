@@ -10,7 +10,10 @@ from typing import Self
 
 from workerlib import DEADLINE, WorkerDriver
 
+from proxyd.api.service import Protocol, TrafficPolicy
+from proxyd.host.sockets import open_listener
 from proxyd.relay.messages import BalancerConfig, CloseListener, ListenerConfig
+from proxyd.state.spec import BalancerKey, ListenerKey, ListenerSpec, Role, ServicePortName
 
 Answer = Callable[[bytes], Sequence[bytes]]
 
@@ -130,7 +133,13 @@ def listen(
     worker: WorkerDriver, number: int, *, host: str = "127.0.0.1", port: int = 0, ranges: Sequence[str] = ()
 ) -> UdpFront:
     """Open a listener for a balancer."""
-    with bound(host, port) as sock:
+    name = ServicePortName("prod", "dns", "", Protocol.UDP)
+    spec = ListenerSpec(
+        key=ListenerKey(host, port, Protocol.UDP),
+        balancer=BalancerKey(name, TrafficPolicy.CLUSTER, 6 if ":" in host else 4),
+        role=Role.CLUSTER_IP,
+    )
+    with open_listener(spec) as sock:
         address = sock.getsockname()[:2]
         listener = worker.id()
         text = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
