@@ -108,6 +108,7 @@ async def run(args: argparse.Namespace, session: aiohttp.ClientSession, url: str
 
     latencies = []
     for n in range(200):
+        await asyncio.sleep(0.02)  # longer than the pause between two reports
         i, ip = n * 37 % args.services, f"10.200.0.{n % 250 + 1}"
         name = ObjectName(f"ns-{i % 50}", f"bulk-{i}")
         seen.event.clear()

@@ -13,7 +13,7 @@ from proxyd.api.problems import Problem
 from proxyd.api.rules import Rules
 from proxyd.sources.documents import Document, read_documents
 from proxyd.sources.files import display, survey
-from proxyd.sources.manifests import read_regular
+from proxyd.sources.regular import read_regular
 
 _STEP = re.compile(r"\[([^\]]*)\]|([^.\[\]]+)")
 _RULES = Rules()

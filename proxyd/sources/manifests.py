@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -18,15 +17,13 @@ from proxyd.api.pod import Pod
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service
 from proxyd.sources.files import MAX_FILES, FileEntry, Stamp, Survey, display, reason, survey
+from proxyd.sources.halves import SecondHalf, second_half
 from proxyd.sources.parse import parse_file
+from proxyd.sources.regular import read_regular
 from proxyd.sources.watch import Change
 
-MAX_FILE_BYTES = 64 << 20
 # Of all files together; those that would pass it are not read.
 MAX_TOTAL_BYTES = 512 << 20
-# File systems stamp times in steps of a few milliseconds: a file read within this time of its last change may change
-# again under the same stamp, so it is read once more at the next scan.
-_SETTLED_NS = 50_000_000
 _NAMED_AT_MOST = 3
 
 Key: TypeAlias = tuple[str, ObjectName]  # kind and name
@@ -110,18 +107,13 @@ class ManifestSource:
             change = None
         seen = survey(self._paths) if change is None else change
         states = self._unseen(seen)
-        total = 0
-        for entry in seen.files:
-            state = self._states.get(entry.path)
-            total += entry.stamp.size
-            if total > MAX_TOTAL_BYTES:
-                total -= entry.stamp.size
-                limit = f"not read: the manifests together are over {MAX_TOTAL_BYTES >> 20} MiB"
-                state = _unread(entry.path, state, limit)
-            elif state is None or state.stamp != entry.stamp:
-                state = self._read(entry, state)
-            states[entry.path] = state
-        self._total = total
+        # What was read before is not read again: only the first time is there enough for two.
+        other = None if self._states else second_half(seen.files, self._rules)
+        try:
+            self._total = self._look(seen.files, states, other)
+        finally:
+            if other is not None:
+                other.close()
         if seen != self._seen or not _same_objects(states, self._states):
             self._seen = seen
             self._states = dict(sorted(states.items()))
@@ -131,6 +123,23 @@ class ManifestSource:
         else:
             self._states = dict(sorted(states.items()))
         return self._last
+
+    def _look(
+        self, files: Sequence[FileEntry], states: dict[str, _FileState], other: SecondHalf | None
+    ) -> int:
+        """Add the states of these files; returns the bytes of those that are read. `other`: who reads half of them."""
+        total = 0
+        for number, entry in enumerate(files):
+            state = self._states.get(entry.path)
+            total += entry.stamp.size
+            if total > MAX_TOTAL_BYTES:
+                total -= entry.stamp.size
+                limit = f"not read: the manifests together are over {MAX_TOTAL_BYTES >> 20} MiB"
+                state = _unread(entry.path, state, limit)
+            elif state is None or state.stamp != entry.stamp:
+                state = self._read(entry, state, other.of(number) if other else None)
+            states[entry.path] = state
+        return total
 
     def _named(self, paths: Iterable[str]) -> dict[str, _FileState | None] | None:
         """New states of these files, None for one that is gone; None where it takes a survey to tell."""
@@ -235,7 +244,9 @@ class ManifestSource:
                     states[path] = msgspec.structs.replace(state, stamp=None, complete=False)
         return states
 
-    def _read(self, entry: FileEntry, earlier: _FileState | None) -> _FileState:
+    def _read(
+        self, entry: FileEntry, earlier: _FileState | None, known: Mapping[str, Decoded] | None = None
+    ) -> _FileState:
         try:
             data, stamp = read_regular(entry.path)
         except FileNotFoundError:
@@ -252,7 +263,8 @@ class ManifestSource:
             return msgspec.structs.replace(
                 _unread(entry.path, None, why), stamp=stamp, kept=in_force, digest=digest
             )
-        known = earlier.known if earlier else {}
+        if earlier:
+            known = earlier.known
         return self._parse(entry.path, data, stamp, digest, in_force, known=known)
 
     def _parse(
@@ -263,7 +275,7 @@ class ManifestSource:
         digest: bytes,
         in_force: Mapping[Key, KubeObject],
         *,
-        known: Mapping[str, Decoded],
+        known: Mapping[str, Decoded] | None,
     ) -> _FileState:
         label = display(path)
         parsed = parse_file(label, data, self._rules, known)
@@ -334,42 +346,6 @@ class ManifestSource:
             files=len(seen.files),
             complete=all(state.complete for state in self._states.values()),
         )
-
-
-def read_regular(path: str) -> tuple[bytes, Stamp | None]:
-    """Content and stamp of a file; no stamp where it may still be changing. Never blocks on a FIFO or device.
-
-    Raises:
-        OSError: it cannot be opened or read.
-        ValueError: it is not a regular file, or too large.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise ValueError("is not a file")
-        data = _content(descriptor, before.st_size) if before.st_size <= MAX_FILE_BYTES else b""
-        after = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
-    if max(before.st_size, len(data)) > MAX_FILE_BYTES:
-        raise ValueError(f"not read: it is over {MAX_FILE_BYTES >> 20} MiB")
-    settled = abs(time.time_ns() - after.st_ctime_ns) > _SETTLED_NS and Stamp.of(before) == Stamp.of(after)
-    return data, Stamp.of(after) if settled else None
-
-
-def _content(descriptor: int, size: int) -> bytes:
-    """What can be read, but not much more than `MAX_FILE_BYTES`; `size` is what the file is said to have."""
-    parts: list[bytes] = []
-    room = MAX_FILE_BYTES + 1
-    while room > 0 and (part := os.read(descriptor, min(size + 1, room))):
-        parts.append(part)
-        room -= len(part)
-        if len(part) <= size:
-            # A regular file gives less than it was asked for at its end alone.
-            break
-        size = 1 << 16
-    return b"".join(parts)
 
 
 def _unread(path: str, earlier: _FileState | None, why: str, *, holds: bool = False) -> _FileState:

@@ -49,7 +49,7 @@ def parse_file(
     reading = _Reading(label)
     is_json = label.lower().endswith(".json")
     remembers = len(data) >= _LARGE and not is_json
-    before = known or {}
+    before = {} if known is None else known
     after: dict[str, Decoded] = {}
     for document in read_documents(data, is_json=is_json, known=before):
         if isinstance(document, Unreadable):

@@ -275,6 +275,21 @@ async def test_basic_authentication_and_impersonation(server: ApiServer, tmp_pat
     assert headers == {"Impersonate-User": "system:kube-proxy", "Impersonate-Group": "b"}
 
 
+async def test_proxies(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = server.url
+    server.store.create("services", service("web"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ApiServer, "url", "http://api.invalid:8080")  # nobody reaches it but the proxy
+        async with follow(server, tmp_path, cluster={"proxy-url": proxy}) as seen:
+            assert seen.services() == {"default/web"}
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        async with follow(server, tmp_path) as seen:
+            assert seen.services() == {"default/web"}
+        monkeypatch.setenv("NO_PROXY", ".invalid")
+        async with follow(server, tmp_path, sync=False) as seen:
+            await wait_for(lambda: seen.said("the name cannot be resolved"))
+
+
 async def test_in_a_pod(pki: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("pod-token")
     (tmp_path / "ca.crt").write_bytes((pki / "ca.crt").read_bytes())

@@ -15,7 +15,7 @@ import pytest
 from clients import Load, Outcome, answers, ask, connect, many, one, read_line, refused, wait_for
 from daemon import Proxyd
 from manifests import endpoints, endpoints_at, service, write
-from netlab import NODE_IP, Lab, Namespace, pod_ip
+from netlab import EXTERNAL_IP, NODE_IP, Lab, Namespace, pod_ip
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"
@@ -284,3 +284,20 @@ def test_more_listeners_than_descriptors_leave_the_daemon_able_to_act(
             lambda found: len(found) == 100 and all(each.state == "Serving" for each in found), "the rest"
         )
         assert ask(lab.client, VIP, 1199) == "pod-1"
+
+
+def test_what_a_stranger_flushed_is_put_back(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP, externalIPs=[EXTERNAL_IP]), endpoints("web", 1))
+    write(manifests / "none.yaml", service("none", externalIPs=[EXTERNAL_IP], port=81))
+    daemon = proxyd(flags=("--sync-period", "1s"))
+    daemon.wait_listener(EXTERNAL_IP, 80)
+    daemon.wait_listener(EXTERNAL_IP, 81, "NoEndpoints")
+    wait_for(lambda: refused(lab.outside, EXTERNAL_IP, 81), "a refusal")
+    tables = lab.node.run("nft", "list", "tables")
+    lab.node.run("ip", "route", "flush", "table", "local", "proto", "112")
+    lab.node.run("ip", "route", "flush", "table", "7112")
+    lab.node.run("nft", "flush", "ruleset")
+    wait_for(lambda: answers(lab.client, VIP, 80, timeout=0.5), "the VIP")
+    wait_for(lambda: ask(lab.outside, EXTERNAL_IP, 80) == "pod-1", "the externalIP")
+    wait_for(lambda: refused(lab.outside, EXTERNAL_IP, 81, within=0.5), "a refusal again")
+    assert sorted(lab.node.run("nft", "list", "tables").split()) == sorted(tables.split())

@@ -73,11 +73,6 @@ def echo(data: bytes) -> Sequence[bytes]:
     return [data]
 
 
-def silent(_data: bytes) -> Sequence[bytes]:
-    """Answers nothing."""
-    return []
-
-
 class UdpFront:
     """A UDP listener of the worker, as a client sees it. The test holds no duplicate of its socket."""
 

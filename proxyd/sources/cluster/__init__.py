@@ -31,7 +31,7 @@ from proxyd.sources.cluster.kubeconfig import Access, KubeconfigError, load_acce
 from proxyd.sources.cluster.objects import Node
 from proxyd.sources.cluster.source import ClusterSource, ClusterState
 from proxyd.sources.cluster.stats import DURATION_BOUNDS, RequestStats
-from proxyd.sources.cluster.watching import Tuning
+from proxyd.sources.cluster.steps import Tuning
 
 __all__ = [
     "DURATION_BOUNDS",

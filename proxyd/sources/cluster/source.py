@@ -20,20 +20,11 @@ from proxyd.sources.cluster.known import Known, Table
 from proxyd.sources.cluster.kubeconfig import Access
 from proxyd.sources.cluster.objects import Codec, Node, Refused
 from proxyd.sources.cluster.stats import RequestStats
+from proxyd.sources.cluster.steps import Batch, Event, Listing, Marker, Page, Resource, Tuning, Unavailable
 from proxyd.sources.cluster.throttle import Throttle
 from proxyd.sources.cluster.transport import FORBIDDEN, NOT_FOUND, ApiClient
 from proxyd.sources.cluster.troubles import Troubles
-from proxyd.sources.cluster.watching import (
-    Batch,
-    Event,
-    Listing,
-    Marker,
-    Page,
-    Resource,
-    Tuning,
-    Unavailable,
-    Watcher,
-)
+from proxyd.sources.cluster.watching import Watcher
 
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
@@ -258,6 +249,8 @@ class _Follower:
                     if self._optional and step.code in _NO_NODE:
                         yield True
                 case Listing():
+                    if step.resource.kind != self._codec.kind.__name__:  # another version of the API
+                        self._troubles.only(self._codec.kind.__name__, set())
                     self._codec = Codec(_KINDS[step.resource.kind], beta=step.resource.beta)
                     self._listed, self._refused = [], []
                 case Page():

@@ -18,16 +18,25 @@ What a failure leads to:
 from __future__ import annotations
 
 import asyncio
-import enum
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import TypeAlias
 
 import msgspec
 
 from proxyd.api.findings import clip
 from proxyd.sources.cluster.backoff import Backoff
+from proxyd.sources.cluster.steps import (
+    Batch,
+    Event,
+    Listing,
+    Marker,
+    Page,
+    Resource,
+    Step,
+    Tuning,
+    Unavailable,
+)
 from proxyd.sources.cluster.transport import GONE, NOT_FOUND, UNAUTHORIZED, ApiClient, ApiError, status_error
 from proxyd.sources.cluster.troubles import Troubles
 
@@ -36,69 +45,6 @@ _PAGE_BYTES = 4 << 20  # what the size of the next page aims at
 _FEWEST, _MOST = 50, 5000  # objects in a page
 _TRIES = 3  # of a 404 of what was served before, of garbage from one place
 _SHOWN = 80
-
-
-class Tuning(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds."""
-
-    watch_seconds: tuple[int, int] = (
-        300,
-        600,
-    )  # how long the server should keep a watch open, at random between
-    slack_seconds: float = 10.0  # a watch that is silent for longer than it should last has hung
-    steady_seconds: float = 5.0  # a watch that stayed open so long is taken for a good one
-    first_pause: float = 0.25
-    longest_pause: float = 30.0
-    page: int = 500  # objects in the first page of a list
-
-
-class Resource(msgspec.Struct, frozen=True, kw_only=True):
-    """What is listed and watched, in one version."""
-
-    path: str
-    kind: str
-    beta: bool = False
-    selectors: tuple[tuple[str, str], ...] = ()  # labelSelector, fieldSelector
-
-
-class Unavailable(msgspec.Struct, frozen=True):
-    """It could not be listed; 0: no answer."""
-
-    code: int
-
-
-class Listing(msgspec.Struct, frozen=True):
-    """A list begins: what came of an earlier one that did not get to LISTED is void."""
-
-    resource: Resource
-
-
-class Page(msgspec.Struct, frozen=True):
-    """Some objects of a list."""
-
-    items: Sequence[msgspec.Raw]
-
-
-class Marker(enum.Enum):
-    """LISTED: every page has been seen; what was in none of them does not exist."""
-
-    LISTED = enum.auto()
-
-
-class Event(msgspec.Struct, frozen=True):
-    """One change: ADDED, MODIFIED or DELETED."""
-
-    type: str
-    object: msgspec.Raw
-
-
-class Batch(msgspec.Struct, frozen=True):
-    """Changes that came in together, in order."""
-
-    events: Sequence[Event]
-
-
-Step: TypeAlias = Unavailable | Listing | Page | Marker | Batch
 
 
 class _ListMeta(msgspec.Struct, rename="camel", kw_only=True):
