@@ -8,7 +8,8 @@ import select
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -25,12 +26,14 @@ from proxyd.sources.regular import read_regular
 WORTHWHILE = 512 << 10
 # From here on memory counts for more: it takes as much once more.
 _TOO_MUCH = 64 << 20
+# The share that the caller reads. Starting a process and handing over what it found take time too.
+_MINE = 0.5
 # The other half is as large as one's own: one that takes this much longer is not coming.
 _PATIENCE = 1.0  # seconds
 _LIFETIME = 60  # seconds that the second process may run, whatever becomes of the first
 
 _KINDS = (Service, Endpoints, EndpointSlice, Pod)
-_DECODERS = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
+_DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 
 
@@ -135,12 +138,12 @@ def second_half(entries: Sequence[FileEntry], rules: Rules) -> SecondHalf | None
     total = sum(entry.stamp.size for entry in entries)
     if not WORTHWHILE <= total <= _TOO_MUCH or len(os.sched_getaffinity(0)) < 2:
         return None
-    middle, start = total // 2, 0
+    middle, start = int(total * _MINE), 0
     while start < len(entries) - 1 and middle >= entries[start].stamp.size:
         middle -= entries[start].stamp.size
         start += 1
     try:
-        if len(os.listdir("/proc/self/task")) > 1:
+        if sum(1 for _ in Path("/proc/self/task").iterdir()) > 1:
             return None  # a copy of a process with threads may wait for a lock that nobody holds
         descriptor = os.memfd_create("proxyd-manifests")
     except OSError:
@@ -205,9 +208,8 @@ def _clean(data: bytes, rules: Rules, first: int) -> Iterator[tuple[str, KubeObj
         if isinstance(document, Unreadable) or document.value is None:
             continue
         decoded = decode(document.value, rules)
-        if decoded.complete and len(decoded.objects) == 1 and not (decoded.problems or decoded.rejected):
-            if decoded.object_places == ((),):
-                yield document.text, decoded.objects[0]
+        if decoded == Decoded(objects=decoded.objects, object_places=((),)):
+            yield document.text, decoded.objects[0]
 
 
 def _collected(descriptor: int) -> dict[str, Decoded]:
