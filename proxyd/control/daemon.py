@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -116,6 +117,8 @@ class Daemon:
         self._admin: AdminServer | None = None
         self._starting: asyncio.Task[None] | None = None
         self._answering = False
+        self._reload_asked = False
+        self._reloading: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Start, serve until told to stop, take everything back."""
@@ -353,7 +356,9 @@ class Daemon:
 
     def _trouble(self, worker: int, counts: dict[str, int]) -> None:
         for text, count in counts.items():
-            self._said.warning(text, text, count=count, worker=worker)
+            # One line for each Service and reason, however many endpoints it has.
+            kind = re.sub(r"^endpoint \S+ of ", "", text)
+            self._said.warning(kind, text, count=count, worker=worker)
             self.observation.metrics.trouble(text, count)
 
     def _hung_up(self) -> None:
@@ -364,7 +369,15 @@ class Daemon:
             self._stop_after(0.0)
 
     def _reload(self) -> None:
-        spawn(self.reload(), name="reload")
+        # Signals that come while it is read again ask for one more reading, not for one each.
+        self._reload_asked = True
+        if self._reloading is None or self._reloading.done():
+            self._reloading = spawn(self._reload_as_asked(), name="reload")
+
+    async def _reload_as_asked(self) -> None:
+        while self._reload_asked:
+            self._reload_asked = False
+            await self.reload()
 
     async def reload(self) -> None:
         """Read the configuration and the manifests again."""

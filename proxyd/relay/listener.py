@@ -10,7 +10,7 @@ from ipaddress import ip_network
 
 from proxyd.relay.balancer import Balancer
 from proxyd.relay.messages import ListenerConfig
-from proxyd.relay.plane import Plane
+from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import IN
 from proxyd.relay.relay import SHORTAGES, Relay, close_with_reset
 from proxyd.relay.slots import REFUSED
@@ -119,6 +119,14 @@ class TcpListener:
                 # Level-triggered: it would be reported again and again.
                 plane.poller.modify(self._socket.fileno(), 0)
                 plane.rest(self)
+                return
+            if self.open_relays >= plane.share():
+                # Such as a Service that has itself as endpoint: each connection makes another.
+                plane.reporter.trouble(
+                    f"listener {self.address} has nine tenths of what descriptors allow: accepting paused for it"
+                )
+                plane.poller.modify(self._socket.fileno(), 0)
+                plane.loop.call_later(PAUSE_SECONDS, self.resume)
                 return
             try:
                 fd, address = self._accept()

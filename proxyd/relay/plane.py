@@ -167,6 +167,10 @@ class Plane:
         )
         return False
 
+    def share(self) -> int:
+        """How many relays one listener may have: a tenth is left to the others, whatever becomes of its service."""
+        return self.max_relays - self.max_relays // 10
+
     def pause(self, why: str) -> None:
         """Let accepting rest for a moment. Clients wait in the backlog meanwhile."""
         self.reporter.trouble(why)

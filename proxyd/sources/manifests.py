@@ -137,7 +137,7 @@ class ManifestSource:
                 limit = f"not read: the manifests together are over {MAX_TOTAL_BYTES >> 20} MiB"
                 state = _unread(entry.path, state, limit)
             elif state is None or state.stamp != entry.stamp:
-                state = self._read(entry, state, other.of(number) if other else None)
+                state = self._read(entry, state, None if other is None else other.of(number))
             states[entry.path] = state
         return total
 

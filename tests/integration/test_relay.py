@@ -624,6 +624,19 @@ def test_out_of_descriptors_accepting_pauses_and_recovers():
         assert worker.total(balancer, s.FAILED) == 0
 
 
+def test_a_service_that_is_its_own_endpoint_leaves_room_for_the_others():
+    with running(files=256) as worker:
+        own = listen()
+        balancer = worker.balancer([own.getsockname()[1]])
+        loop = worker.id()
+        worker.apply(listeners=[ListenerConfig(loop, balancer, "TCP", "loop")], descriptors=[own.fileno()])
+        other = worker.forward(worker.serve(names(b"a")).port)
+        with own, socket.create_connection(own.getsockname()):
+            worker.wait(lambda: any("accepting paused for it" in text for text in worker.trouble))
+            for _ in range(20):
+                assert other.ask() == b"a"
+
+
 async def test_a_number_is_not_used_again_within_a_batch():
     """The first handler closes the second one's socket and opens another; the second's event must not reach it."""
     loop = asyncio.get_running_loop()
