@@ -15,6 +15,7 @@ import uvloop
 
 from proxyd.control.accesslog import AccessLog
 from proxyd.control.adminsocket import listen
+from proxyd.control.collection import uncollected
 from proxyd.control.configfile import Configuration
 from proxyd.control.feed import Feed
 from proxyd.control.health import BusyError
@@ -294,7 +295,8 @@ class Daemon:
     def _reconcile_or_say_why(self) -> None:
         try:
             self._reconciled = False
-            self._reconcile()
+            with uncollected() if self.turns == 1 else contextlib.nullcontext():
+                self._reconcile()
         except Exception as error:  # noqa: BLE001 - what is served goes on; what was done so far is known to the next plan
             self._said.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
             self.observation.reconcile_failed()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 from proxyd.api.decode import Rules
 from proxyd.api.problems import Problem, Severity
+from proxyd.control.collection import uncollected
 from proxyd.control.logs import get_logger
 from proxyd.control.settings import Settings
 from proxyd.sources.manifests import ManifestSet, ManifestSource
@@ -62,15 +62,8 @@ class Feed:
 
     def first(self) -> tuple[Problem, ...]:
         """Read everything once and hand it on. Returns the problems."""
-        # What is read first stays: looking through it for garbage again and again as it grows is half of the time.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with uncollected():
             self._take(*self._read(None))
-            gc.freeze()
-        finally:
-            if collecting:
-                gc.enable()
         return self.problems
 
     async def rescan(self, change: Change | None = None) -> None:

@@ -85,12 +85,13 @@ def test_the_other_process_has_the_second_half_and_is_gone_after_it(tmp_path: Pa
         assert len(os.sched_getaffinity(0)) < 2
         return
     try:
-        assert 2_000 < len(other) < 8_000
+        with mock.patch.object(halves, "_PATIENCE", 20.0):
+            assert 2_000 < len(other) < 8_000
         assert all(len(decoded.objects) == 1 and not decoded.problems for decoded in other.values())
     finally:
         other.close()
     assert all(
-        "proxyd-manifests" not in os.readlink(link)
+        "proxyd-manifests" not in str(link.readlink())
         for link in Path("/proc/self/fd").iterdir()
         if link.is_symlink()
     )
