@@ -93,7 +93,10 @@ def make_tree(tree: Path) -> None:
     (tree / "completion").mkdir()
     for shell, name in (("bash", "proxyd"), ("zsh", "_proxyd"), ("fish", "proxyd.fish")):
         text = subprocess.run(
-            [sys.executable, "-m", "proxyd", "completion", shell], check=True, stdout=subprocess.PIPE, cwd=ROOT
+            [sys.executable, "-m", "proxyd", "completion", shell],
+            check=True,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
         ).stdout
         (tree / "completion" / name).write_bytes(text)
     (tree / "VERSION").write_text(f"{version()}\n", encoding="ascii")
