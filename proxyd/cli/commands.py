@@ -51,7 +51,34 @@ def _add_settings(parser: argparse.ArgumentParser, *, only: Sequence[str] = ()) 
 
 
 def _add_run(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> None:
+    from proxyd.control.kubeflags import ALIASES  # noqa: PLC0415 - as above
+
+    # For the help alone: `pflags` reads them.
     _add_settings(parser)
+    more = parser.add_argument_group("as kube-proxy has them")
+    for alias in ALIASES:
+        if len(alias.name) > 1:
+            text = f"--{alias.field.replace('_', '-')} by another name (default: the same)"
+            more.add_argument(f"--{alias.name}", metavar=alias.metavar, help=text)
+    more.add_argument(
+        "--cleanup",
+        action="store_true",
+        help="remove what a killed proxyd left and the chains of kube-proxy's userspace mode, and end (default: serve)",
+    )
+    more.add_argument(
+        "--init-only",
+        action="store_true",
+        help="do what needs most rights, which is removing kube-proxy's chains, and end (default: serve)",
+    )
+    more.add_argument(
+        "--write-config-to",
+        metavar="FILE",
+        help="write what is in force as a configuration file, and end (default: serve)",
+    )
+    parser.epilog = (
+        "kube-proxy's other flags are accepted; those that would change something are warned of. "
+        "-v N, -vN and --v=N are klog's levels: 4 and more are debug."
+    )
 
 
 def _add_demo(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> None:
@@ -207,7 +234,9 @@ def _add_check(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> 
 
 
 COMMANDS = {
-    "run": Command(_run("run", "run"), "serve the Services of manifests in the foreground", _add_run),
+    "run": Command(
+        _run("run", "run"), "serve the Services of manifests or of a cluster in the foreground", _add_run
+    ),
     "demo": Command(
         _run("demo", "demo"), "serve a small demo with its own backends, without root", _add_demo
     ),

@@ -1,4 +1,4 @@
-"""The program `proxyd`: Ctrl-C ends it without a traceback, also while it is being imported."""
+"""The programs `proxyd` and `kube-proxy`: Ctrl-C ends it without a traceback, also while it is being imported."""
 
 from __future__ import annotations
 

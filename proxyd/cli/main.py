@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
 from typing import NoReturn
 
 from proxyd import __version__
@@ -16,14 +17,16 @@ from proxyd.cli.env import FAILED, OK, USAGE, CommandError, Env
 
 _CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+KUBE_PROXY = "kube-proxy"  # the program that this can stand in for, by its name
 
 
-def main(argv: Sequence[str] | None = None, env: Env | None = None) -> int:
+def main(argv: Sequence[str] | None = None, env: Env | None = None, program: str = "") -> int:
     """Run a command.
 
     Args:
         argv: arguments without the program's name; those of this process by default.
         env: what it may touch; this process's streams and environment by default.
+        program: the name that it was called by; this process's by default. `kube-proxy` has no commands: it runs.
 
     Returns:
         The exit code: 0 ok, 1 failed, 2 usage, 3 invalid configuration, 4 daemon unreachable.
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None, env: Env | None = None) -> int:
     own = env is None
     env = env or Env.here()
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv), env)
+        program = program or ("proxyd" if argv is not None else PurePath(sys.argv[0]).name)
+        code = _run(list(sys.argv[1:] if argv is None else argv), env, program)
         env.stdout.flush()
     except CommandError as error:
         for line in error.lines:
@@ -60,7 +64,13 @@ def _forget_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(argv: list[str], env: Env) -> int:
+def _run(argv: list[str], env: Env, program: str) -> int:
+    # Flags without a command are those of `run`.
+    flags_alone = argv[:1] and argv[0].startswith("-") and argv[0] not in {"-h", "--help", "--version"}
+    if program == KUBE_PROXY or flags_alone:
+        return _run_daemon(argv, env, program)
+    if argv[:1] == ["run"]:
+        return _run_daemon(argv[1:], env, program)
     named = next((argument for argument in argv if not argument.startswith("-")), "")
     if named and named not in COMMANDS:
         raise CommandError(
@@ -78,6 +88,22 @@ def _run(argv: list[str], env: Env) -> int:
         return USAGE
     command: Callable[[argparse.Namespace, Env], int] = args.run
     return command(args, env)
+
+
+def _run_daemon(argv: list[str], env: Env, program: str) -> int:
+    from proxyd.cli.pflags import parse  # noqa: PLC0415 - other commands need not wait for it
+
+    called = KUBE_PROXY if program == KUBE_PROXY else "proxyd run"
+    given = parse(argv, called)
+    if given.ordered("help"):
+        parser = build_parser(env, only="run", program=program)
+        with contextlib.suppress(_Exit):
+            parser.parse_args(["run", "--help"])
+        return OK
+    if given.ordered("version"):
+        env.stdout.write(f"proxyd {__version__}\n")
+        return OK
+    return COMMANDS["run"].run(argparse.Namespace(given=given, program=program), env)
 
 
 class _Exit(Exception):  # noqa: N818 - not an error: help or a version was printed
@@ -104,12 +130,13 @@ class _Parser(argparse.ArgumentParser):
         self.env.stdout.write(message)
 
 
-def build_parser(env: Env, only: str = "") -> argparse.ArgumentParser:
+def build_parser(env: Env, only: str = "", program: str = "proxyd") -> argparse.ArgumentParser:
     """The parser of all commands and flags.
 
     Args:
         env: where help goes, and what some defaults depend on.
         only: the one command that needs its flags: the others are known by name alone, which is quicker.
+        program: the name that it was called by.
     """
 
     class Parser(_Parser):
@@ -128,6 +155,7 @@ def build_parser(env: Env, only: str = "") -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
+            prog=KUBE_PROXY if program == KUBE_PROXY and name == "run" else None,
             help=command.text,
             description=f"{command.text[0].upper()}{command.text[1:]}.",
             allow_abbrev=False,

@@ -13,7 +13,8 @@ from proxyd.api.problems import Problem, Severity
 from proxyd.control import configschema as schema
 from proxyd.control.configschema import API_GROUP, API_VERSION, KIND, KUBE_PROXY, OWN, OWN_FIELDS
 from proxyd.control.durations import parse_duration
-from proxyd.control.flags import FEATURE_GATES, FLAGS
+from proxyd.control.featuregates import gate_warnings
+from proxyd.control.flags import FLAGS
 from proxyd.control.settings import Settings, SettingsError, Surroundings, build
 from proxyd.sources.documents import Document, Unreadable, read_documents
 
@@ -29,6 +30,13 @@ AT_RUN_TIME = frozenset(
         "drain_timeout",
         "metrics_endpoints",
         "sync_period",
+        "min_sync_period",
+        "config_sync_period",
+        "iptables_localhost_nodeports",
+        "cluster_cidr",
+        "detect_local_mode",
+        "vmodule",
+        "log_file",
     }
 )
 
@@ -51,6 +59,10 @@ class Configuration:
         flags: texts by settings field, None where a flag was not given.
         surroundings: what defaults depend on.
         winning: flags that win over the file; None: all of them. kube-proxy knows but a few.
+
+    Attributes:
+        path: of the file, "" where there is none.
+        told: the lines of warnings that were said already.
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class Configuration:
         winning: Collection[str] | None = None,
     ) -> None:
         self.path = flags.get("config") or ""
+        self.told: tuple[str, ...] = ()
         self._flags = flags
         self._surroundings = surroundings
         self._winning = winning
@@ -73,6 +86,10 @@ class Configuration:
         """
         file = read(self.path) if self.path else ConfigFile()
         return build(merge(file.values, self._flags, self._winning), self._surroundings), file.warnings
+
+    def admin_socket(self) -> str:
+        """Where the daemon would listen: of settings that may be wrong otherwise."""
+        return build({**self._flags, "config": None, "manifests": ["."]}, self._surroundings).admin_socket
 
 
 def merge(
@@ -107,6 +124,12 @@ def read(path: str) -> ConfigFile:
 def parse(path: str, data: bytes) -> ConfigFile:
     """As `read`, of what a file holds."""
     documents = list(read_documents(data, is_json=path.endswith(".json")))
+    repeated: list[Unreadable] = []
+    if any(isinstance(document, Unreadable) for document in documents):
+        # As kube-proxy: strictly at first, then leniently, where the last of two equal fields counts. JSON is YAML too.
+        lenient = list(read_documents(data, repeated=repeated))
+        if repeated and not any(isinstance(document, Unreadable) for document in lenient):
+            documents = lenient
     for document in documents:
         if isinstance(document, Unreadable):
             problem = Problem(file=path, line=document.line, column=document.column, message=document.message)
@@ -128,6 +151,16 @@ def parse(path: str, data: bytes) -> ConfigFile:
     errors = [str(problem) for problem in sorted(problems) if problem.severity is Severity.ERROR]
     if errors:
         raise ConfigError(errors)
+    problems += [
+        Problem(
+            file=path,
+            line=again.line,
+            column=again.column,
+            severity=Severity.WARNING,
+            message=f"{again.message}: the last one counts",
+        )
+        for again in repeated
+    ]
     return ConfigFile(values=reading.values, warnings=tuple(sorted(problems)))
 
 
@@ -197,15 +230,14 @@ class _Reading:
                     self.values[field.setting] = text
             elif field.told:
                 self._warn(path, f"no effect: {field.told}")
+            if field.tells is not None and (told := field.tells(given)):
+                self._warn(path, told)
         except ValueError as error:
             self._error(path, str(error))
             return
-        if path == ("mode",) and given != "userspace":
-            self._warn(path, f"proxyd always serves in user space, not by {given}")
         if path == ("featureGates",):
-            for gate in value:
-                if gate not in FEATURE_GATES:
-                    self._warn((*path, gate), "unknown feature gate: ignored")
+            for gate, told in gate_warnings(value):
+                self._warn((*path, gate), told)
 
     def _ordered(
         self, given: Mapping[tuple[str, ...], Any], shorter: tuple[str, ...], longer: tuple[str, ...]
@@ -268,15 +300,16 @@ def shown_field(field: str) -> str:
 
 def effective(settings: Settings) -> dict[str, Any]:
     """The settings as a file would say them; reading it gives the same settings."""
-    root: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND, "mode": "userspace"}
+    root: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND}
     own: dict[str, Any] = {}
     for path, field in KUBE_PROXY.items():
-        if not field.setting or field.setting in {"log_format", "verbosity"}:
+        if not field.setting or field.setting in {"log_format", "verbosity", "vmodule"}:
             continue
         above = root
         for name in path[:-1]:
             above = above.setdefault(name, {})
         above[path[-1]] = _value(field.setting, settings)
+    root["clusterCIDR"] = ",".join(settings.cluster_cidr)
     for name, flag in OWN_FIELDS.items():
         own[name] = _value(flag.field, settings)
     for name, port, address in (
@@ -293,8 +326,24 @@ def effective(settings: Settings) -> dict[str, Any]:
     return {**root, OWN: own}
 
 
+def write(settings: Settings, path: str) -> None:
+    """Write the settings as a file, for --write-config-to.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import yaml  # noqa: PLC0415 - only for this
+
+    text = yaml.dump(effective(settings), Dumper=yaml.CSafeDumper, sort_keys=False)
+    FilePath(path).write_text(text, encoding="utf-8")
+
+
 def _value(field: str, settings: Settings) -> object:
     value = getattr(settings, field)
+    if field == "vmodule":
+        return ",".join(f"{pattern}={level}" for pattern, level in value)
+    if field in {"kube_api_qps", "kube_api_burst"}:
+        return value
     if field == "service_node_port_range":
         return f"{value[0]}-{value[1]}"
     if isinstance(value, float):

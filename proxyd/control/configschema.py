@@ -9,13 +9,15 @@ from typing import Any, Literal, NamedTuple
 
 from proxyd.control.durations import parse_duration
 from proxyd.control.flags import FEATURE_GATES, FLAGS, Flag
+from proxyd.control.flagvalues import cluster_cidrs, proxy_mode
+from proxyd.control.kubeflags import local_mode_warning, mode_warning, verbosity
 
 API_GROUP = "kubeproxy.config.k8s.io"
 API_VERSION = f"{API_GROUP}/v1alpha1"
 KIND = "KubeProxyConfiguration"
 OWN = "proxyd"
 
-Type = Literal["string", "boolean", "number", "duration", "strings", "map", "any"]
+Type = Literal["string", "boolean", "number", "duration", "strings", "map", "levels", "any"]
 Path = tuple[str, ...]
 
 
@@ -23,26 +25,17 @@ class Field(NamedTuple):
     """One field of the file.
 
     `setting` is the settings field that gets its text, "" where proxyd has no use for it. `check` raises ValueError.
-    `told` is said where such a field has a value. Of fields that are not proxyd's own "", 0s, [] and {} mean the default:
-    kubeadm writes many of them.
+    `told` is said where a field without setting has a value; `tells` makes a warning of a value, or "". Of fields that are
+    not proxyd's own "", false, 0s, [] and {} mean the default: kubeadm writes many of them. With `false_counts` only null
+    does.
     """
 
     type: Type
     setting: str = ""
     check: Callable[[Any], object] | None = None
     told: str = ""
-
-
-def _score(value: int) -> None:
-    if not -1000 <= value <= 1000:
-        raise ValueError(f"expected a number from -1000 to 1000, got {value}")
-
-
-def _mode(value: str) -> None:
-    if value == "kernelspace":
-        raise ValueError("kernelspace is a mode of Windows; use userspace")
-    if value not in {"userspace", "iptables", "ipvs", "nftables"}:
-        raise ValueError(f'expected userspace, iptables, ipvs or nftables, got "{value}"')
+    tells: Callable[[Any], str] | None = None
+    false_counts: bool = False
 
 
 def _address_with_port(value: str) -> None:
@@ -55,23 +48,29 @@ def _address_with_port(value: str) -> None:
         raise ValueError(f'expected IP:port with a port from 1 to 65535, got "{value}"')
 
 
-def _cluster_cidrs(value: str) -> None:
-    try:
-        versions = [ipaddress.ip_network(text.strip(), strict=False).version for text in value.split(",")]
-    except ValueError:
-        versions = []
-    if len(versions) not in {1, 2} or len(set(versions)) != len(versions):
-        raise ValueError(f'expected one CIDR, or an IPv4 and an IPv6 one, got "{value}"')
-
-
 def _bit(value: int) -> None:
     if not 0 <= value <= 31:
         raise ValueError(f"expected a number from 0 to 31, got {value}")
 
 
-_NO_MODE = "its mode is not proxyd's"
-_NO_CLUSTER = "Services are read from manifests"
-_NO_USE = "proxyd has no use for it"
+_NO_IPVS = "proxyd is no IPVS"
+_NO_CONNTRACK = "proxyd leaves the kernel's connection tracking as it is"
+_NO_INTERFACE = "Pods are told by clusterCIDR, or detectLocalMode NodeCIDR, alone"
+
+
+def _other_scheduler(value: str) -> str:
+    return f"no effect: {_NO_IPVS}; endpoints take turns" if value != "rr" else ""
+
+
+def _other_than(*defaults: float) -> Callable[[Any], str]:
+    """Tells of a connection tracking value that kube-proxy would put in force; 0 leaves the kernel's."""
+
+    def tells(value: Any) -> str:
+        number = parse_duration(value) if isinstance(value, str) else value
+        return f"no effect: {_NO_CONNTRACK}" if number not in (0, *defaults) else ""
+
+    return tells
+
 
 # kubernetes staging/src/k8s.io/kube-proxy/config/v1alpha1/types.go
 KUBE_PROXY: dict[Path, Field] = {
@@ -79,46 +78,46 @@ KUBE_PROXY: dict[Path, Field] = {
     ("healthzBindAddress",): Field("string", "healthz_bind_address", _address_with_port),
     ("metricsBindAddress",): Field("string", "metrics_bind_address", _address_with_port),
     ("bindAddressHardFail",): Field("boolean", "bind_address_hard_fail"),
-    ("enableProfiling",): Field("boolean", told="there is no profiling server"),
-    ("clusterCIDR",): Field("string", check=_cluster_cidrs),
+    ("enableProfiling",): Field("boolean", "profiling"),
+    ("clusterCIDR",): Field("string", "cluster_cidr", cluster_cidrs),
     ("hostnameOverride",): Field("string", "hostname_override"),
-    ("mode",): Field("string", check=_mode),
-    ("detectLocalMode",): Field("string"),
-    ("detectLocal", "bridgeInterface"): Field("string", told=_NO_USE),
-    ("detectLocal", "interfaceNamePrefix"): Field("string", told=_NO_USE),
+    ("mode",): Field("string", "proxy_mode", proxy_mode, tells=mode_warning),
+    ("detectLocalMode",): Field("string", "detect_local_mode", tells=local_mode_warning),
+    ("detectLocal", "bridgeInterface"): Field("string", told=_NO_INTERFACE),
+    ("detectLocal", "interfaceNamePrefix"): Field("string", told=_NO_INTERFACE),
     ("portRange",): Field("string", told="there are no intermediate ports"),
     ("showHiddenMetricsForVersion",): Field("string"),
-    ("clientConnection", "kubeconfig"): Field("string", told=_NO_CLUSTER),
+    ("clientConnection", "kubeconfig"): Field("string", "kubeconfig"),
     ("clientConnection", "acceptContentTypes"): Field("string"),
     ("clientConnection", "contentType"): Field("string"),
-    ("clientConnection", "qps"): Field("number"),
-    ("clientConnection", "burst"): Field("number"),
+    ("clientConnection", "qps"): Field("number", "kube_api_qps"),
+    ("clientConnection", "burst"): Field("number", "kube_api_burst"),
     ("iptables", "masqueradeBit"): Field("number", check=_bit),
-    ("iptables", "masqueradeAll"): Field("boolean", told=_NO_USE),
-    ("iptables", "localhostNodePorts"): Field("boolean"),
+    ("iptables", "masqueradeAll"): Field("boolean"),
+    ("iptables", "localhostNodePorts"): Field("boolean", "iptables_localhost_nodeports", false_counts=True),
     ("iptables", "syncPeriod"): Field("duration", "sync_period"),
-    ("iptables", "minSyncPeriod"): Field("duration"),
+    ("iptables", "minSyncPeriod"): Field("duration", "min_sync_period"),
     ("ipvs", "syncPeriod"): Field("duration"),
     ("ipvs", "minSyncPeriod"): Field("duration"),
-    ("ipvs", "scheduler"): Field("string", told=_NO_MODE),
-    ("ipvs", "excludeCIDRs"): Field("strings", told=_NO_MODE),
-    ("ipvs", "strictARP"): Field("boolean", told=_NO_MODE),
-    ("ipvs", "tcpTimeout"): Field("duration", told=_NO_MODE),
-    ("ipvs", "tcpFinTimeout"): Field("duration", told=_NO_MODE),
-    ("ipvs", "udpTimeout"): Field("duration", told=_NO_MODE),
+    ("ipvs", "scheduler"): Field("string", tells=_other_scheduler),
+    ("ipvs", "excludeCIDRs"): Field("strings", told=_NO_IPVS),
+    ("ipvs", "strictARP"): Field("boolean", told=_NO_IPVS),
+    ("ipvs", "tcpTimeout"): Field("duration", told=_NO_IPVS),
+    ("ipvs", "tcpFinTimeout"): Field("duration", told=_NO_IPVS),
+    ("ipvs", "udpTimeout"): Field("duration", told=_NO_IPVS),
     ("nftables", "masqueradeBit"): Field("number", check=_bit),
-    ("nftables", "masqueradeAll"): Field("boolean", told=_NO_USE),
+    ("nftables", "masqueradeAll"): Field("boolean"),
     ("nftables", "syncPeriod"): Field("duration"),
     ("nftables", "minSyncPeriod"): Field("duration"),
-    ("conntrack", "maxPerCore"): Field("number"),
-    ("conntrack", "min"): Field("number"),
-    ("conntrack", "tcpEstablishedTimeout"): Field("duration"),
-    ("conntrack", "tcpCloseWaitTimeout"): Field("duration"),
+    ("conntrack", "maxPerCore"): Field("number", tells=_other_than(32768)),
+    ("conntrack", "min"): Field("number", tells=_other_than(131072)),
+    ("conntrack", "tcpEstablishedTimeout"): Field("duration", tells=_other_than(86400)),
+    ("conntrack", "tcpCloseWaitTimeout"): Field("duration", tells=_other_than(3600)),
     ("conntrack", "tcpBeLiberal"): Field("boolean"),
     ("conntrack", "udpTimeout"): Field("duration"),
     ("conntrack", "udpStreamTimeout"): Field("duration"),
-    ("oomScoreAdj",): Field("number", check=_score),
-    ("configSyncPeriod",): Field("duration"),
+    ("oomScoreAdj",): Field("number", "oom_score_adj"),
+    ("configSyncPeriod",): Field("duration", "config_sync_period"),
     ("udpIdleTimeout",): Field("duration", "udp_timeout"),
     ("nodePortAddresses",): Field("strings", "nodeport_addresses"),
     ("featureGates",): Field("map", "feature_gates"),
@@ -126,6 +125,7 @@ KUBE_PROXY: dict[Path, Field] = {
     ("logging", "format"): Field("string", "log_format"),
     ("logging", "flushFrequency"): Field("any"),  # a duration or nanoseconds
     ("logging", "verbosity"): Field("number", "verbosity"),
+    ("logging", "vmodule"): Field("levels", "vmodule"),
     ("logging", "options"): Field("map"),
 }
 # Periods that must not be longer than the other: (shorter, longer).
@@ -146,7 +146,7 @@ def own_name(flag: Flag) -> str:
 OWN_FIELDS: dict[str, Flag] = {
     own_name(flag): flag
     for flag in FLAGS
-    if flag.field not in _ELSEWHERE or flag.field in {"log_format", "verbosity"}
+    if flag.field not in _ELSEWHERE or flag.field in {"log_format", "verbosity", "vmodule"}
 }
 
 
@@ -184,9 +184,10 @@ def kube_text(field: Field, value: Any) -> object:
             # Kubernetes has text, its default, and json.
             return "json" if value == "json" else None
         case "verbosity":
-            # klog's 0 to 3 are for operators, what is above for who looks for a fault.
-            return "1" if value >= 4 else None
-    return value
+            return verbosity(str(value))
+        case "vmodule":
+            return ",".join(f"{level['filePattern']}={level['verbosity']}" for level in value)
+    return str(value) if field.type == "number" else value
 
 
 def checked(field: Field, value: Any) -> object:
@@ -199,7 +200,7 @@ def checked(field: Field, value: Any) -> object:
         return None
     match field.type:
         case "boolean" if isinstance(value, bool):
-            return value or None
+            return value if value or field.false_counts else None
         case "number" if isinstance(value, int | float) and not isinstance(value, bool):
             pass
         case "string" | "duration" if isinstance(value, str):
@@ -212,6 +213,13 @@ def checked(field: Field, value: Any) -> object:
                 raise ValueError("expected a map of names to true or false")
             if not any(value.values()):
                 return value if field.setting else None
+        case "levels" if isinstance(value, list) and all(
+            isinstance(level, dict)
+            and isinstance(level.get("filePattern"), str)
+            and isinstance(level.get("verbosity"), int)
+            for level in value
+        ):
+            pass
         case "any":
             pass
         case _:
@@ -228,6 +236,7 @@ _ARTICLE = {
     "duration": "a duration such as 30s",
     "strings": "a list of strings",
     "map": "a map",
+    "levels": "a list of maps with filePattern and verbosity",
     "any": "a value",
 }
 

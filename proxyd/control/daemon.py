@@ -4,59 +4,54 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import uvloop
 
+from proxyd.control import logs
 from proxyd.control.accesslog import AccessLog
-from proxyd.control.adminsocket import listen
+from proxyd.control.answering import Answering
 from proxyd.control.collection import uncollected
 from proxyd.control.configfile import Configuration
-from proxyd.control.feed import Feed
-from proxyd.control.health import BusyError
+from proxyd.control.duties import Duties
 from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.notify import Notifier
 from proxyd.control.observation import Observation
 from proxyd.control.operations import Operations
 from proxyd.control.picture import draw
-from proxyd.control.publication import Publication
-from proxyd.control.reconciler import Reconciler
+from proxyd.control.publication import Publication, Update
+from proxyd.control.reloading import Reloading, has_terminal
 from proxyd.control.settings import Settings
+from proxyd.control.startup import (
+    StartError,
+    claim,
+    decide_options,
+    make_feeds,
+    make_reconciler,
+    read_first,
+    set_oom_score,
+)
 from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
+from proxyd.control.takeover import look as take_over
 from proxyd.control.tasks import cancel, describe, spawn
 from proxyd.control.views import Picture
 from proxyd.control.watchdog import Watchdog
 from proxyd.host import limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
-from proxyd.host.claim import claim_addresses
-from proxyd.host.guard import VipGuard
-from proxyd.host.routes import VipRoutes
-from proxyd.host.steering import Steering as SteeringRules
 from proxyd.relay.messages import Connections
 from proxyd.relay.slots import Slots
 from proxyd.state.desired import Planner
-from proxyd.state.snapshot import NodeView, Options, Snapshot, VipMode
+from proxyd.state.snapshot import NodeView, Snapshot
 from proxyd.state.spec import ListenerState
+
+__all__ = ["Daemon", "StartError", "run"]
 
 log = get_logger("proxyd")
 # The admin API and health answer after so many seconds at the latest, also where a worker is slow to start.
 ANSWER_SECONDS = 2.0
-
-if TYPE_CHECKING:
-    from proxyd.control.admin import AdminServer
-
-
-class StartError(Exception):
-    """The daemon can't start: one line for the user, and the exit code."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def run(
@@ -111,31 +106,31 @@ class Daemon:
         self._fatal = ""
         self._resources = contextlib.ExitStack()
         self._said = Summariser(log)
-        self._node = NodeView(name=settings.hostname_override)
+        self.node = NodeView(name=settings.node_name)
         self._planner = Planner()
         self.observation = Observation(self, configuration)
         self.operations = Operations(self)
-        self._admin: AdminServer | None = None
-        self._starting: asyncio.Task[None] | None = None
-        self._answering = False
-        self._reload_asked = False
-        self._reloading: asyncio.Task[None] | None = None
+        self.duties = Duties(self)
+        self._reloading = Reloading(self.reload)
 
     async def run(self) -> int:
         """Start, serve until told to stop, take everything back."""
         with self._resources:
             self._loop = asyncio.get_running_loop()
             limits.raise_nofile()
+            set_oom_score(self.settings)
             self.watchdog = Watchdog(self, Notifier.here())
             self._resources.callback(self.watchdog.close)
-            self._options = self._decide_vip_mode()
-            self._claim_addresses()
-            self._listening = listen(self.settings.admin_socket)
+            self.options = decide_options(self.settings)
+            self._resources.enter_context(claim(self.options))
+            self._answering = Answering(self)
             try:
                 self._start_data_plane()
                 # They come up while manifests are read.
                 self.supervisor.start()
+                taking_over = spawn(asyncio.to_thread(take_over, self.settings), name="takeover")
                 self._start_feed()
+                (await taking_over).say()
                 await self._serve()
             finally:
                 await self._end()
@@ -148,82 +143,24 @@ class Daemon:
         """What the daemon is and does at this moment."""
         return draw(self)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the end has begun."""
+        return self._stop.is_set()
+
     def turn_is_due(self) -> bool:
         """Whether the reconcile loop has something to do."""
         return self._dirty.is_set()
 
     # Start
 
-    def _decide_vip_mode(self) -> Options:
-        mode = self.settings.vip_mode
-        may_route = limits.can_route()
-        if mode == "route" and not may_route:
-            raise StartError("--vip-mode=route needs CAP_NET_ADMIN; run as root, or use --vip-mode=loopback")
-        route = mode == "route" or (mode == "auto" and may_route)
-        return Options(
-            vip_mode=VipMode(route=route, loopback=mode == "loopback", serve=mode != "none"),
-            nodeport_addresses=self.settings.nodeport_addresses,
-            bind_addresses=()
-            if self.settings.bind_address in ("0.0.0.0", "::", "")
-            else (self.settings.bind_address,),
-            steer_external_ips=may_route
-            and mode in ("auto", "route", "none")
-            and self.settings.external_ip_mode == "steer",
-            protocols=self.settings.protocols,
-        )
-
-    def _claim_addresses(self) -> None:
-        """One daemon at most may manage routes and rules in a network namespace."""
-        if not (self._options.vip_mode.route or self._options.steer_external_ips):
-            return
-        claim = claim_addresses()
-        if claim is None:
-            raise StartError(
-                "another proxyd manages VIPs on this node: stop it first, or use --vip-mode=bind for this one"
-            )
-        self._resources.enter_context(claim)
-
-    async def _start_servers(self) -> None:
-        """Answer on the admin socket, and for health and metrics; who asked before has waited in the backlog."""
-        # Imported late: aiohttp takes a third of a second, which nobody who waits for a listener should wait for.
-        from proxyd.control.admin import AdminServer  # noqa: PLC0415
-
-        self._admin = AdminServer(self.settings.admin_socket, self.picture, self.operations)
-        await self._admin.start(self._listening)
-        try:
-            await self.observation.start()
-        except BusyError as error:
-            self._fatal = str(error)
-            self._stop_after(0.0)
-            return
-        self._answering = True
-        self._acknowledged()
-
-    def _answer(self) -> None:
-        """Start the servers, once: when the workers have everything, or are slow to take it."""
-        if self._starting is None and not self._stop.is_set():
-            self._starting = spawn(self._start_servers(), name="servers", on_failure=self._failed)
-
     def _start_data_plane(self) -> None:
-        settings, options = self.settings, self._options
+        settings = self.settings
         slots = Slots.create()
         self._resources.callback(slots.close)
         self.publication = Publication(slots, settings.workers)
-        routes = VipRoutes() if options.vip_mode.route else None
-        rules = SteeringRules() if options.steer_external_ips else None
-        guard = None
-        if options.vip_mode.route:
-            guard = VipGuard()
-            if reason := guard.available():
-                log.warning("no VIP guard: other ports of VIPs reach this node's own daemons", reason=reason)
-                guard = None
-        self.reconciler = Reconciler(
-            self.publication,
-            routes=routes,
-            rules=rules,
-            guard=guard,
-            drain_seconds=settings.drain_timeout,
-            note=self.operations.history.note,
+        self.reconciler = make_reconciler(
+            settings, self.options, self.publication, self.operations.history.note
         )
         self.access = AccessLog(settings.access_log)
         self._resources.callback(self.access.close)
@@ -233,7 +170,7 @@ class Daemon:
             self.publication,
             WorkerOptions(settings.tcp_idle_timeout, settings.udp_timeout, records=bool(settings.access_log)),
             Events(
-                acknowledged=self._acknowledged,
+                acknowledged=self.acknowledged,
                 drained=self._drained,
                 died=self._died,
                 connections=self._connections,
@@ -245,13 +182,9 @@ class Daemon:
     def _start_feed(self) -> None:
         self._monitor = AddressMonitor()
         self._resources.callback(self._monitor.close)
+        self.feed = make_feeds(self.settings, self._snapshot_changed, self._node_changed)
         self._read_addresses()
-        self.feed = Feed(self.settings, self._snapshot_changed)
-        problems = self.feed.first()
-        if self.feed.missing:
-            path = self.feed.missing[0]
-            why = next((problem.message for problem in problems if problem.file == path), "cannot be read")
-            raise StartError(f"{path}: {why} (--manifests)", 3)
+        read_first(self.feed)
 
     # Serve
 
@@ -259,32 +192,53 @@ class Daemon:
         loop = self._loop
         loop.add_signal_handler(signal.SIGTERM, lambda: self._stop_after(self.settings.drain_timeout))
         loop.add_signal_handler(signal.SIGINT, self._stop_after, 0.0)
-        loop.add_signal_handler(signal.SIGHUP, self._hung_up if _has_terminal() else self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up if has_terminal() else self._reloading.ask)
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
-        self.phase = "serving"
         self.watchdog.start()
-        loop.call_later(ANSWER_SECONDS, self._answer)
-        following = spawn(self.feed.follow(), name="manifests", on_failure=self._failed)
+        loop.call_later(ANSWER_SECONDS, self._answering.begin)
+        following = spawn(self.feed.follow(), name="sources", on_failure=self.failed)
         try:
+            await self._first_lists()
             await self._reconcile_forever()
         finally:
-            following.cancel()
+            await cancel(following)
             loop.remove_reader(self._monitor.fileno())
+
+    async def _first_lists(self) -> None:
+        """Wait until every source has delivered its first full list: nothing is opened or closed before."""
+        stopped = asyncio.ensure_future(self._stop.wait())
+        while not (self.feed.synced or self._stop.is_set()):
+            self._dirty.clear()
+            changed = asyncio.ensure_future(self._dirty.wait())
+            await asyncio.wait({stopped, changed}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        stopped.cancel()
+        if not self._stop.is_set():
+            self.phase = "serving"
 
     async def _reconcile_forever(self) -> None:
         stopped = asyncio.ensure_future(self._stop.wait())
         resync = time.monotonic() + self.settings.sync_period
+        renewal = time.monotonic() + self.settings.config_sync_period
         try:
             while not self._stop.is_set():
+                began = time.monotonic()
                 self.turns += 1
                 self._dirty.clear()
                 self._reconcile_or_say_why()
                 changed = asyncio.ensure_future(self._dirty.wait())
                 retry = self.reconciler.next_retry()
-                due = resync if retry is None else min(retry, resync)
+                due = min(resync, renewal) if retry is None else min(retry, resync, renewal)
                 timeout = max(0.0, due - time.monotonic())
                 await asyncio.wait({stopped, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
+                if (pause := began + self.settings.min_sync_period - time.monotonic()) > 0:
+                    await asyncio.wait({stopped}, timeout=pause)
+                if time.monotonic() >= renewal:
+                    # Whatever was remembered of earlier plans is forgotten: a safety net.
+                    log.debug("planning everything anew")
+                    self._planner = Planner()
+                    renewal = time.monotonic() + self.settings.config_sync_period
                 if time.monotonic() >= resync:
                     self.reconciler.observe()
                     self._said.flush()
@@ -304,24 +258,28 @@ class Daemon:
 
     def _reconcile(self) -> None:
         began = time.perf_counter()
-        desired = self._planner.desired(self.snapshot, self._node, self._options)
-        update = self.reconciler.reconcile(desired, self.supervisor.workers)
-        if update:
-            self.supervisor.publish(update)
-            self.observation.published()
+        desired = self._planner.desired(self.snapshot, self.node, self.options)
+        self.reconciler.reconcile(desired, self.supervisor.workers, self._publish)
         self.observation.reconciled(time.perf_counter() - began)
         self._reconciled = True
-        self._acknowledged()
+        self.acknowledged()
         self.operations.history.unopened(desired.unopened)
-        if self._admin is not None:
-            self._admin.changed()
+        self.duties.reconciled(desired)
+        self._answering.changed()
 
-    def _acknowledged(self) -> None:
+    def _publish(self, update: Update) -> None:
+        self.supervisor.publish(update)
+        self.observation.published()
+
+    def acknowledged(self) -> None:
+        """A worker acknowledged something, or the servers answer: maybe all is in force now."""
         self.observation.acknowledged()
-        if not self._reconciled or self._dirty.is_set() or self.supervisor.lagging():
+        if not self._reconciled or self._dirty.is_set():
             return
-        if not self._answering:
-            self._answer()
+        if not self.supervisor.telling():
+            # What the servers need is imported while the workers do what they were told.
+            self._answering.begin()
+        if not self._answering.begun or self.supervisor.lagging():
             return
         self.watchdog.in_force()
         if self._on_serving is None:
@@ -342,7 +300,13 @@ class Daemon:
             self._dirty.set()
 
     def _read_addresses(self) -> None:
-        self._node = NodeView(name=self.settings.node_name, addresses=node_addresses())
+        self._addresses = node_addresses()
+        self.node = self.feed.node_view(self._addresses)
+
+    def _node_changed(self) -> None:
+        self.node = self.feed.node_view(self._addresses)
+        self.duties.node_changed()
+        self._dirty.set()
 
     def _drained(self, worker: int, numbers: list[int]) -> None:
         if self.reconciler.drained(worker, numbers):
@@ -365,27 +329,17 @@ class Daemon:
 
     def _hung_up(self) -> None:
         """A hang-up: of the terminal that it was started from, or else an order to reload."""
-        if _has_terminal():
-            self._reload()
+        if has_terminal():
+            self._reloading.ask()
         else:
             self._stop_after(0.0)
-
-    def _reload(self) -> None:
-        # Signals that come while it is read again ask for one more reading, not for one each.
-        self._reload_asked = True
-        if self._reloading is None or self._reloading.done():
-            self._reloading = spawn(self._reload_as_asked(), name="reload")
-
-    async def _reload_as_asked(self) -> None:
-        while self._reload_asked:
-            self._reload_asked = False
-            await self.reload()
 
     async def reload(self) -> None:
         """Read the configuration and the manifests again."""
         log.info("reloading")
         self.watchdog.reloading()
         self.access.reopen()
+        logs.reopen()
         try:
             await self.observation.reload()
             await self.feed.rescan()
@@ -396,7 +350,7 @@ class Daemon:
     def set_anew(self, settings: Settings) -> None:
         """Put settings in force that differ only in what may change at run time."""
         self.settings = settings
-        self._options = self._decide_vip_mode()
+        self.options = decide_options(self.settings)
         self.reconciler.set_drain(settings.drain_timeout)
         self.observation.changed()
         self._dirty.set()
@@ -420,35 +374,24 @@ class Daemon:
         self.phase = "draining"
         self._stop.set()
 
-    def _failed(self, error: BaseException) -> None:
-        self._fatal = f"stopped by an internal error: {error!r}"
+    def failed(self, error: BaseException) -> None:
+        """A task ended that the daemon can't go on without."""
+        self.give_up(f"stopped by an internal error: {error!r}")
+
+    def give_up(self, why: str) -> None:
+        """Stop at once, and fail with a line that says why."""
+        self._fatal = why
         self._stop_after(0.0)
 
     async def _end(self) -> None:
         """Take back what was done to the node, also when the start failed half-way."""
         if hasattr(self, "reconciler"):
             self.reconciler.close_listeners()
+            await self.duties.stop()
             await self.supervisor.stop(self._drain)
             self.reconciler.remove_addresses()
-        if self._starting is not None:
-            await cancel(self._starting)
-        await self.observation.stop()
-        if self._admin is not None:
-            await self._admin.stop()
-        else:
-            self._listening.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self.settings.admin_socket)  # noqa: PTH108 - one call on a local path, at exit
+        await self._answering.stop()
 
     def serving(self) -> int:
         """How many listeners serve."""
         return sum(status.state is ListenerState.SERVING for status in self.reconciler.statuses())
-
-
-def _has_terminal() -> bool:
-    """Whether this process has a terminal that lives."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True

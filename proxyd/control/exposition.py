@@ -15,6 +15,13 @@ from proxyd.relay.slots import (
     BYTES_OUT,
     CLOSED,
     CONNECT_US,
+    DATAGRAMS_IN,
+    DATAGRAMS_OUT,
+    DROPPED_OVERRUN,
+    DROPPED_SHORTAGE,
+    DROPPED_TO_CLIENT,
+    DROPPED_TO_ENDPOINT,
+    EVICTED,
     FAILED,
     FIELDS,
     OPENED,
@@ -40,7 +47,8 @@ class Family(NamedTuple):
     name: str
     kind: str
     text: str
-    values: tuple[tuple[str, Callable[[Row], float]], ...]  # suffix and value of each line of a sample
+    # Suffix of the name and value of each line of a sample. `reason="x",` is a suffix too: a label before the others.
+    values: tuple[tuple[str, Callable[[Row], float]], ...]
 
 
 def _family(name: str, kind: str, text: str, value: Callable[[Row], float]) -> Family:
@@ -80,6 +88,38 @@ PORT_FAMILIES = (
         "counter",
         "Bytes relayed from endpoints to clients.",
         lambda r: r[BYTES_OUT],
+    ),
+)
+
+# Of UDP ports only. Their connections, in the families above, are flows.
+UDP_FAMILIES = (
+    _family(
+        "proxyd_received_datagrams_total",
+        "counter",
+        "Datagrams relayed from clients to endpoints.",
+        lambda r: r[DATAGRAMS_IN],
+    ),
+    _family(
+        "proxyd_sent_datagrams_total",
+        "counter",
+        "Datagrams relayed from endpoints to clients.",
+        lambda r: r[DATAGRAMS_OUT],
+    ),
+    _family(
+        "proxyd_flows_evicted_total", "counter", "Flows ended to make room for others.", lambda r: r[EVICTED]
+    ),
+    Family(
+        "proxyd_datagrams_dropped_total",
+        "counter",
+        "Datagrams that were not relayed, by reason.",
+        (
+            ('reason="refused",', lambda r: r[REFUSED]),
+            ('reason="no_endpoint",', lambda r: r[FAILED]),
+            ('reason="shortage",', lambda r: r[DROPPED_SHORTAGE]),
+            ('reason="to_endpoint",', lambda r: r[DROPPED_TO_ENDPOINT]),
+            ('reason="to_client",', lambda r: r[DROPPED_TO_CLIENT]),
+            ('reason="overrun",', lambda r: r[DROPPED_OVERRUN]),
+        ),
     ),
 )
 
@@ -150,6 +190,11 @@ def add(rows: Sequence[Row]) -> Row:
     return rows[0] if len(rows) == 1 else tuple(map(sum, zip(*rows, strict=True))) if rows else NOTHING
 
 
+def _opening(name: str, suffix: str) -> str:
+    """A line up to the labels."""
+    return f"{name}{{{suffix}" if suffix.endswith(",") else f"{name}{suffix}{{"
+
+
 _AT_ONCE = 2000  # samples that are texts at a time
 
 
@@ -162,7 +207,7 @@ class Table:
         self._lines = [[f"# HELP {f.name} {f.text}\n# TYPE {f.name} {f.kind}\n"] for f in families]
         # Once for each line of a sample: a summary has two.
         self._columns = [
-            (lines.append, f"{family.name}{suffix}{{", value)
+            (lines.append, _opening(family.name, suffix), value)
             for family, lines in zip(families, self._lines, strict=True)
             for suffix, value in family.values
         ]

@@ -13,6 +13,7 @@ from proxyd.control.collection import uncollected
 from proxyd.control.logs import get_logger
 from proxyd.control.settings import Settings
 from proxyd.sources.manifests import ManifestSet, ManifestSource
+from proxyd.sources.standalone.allocation import NOTHING_TAKEN, Taken
 from proxyd.sources.standalone.assemble import Assembled, Assembler, AssemblySettings
 from proxyd.sources.statefile import load_allocations, save_allocations
 from proxyd.sources.watch import Change, watch
@@ -56,7 +57,9 @@ class Feed:
         self._allocations, warning = load_allocations(settings.state_file)
         if warning:
             log.warning(warning)
-        self._taken: Assembled | None = None
+        self._assembled: Assembled | None = None
+        self._elsewhere = NOTHING_TAKEN  # what a cluster has
+        self._held = False  # what a cluster has is not known yet
         self._save_error = ""
         self._lock = asyncio.Lock()
 
@@ -66,12 +69,31 @@ class Feed:
             self._take(*self._read(None))
         return self.problems
 
+    def look(self) -> tuple[Problem, ...]:
+        """Read everything once, and hand on nothing before `give_way`. Returns the problems."""
+        self._held = True
+        with uncollected():
+            manifests = self._source.scan(None)
+        self.synced_at = time.time()
+        self.files, self.missing = manifests.files, manifests.missing
+        self._log(manifests.problems)
+        self.problems = manifests.problems
+        return self.problems
+
+    async def give_way(self, taken: Taken) -> None:
+        """Hand out nothing of what Services of a cluster have, from now on."""
+        held, self._held = self._held, False
+        self._elsewhere = taken
+        await self.rescan(None if held else frozenset())
+
     async def rescan(self, change: Change | None = None) -> None:
         """Read again what changed, and hand on a snapshot if it differs.
 
         Args:
             change: what may have changed; None: anything.
         """
+        if self._held:
+            return  # `give_way` will look at everything
         async with self._lock:
             self._take(*await asyncio.to_thread(self._read, change))
 
@@ -83,14 +105,14 @@ class Feed:
     def _read(self, change: Change | None) -> tuple[ManifestSet, Assembled]:
         manifests = self._source.scan(change)
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        return manifests, self._assembler.assemble(manifests, self._allocations, now)
+        return manifests, self._assembler.assemble(manifests, self._allocations, now, self._elsewhere)
 
     def _take(self, manifests: ManifestSet, assembled: Assembled) -> None:
         self.synced_at = time.time()
         self.files, self.missing = manifests.files, manifests.missing
-        if assembled is self._taken:
+        if assembled is self._assembled:
             return
-        self._taken = assembled
+        self._assembled = assembled
         if assembled.allocations is not self._allocations:
             self._allocations = assembled.allocations
             error = save_allocations(self._settings.state_file, self._allocations) or ""

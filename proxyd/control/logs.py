@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, TextIO, cast
 
 import msgspec
@@ -48,8 +52,11 @@ def silent() -> logging.Logger:
     return logger
 
 
+# From this level of klog's on lines are for who looks for a fault.
+DEBUG_VERBOSITY = 4
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _level = "info"
+_rooms: tuple[tuple[str, int], ...] = ()  # patterns of rooms that have a klog level of their own
 
 
 def level() -> str:
@@ -67,7 +74,19 @@ def set_level(name: str) -> None:
     if name not in LEVELS:
         raise ValueError(f'log level: expected {", ".join(LEVELS)}, got "{name[:60]}"')
     _level = name
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[name]))
+    usual: Any = structlog.make_filtering_bound_logger(LEVELS[name])
+    if not _rooms:
+        structlog.configure(wrapper_class=usual)
+        return
+    rooms = _rooms
+    debug: Any = structlog.make_filtering_bound_logger(logging.DEBUG)
+
+    def of_a_room(logger: Any, processors: Any, context: dict[str, Any]) -> Any:
+        level = next((n for pattern, n in rooms if fnmatchcase(str(context.get("room")), pattern)), 0)
+        chosen = debug if level >= DEBUG_VERBOSITY else usual
+        return chosen(logger, processors, context)
+
+    structlog.configure(wrapper_class=cast("Any", of_a_room))
 
 
 def configure(
@@ -76,6 +95,8 @@ def configure(
     *,
     stream: TextIO | None = None,
     environ: Mapping[str, str] | None = None,
+    rooms: Sequence[tuple[str, int]] = (),
+    path: str = "",
 ) -> None:
     """Set up logging for the process. It may be called again.
 
@@ -86,8 +107,19 @@ def configure(
         verbosity: 0 for info, 1 and more for debug.
         stream: where lines go; standard error by default.
         environ: asked for NO_COLOR.
+        rooms: patterns of rooms, the first that fits counts, and their klog level: 4 and more for debug.
+        path: a file that lines go to instead; "" for none.
+
+    Raises:
+        OSError: the file cannot be opened.
     """
-    out = sys.stderr if stream is None else stream
+    global _rooms, _file  # noqa: PLW0603 - as the logging they describe, one for the process
+    if path != (_file.path if _file else ""):
+        old, _file = _file, _File(path) if path else None
+        if old is not None:
+            old.close()
+    _rooms = tuple(rooms)
+    out: TextIO | _File = _file or (sys.stderr if stream is None else stream)
     terminal = out.isatty()
     console = log_format == "console" or (log_format == "auto" and terminal)
     processors: list[Any] = [structlog.processors.add_log_level]
@@ -118,10 +150,54 @@ def configure(
     set_level("debug" if verbosity > 0 else "info")
 
 
+def reopen() -> None:
+    """Open the file of --log-file anew, as after its rotation."""
+    if _file is not None:
+        _file.reopen()
+
+
+class _File:
+    """A file that is appended to, whole lines at a time.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._out = self._open()
+
+    def _open(self) -> io.FileIO:
+        # Not for all to read: lines name clients. Unbuffered: each line is there at once.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        return io.FileIO(descriptor, "a")
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, line: str) -> None:
+        self._out.write(line.encode("utf-8", "replace"))
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def reopen(self) -> None:
+        # Where that is not possible the old file goes on.
+        with contextlib.suppress(OSError):
+            old, self._out = self._out, self._open()
+            old.close()
+
+    def close(self) -> None:
+        self._out.close()
+
+
+_file: _File | None = None
+
+
 class _LineWriter:
     """Writes one line with one call, so that processes that share the stream do not mix theirs."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO | _File) -> None:
         self._out = out
 
     def msg(self, line: str) -> None:

@@ -25,9 +25,13 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from proxyd import __version__
-from proxyd.control import exposition
-from proxyd.control.exposition import ENDPOINT_FAMILIES, PORT_FAMILIES, Chosen, Row
+from proxyd.api.service import Protocol
+from proxyd.control import clustermetrics, exposition
+from proxyd.control.clustermetrics import ClusterFacts
+from proxyd.control.exposition import ENDPOINT_FAMILIES, PORT_FAMILIES, UDP_FAMILIES, Chosen, Row
+from proxyd.control.programming import Programming
 from proxyd.control.publication import Publication
+from proxyd.state.changes import touched
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import BalancerSpec, Endpoint, ListenerState, ListenerStatus, ServicePortName
 
@@ -67,6 +71,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerState, ...] = ()
     problems: Mapping[str, int] = {}  # by severity
     synced_at: float = 0.0
+    cluster: ClusterFacts | None = None  # of a daemon that follows an API server
     access_written: int = 0
     access_dropped: int = 0
     access_queued: int = 0
@@ -105,6 +110,14 @@ class Metrics:
             )
             for kind, text in (("service", "Services"), ("endpoint", "EndpointSlices"))
         }
+        self.programming = Programming(
+            Histogram(
+                "kubeproxy_network_programming_duration_seconds",
+                "Time from a change of a Service or Pod until all workers have the endpoints that it led to.",
+                buckets=clustermetrics.PROGRAMMING_BUCKETS,
+                registry=self.registry,
+            ).observe
+        )
         self._healthz = counter("kubeproxy_proxy_healthz_total", "Answers of /healthz.", "code")
         self._livez = counter("kubeproxy_proxy_livez_total", "Answers of /livez.", "code")
         # proxyd's own.
@@ -134,17 +147,20 @@ class Metrics:
             ("service", before.services, snapshot.services),
             ("endpoint", before.slices, snapshot.slices),
         ):
-            if old is new:
-                continue
-            count = len(new.keys() - old.keys())
             # What did not change is mostly the same object.
-            count += sum((now := new.get(key)) is not value and now != value for key, value in old.items())
+            names = [name for name in touched(old, new) if old.get(name) != new.get(name)]
+            count = len(names)
+            if not count:
+                continue
+            if kind == "endpoint":
+                self.programming.changed(names, before.slices, snapshot.slices)
             pending, total = self._changes[kind]
             pending.inc(count)
             total.inc(count)
 
-    def reconciled(self, seconds: float) -> None:
-        """A reconcile took so long, and nothing waits any more."""
+    def reconciled(self, seconds: float, generation: int = 0) -> None:
+        """A reconcile took so long and led to this generation; nothing waits any more."""
+        self.programming.reconciled(generation)
         self._sync_seconds.observe(seconds)
         self._last_sync.set_to_current_time()
         for pending, _ in self._changes.values():
@@ -192,6 +208,7 @@ class _Traffic:
     def render(self, facts: Facts) -> list[bytes]:
         """Their text, in parts."""
         table, endpoints = exposition.Table(PORT_FAMILIES), exposition.Table(ENDPOINT_FAMILIES)
+        datagrams = exposition.Table(UDP_FAMILIES)
         balancers: dict[ServicePortName, list[BalancerSpec]] = {
             status.service_port: [] for status in facts.unopened
         }
@@ -207,11 +224,14 @@ class _Traffic:
             for port in sorted(listed):
                 labels = exposition.port_labels(port)
                 keys = publication.balancer_keys(port)
-                table.add(labels, exposition.add([publication.row(key) for key in keys]))
+                row = exposition.add([publication.row(key) for key in keys])
+                table.add(labels, row)
+                if port.protocol is Protocol.UDP:
+                    datagrams.add(labels, row)
                 if port in detailed:
                     for endpoint, row in _rows(publication, balancers[port]):
                         endpoints.add(exposition.endpoint_labels(labels, endpoint), row)
-        return [*table.chunks(), *(endpoints.chunks() if facts.endpoints else ())]
+        return [*table.chunks(), *datagrams.chunks(), *(endpoints.chunks() if facts.endpoints else ())]
 
 
 def _size(balancers: Sequence[BalancerSpec]) -> int:
@@ -256,6 +276,9 @@ class _Scrape(Collector):
             ("version", "python"),
             {(__version__, platform.python_version()): 1},
         )
+        yield clustermetrics.build_info()
+        if facts.cluster is not None:
+            yield from clustermetrics.families(facts.cluster)
         yield GaugeMetricFamily("proxyd_healthy", "Whether /livez says so.", value=facts.healthy)
         phases = {(phase,): phase == facts.phase for phase in ("starting", "serving", "draining")}
         yield _labelled("proxyd_phase", "What the daemon is doing.", ("phase",), phases)

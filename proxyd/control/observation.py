@@ -42,7 +42,7 @@ class Observation:
         self._daemon = daemon
         self._configuration = configuration
         self._following: asyncio.Task[None] | None = None
-        self._told: tuple[str, ...] = ()
+        self._told: tuple[str, ...] = configuration.told if configuration else ()
         self.refused: tuple[str, ...] = ()  # what is wrong with the configuration; () = nothing
         self._observers: Observers | None = None
 
@@ -66,6 +66,7 @@ class Observation:
             metrics=self.metrics,
             facts=self.facts,
             config=lambda: effective(self._daemon.settings),
+            profiling=settings.profiling,
         )
         await self._observers.start()
 
@@ -87,7 +88,7 @@ class Observation:
     def reconciled(self, seconds: float) -> None:
         """Everything was carried out, and the workers were told."""
         self.health.updated()
-        self.metrics.reconciled(seconds)
+        self.metrics.reconciled(seconds, self._daemon.publication.generation)
 
     def reconcile_failed(self) -> None:
         """An internal error kept something from being carried out."""
@@ -101,7 +102,9 @@ class Observation:
 
     def acknowledged(self) -> None:
         """A worker acknowledged something."""
-        self.health.acknowledged(self._daemon.supervisor.acknowledged())
+        generation = self._daemon.supervisor.acknowledged()
+        self.health.acknowledged(generation)
+        self.metrics.programming.acknowledged(generation)
 
     # What is asked
 
@@ -140,6 +143,7 @@ class Observation:
             workers=tuple(workers),
             problems=Counter(str(problem.severity) for problem in daemon.feed.problems),
             synced_at=daemon.feed.synced_at,
+            cluster=daemon.feed.cluster.facts_for_metrics() if daemon.feed.cluster else None,
             access_written=access.written,
             access_dropped=access.dropped,
             access_queued=access.queued,
@@ -183,8 +187,17 @@ class Observation:
         self._told = problems
 
     def _apply(self, settings: Settings, changed: frozenset[str]) -> None:
-        if changed & {"verbosity", "log_format"}:
-            logs.configure(settings.log_format, settings.verbosity, environ=os.environ)
+        if changed & {"verbosity", "log_format", "vmodule", "log_file"}:
+            try:
+                logs.configure(
+                    settings.log_format,
+                    settings.verbosity,
+                    environ=os.environ,
+                    rooms=settings.vmodule,
+                    path=settings.log_file,
+                )
+            except OSError as error:
+                log.error("the log file cannot be opened", path=settings.log_file, error=error.strerror)  # noqa: TRY400 - a trace says no more
         if "access_log" in changed:
             self._daemon.access.reopen(settings.access_log)
         self.health.timeout = 2 * settings.sync_period

@@ -16,9 +16,11 @@ from aiohttp import web
 
 from proxyd import __version__
 from proxyd.control import health as healths
+from proxyd.control import profiling as profiles
 from proxyd.control.health import BusyError, Health
 from proxyd.control.logs import get_logger, silent
 from proxyd.control.metrics import CONTENT_TYPE, Facts, Metrics
+from proxyd.control.neighbours import neighbour
 from proxyd.control.tasks import cancel, spawn
 
 log = get_logger("observers")
@@ -42,6 +44,7 @@ class Observers:
         metrics: what /metrics is rendered by.
         facts: the daemon at this moment.
         config: the effective configuration at this moment, for /configz.
+        profiling: answer /debug/ beside metrics.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Observers:
         metrics: Metrics,
         facts: Callable[[], Facts],
         config: Callable[[], Mapping[str, Any]],
+        profiling: bool = False,
     ) -> None:
         self._health = health
         self._metrics = metrics
@@ -70,6 +74,7 @@ class Observers:
                     "/metrics": self._text,
                     "/proxyMode": _proxy_mode,
                     "/configz": self._configz,
+                    **(profiles.routes() if profiling else {}),
                 },
             ),
         )
@@ -168,7 +173,7 @@ class _Site:
         try:
             await self._listen()
         except OSError as error:
-            why = _why(error)
+            why = await asyncio.to_thread(_why, error, self._address)
             if self._hard_fail:
                 raise BusyError(
                     f"the {self._name} address {self._shown()} can't be opened: {why} (--bind-address-hard-fail)"
@@ -224,9 +229,12 @@ class _Site:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, address: tuple[str, int]) -> str:
+    """One line; it asks who has the address, which may take some seconds."""
     if error.errno == errno.EADDRINUSE:
-        return "another process has it"
+        who = neighbour(address)
+        advice = "; stop it: two proxies on a node want the same addresses" if who and who.kind else ""
+        return f"{who or 'another process'} has it{advice}"
     return os.strerror(error.errno) if error.errno else str(error)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from proxyd import __version__
-from proxyd.control.answers import NOTHING_COUNTED, Counters, SourceFacts, WorkerFacts, total
+from proxyd.control.answers import NOTHING_COUNTED, Counters, WorkerFacts, total
 from proxyd.control.publication import Publication
 from proxyd.control.views import Picture
 from proxyd.relay.slots import ATTEMPTS, BYTES_IN, BYTES_OUT, CLOSED, CONNECT_US, FAILED, OPENED, REFUSED
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def draw(daemon: Daemon) -> Picture:
     """The daemon at this moment; of one that is still starting, what is known so far."""
     bare = Picture(version=__version__, pid=os.getpid(), phase=daemon.phase, started=daemon.started)
-    if daemon.phase == "starting":
+    if not hasattr(daemon, "feed"):
         return bare
     publication, reconciler, supervisor, feed = (
         daemon.publication,
@@ -44,7 +44,7 @@ def draw(daemon: Daemon) -> Picture:
         snapshot=daemon.snapshot,
         statuses=reconciler.statuses(),
         balancers=reconciler.desired.host.balancers,
-        problems=feed.problems,
+        problems=(*feed.problems, *daemon.duties.problems),
         counters=counters,
         endpoint_counters=endpoint_counters,
         generation=publication.generation,
@@ -57,10 +57,7 @@ def draw(daemon: Daemon) -> Picture:
             )
             for worker in supervisor.workers.values()
         ),
-        sources=tuple(
-            SourceFacts(name=f"manifests {path}", synced=feed.synced_at > 0, last_event=feed.synced_at)
-            for path in daemon.settings.manifests
-        ),
+        sources=feed.facts,
     )
 
 

@@ -33,6 +33,8 @@ log = get_logger("reconciler")
 _FIRST_RETRY = 0.1
 _LAST_RETRY = 5.0
 _BACKLOG = 4096
+# Of balancers, and of listeners: so many are one update.
+_PUBLISHED_AT_ONCE = 1000
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Failure:
     attempts: int
     retry_at: float  # monotonic
     exhausted: bool  # descriptors or memory ran out: of many it is said once
+    taken: bool = False  # somebody else has the address
 
 
 @dataclass(slots=True)
@@ -104,25 +107,31 @@ class Reconciler:
             steering=self._steering,
         )
 
-    def reconcile(self, desired: DesiredState, workers: Iterable[int]) -> Update:
-        """Do what leads to `desired`, and return the update to publish.
+    def reconcile(
+        self, desired: DesiredState, workers: Iterable[int], publish: Callable[[Update], None]
+    ) -> None:
+        """Do what leads to `desired`, and publish it.
 
         Errors stay with the listener they belong to: see `failures` and `statuses`.
 
         Args:
             desired: the state to reach.
             workers: numbers of the workers that may hold relays.
+            publish: tells the workers an update. Of much there is more than one, so that they work while the rest is done.
         """
         self.desired, self._unopened = desired, None
         todo = plan(self.observed, desired.host)
         crew = set(workers)
+        self._begin_guard(todo)
         self._add_vips(todo)
-        for spec in todo.set_balancers:
+        for number, spec in enumerate(todo.set_balancers, 1):
             self._publication.set_balancer(spec)
             self._balancers[spec.key] = spec
+            if number % _PUBLISHED_AT_ONCE == 0:
+                publish(self._publication.take_update())
         for key in todo.close:
             self._close(key)
-        self._open_all(todo.open)
+        self._open_all(todo.open, publish)
         for wish in todo.change:
             self._change(wish)
         for balancer in todo.drop_balancers:
@@ -136,7 +145,8 @@ class Reconciler:
         self._sync_guard(todo)
         for key in [key for key in self.failures if key not in desired.host.listeners]:
             del self.failures[key]
-        return self._publication.take_update()
+        if update := self._publication.take_update():
+            publish(update)
 
     def set_drain(self, seconds: float) -> None:
         """Relays of what is closed from now on have so long."""
@@ -254,10 +264,12 @@ class Reconciler:
             _report("VIP route can't be removed", self._routes.remove(free))
             self._vips -= free
 
-    def _open_all(self, specs: Iterable[ListenerSpec]) -> None:
+    def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
         said = any(failure.exhausted for failure in self.failures.values())
-        for spec in specs:
+        for number, spec in enumerate(specs, 1):
             self._open(spec)
+            if number % _PUBLISHED_AT_ONCE == 0 and (update := self._publication.take_update()):
+                publish(update)
         if not said and (new := [failure for failure in self.failures.values() if failure.exhausted]):
             log.warning("listeners failed", count=len(new), error=new[0].message)
 
@@ -281,7 +293,9 @@ class Reconciler:
                     )
                 self._note(spec.service_port, f"Failed {spec.key}: {message}")
             pause = min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
-            self.failures[spec.key] = Failure(spec, message, attempts, now + pause, error.exhausted)
+            self.failures[spec.key] = Failure(
+                spec, message, attempts, now + pause, error.exhausted, error.taken
+            )
             return
         if self.failures.pop(spec.key, None):
             log.info("listener opened after failures", listener=str(spec.key), service=str(spec.service_port))
@@ -344,6 +358,13 @@ class Reconciler:
         for key in todo.drop_balancers:
             if key.service_port not in wished:
                 self._publication.forget(key)
+
+    def _begin_guard(self, todo: Plan) -> None:
+        """Have a first guard made while addresses and sockets are: nft takes as long for thousands of them."""
+        if self._guard is not None and self._guarded is None and todo.add_vips:
+            vips = todo.add_vips | self._vips
+            self._guard.begin(vips, frozenset(key for key in self.desired.host.listeners if key.ip in vips))
+            self._guard_made = True
 
     def _sync_guard(self, todo: Plan) -> None:
         if self._guard is None:

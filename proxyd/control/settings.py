@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from proxyd.control.flags import FEATURE_GATES, FLAGS
+from proxyd.control.flagvalues import DEFAULT_BURST, DEFAULT_QPS
 
 SYSTEM_SOCKET = "/run/proxyd/admin.sock"
 _CAP_NET_ADMIN = 12  # linux/capability.h
@@ -49,7 +50,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Checked settings of a daemon. Durations are seconds."""
 
-    manifests: tuple[str, ...]
+    manifests: tuple[str, ...] = ()
     service_cluster_ip_range: tuple[str, ...] = ("127.96.0.0/16",)  # one CIDR, or one of each family
     service_node_port_range: tuple[int, int] = (30000, 32767)  # first and last
     vip_mode: Literal["auto", "route", "bind", "loopback", "none"] = "auto"
@@ -76,6 +77,33 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind_address_hard_fail: bool = False  # end when one of the two is taken
     metrics_endpoints: bool = True  # metrics for every endpoint
     sync_period: float = 30.0  # between two comparisons with the kernel; twice that old is unhealthy
+    kubeconfig: str = ""  # path; "" = none
+    master: str = ""  # URL of the API server; "" = the kubeconfig's, or the Pod's
+    in_cluster: bool = False  # the cluster whose Pod this is
+    kube_api_qps: float = DEFAULT_QPS  # below 0 = no limit
+    kube_api_burst: int = DEFAULT_BURST
+    service_proxy_name: str = ""  # "" = Services without one
+    config_sync_period: float = 900.0  # between two times that everything is planned anew
+    min_sync_period: float = 0.0  # between two times that changes are carried out
+    proxy_mode: str = "userspace"  # as it was given; all are served in user space
+    cluster_cidr: tuple[str, ...] = ()  # of Pods: one CIDR, or one of each family
+    detect_local_mode: str = ""  # "" = ClusterCIDR
+    iptables_localhost_nodeports: bool = True
+    oom_score_adj: int | None = None  # None = as it is
+    profiling: bool = False
+    cleanup_kube_proxy: Literal["auto", "always", "never"] = "auto"
+    vmodule: tuple[tuple[str, int], ...] = ()  # pattern of a room, klog's level
+    log_file: str = ""  # "" = standard error
+
+    @property
+    def oom_score(self) -> int | None:
+        """What this process's oom_score_adj is to be: kube-proxy's where a cluster is followed; None: as it is."""
+        return -999 if self.oom_score_adj is None and self.cluster else self.oom_score_adj
+
+    @property
+    def cluster(self) -> bool:
+        """Whether an API server is followed."""
+        return bool(self.kubeconfig or self.master or self.in_cluster)
 
     @property
     def node_name(self) -> str:
@@ -131,17 +159,24 @@ def build(given: Mapping[str, Any], surroundings: Surroundings) -> Settings:
     problems = []
     for flag in FLAGS:
         text = given.get(flag.field)
-        if text is None:
+        if text is None or (flag.blank and isinstance(text, str) and not text.strip()):
             continue
         try:
             values[flag.field] = flag.parse(text)
         except ValueError as error:
             problems.append(f"--{flag.name}: {error}")
+    if not problems and values.get("min_sync_period", 0.0) > values.get("sync_period", 30.0):
+        problems.append("--min-sync-period: must not be longer than --sync-period")
     unknown = set(given) - {flag.field for flag in FLAGS}
     problems += [f"unknown setting {name}" for name in sorted(unknown)]
-    if not given.get("manifests"):
+    elsewhere = any(values.get(source) for source in ("manifests", "kubeconfig", "master"))
+    if "in_cluster" not in values and not elsewhere:
+        # kubernetes vendor/k8s.io/client-go/rest/config.go, InClusterConfig
+        values["in_cluster"] = bool(surroundings.environ.get("KUBERNETES_SERVICE_HOST"))
+    if not (elsewhere or values.get("in_cluster") or problems):
         problems.append(
-            "--manifests is required: a file or folder of Service manifests, for example --manifests config/demo"
+            "--manifests or --kubeconfig is required: a file or folder of Service manifests, for example "
+            "--manifests config/demo, or the kubeconfig of a cluster"
         )
     if problems:
         raise SettingsError(problems)

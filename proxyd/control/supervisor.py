@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from proxyd.control.logs import get_logger
 from proxyd.control.publication import Held, Publication, Update, still_open
 from proxyd.control.roundup import Roundups
-from proxyd.relay.channel import Channel, ChannelError
+from proxyd.relay.channel import Channel, ChannelError, send_much
 from proxyd.relay.messages import (
     Acknowledged,
     Apply,
@@ -137,6 +137,10 @@ class Supervisor:
             not worker.ready or worker.acknowledged < newest for worker in self.workers.values()
         )
 
+    def telling(self) -> bool:
+        """Whether a worker is still to be sent something."""
+        return any(worker.outgoing for worker in self.workers.values())
+
     def probe(self) -> str:
         """Ask every worker for a sign of life, an empty update that it acknowledges; replace one that gives none.
 
@@ -185,6 +189,7 @@ class Supervisor:
 
     def _spawn(self, index: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        send_much(ours)
         with theirs:
             if self.count == 0:
                 worker = self._in_process(index, ours, theirs.dup())

@@ -18,7 +18,17 @@ Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded.
 
 from __future__ import annotations
 
-from proxyd.host.nft import REJECT_NEW_TCP, REJECT_OTHER, elements, port, refused, run, table_exists, which
+from proxyd.host.nft import (
+    REJECT_NEW_TCP,
+    REJECT_OTHER,
+    Run,
+    elements,
+    port,
+    refused,
+    run,
+    table_exists,
+    which,
+)
 from proxyd.state.spec import ListenerKey
 
 TABLE = "proxyd"
@@ -63,6 +73,7 @@ class VipGuard:
         self._vips: frozenset[str] = frozenset()
         self._ports: frozenset[ListenerKey] = frozenset()
         self._known = False  # whether the two above are what the kernel has
+        self._begun: tuple[frozenset[str], frozenset[ListenerKey], Run] | None = None
 
     def available(self) -> str | None:
         """None if the guard can be used, else one line: why not, and what to do."""
@@ -82,6 +93,21 @@ class VipGuard:
         """
         return table_exists(TABLE)
 
+    def begin(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> None:
+        """Begin to put a first guard in force, beside what else there is to do; `sync` waits for it and has the last word.
+
+        It guards VIPs that are to become local, before they are. Nothing happens where there is a guard already.
+
+        Args:
+            vips: as in `sync`, those that will be local.
+            ports: as in `sync`, those that will be listened on.
+        """
+        if self._known or self._begun is not None:
+            return
+        vips = frozenset(ip for ip in vips if not _loopback(ip))
+        ports = frozenset(key for key in ports if key.ip in vips)
+        self._begun = (vips, ports, Run(_whole(vips, ports, _BOUND_SOCKET)))
+
     def sync(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
         """Guard these VIPs, all but these ports. One atomic change; made anew if somebody flushed the ruleset.
 
@@ -95,6 +121,8 @@ class VipGuard:
         """
         vips = frozenset(ip for ip in vips if not _loopback(ip))
         ports = frozenset(key for key in ports if key.ip in vips)
+        if self._ended() and (self._vips, self._ports) == (vips, ports):
+            return None
         try:
             known = self._known and self.present()
         except OSError as error:
@@ -112,6 +140,7 @@ class VipGuard:
 
     def remove(self) -> str | None:
         """Delete the table. None, or one line: what went wrong."""
+        self._ended()
         self._known = False
         try:
             if not self.present():
@@ -119,6 +148,14 @@ class VipGuard:
         except OSError as error:
             return refused(error)
         return run(f"delete table inet {TABLE}\n")
+
+    def _ended(self) -> bool:
+        """Wait for what was begun. Returns whether that is in force."""
+        if self._begun is None:
+            return False
+        (self._vips, self._ports, run_of_nft), self._begun = self._begun, None
+        self._known = run_of_nft.wait() is None
+        return self._known
 
     def _change(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
         # New ports are let through before their VIP is guarded, and the other way round.
@@ -136,16 +173,23 @@ class VipGuard:
         return failed
 
     def _replace(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
-        # Declared first, the table can be deleted whether or not it was there.
-        start = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
-        fill = "".join(
-            [*elements("add", TABLE, "ports", map(port, ports)), *elements("add", TABLE, "vips", vips)]
-        )
-        failed = run(start + _rules(_BOUND_SOCKET) + fill)
+        failed = run(_whole(vips, ports, _BOUND_SOCKET))
         if failed is None:
             return None
         # A kernel or an nft without the `socket` expression; any other error comes back.
-        return run(start + _rules("") + fill)
+        return run(_whole(vips, ports, ""))
+
+
+def _whole(vips: frozenset[str], ports: frozenset[ListenerKey], socket: str) -> str:
+    """A script that makes the table anew. Declared first, it can be deleted whether or not it was there."""
+    return "".join(
+        [
+            f"table inet {TABLE}\ndelete table inet {TABLE}\n",
+            _rules(socket),
+            *elements("add", TABLE, "ports", map(port, ports)),
+            *elements("add", TABLE, "vips", vips),
+        ]
+    )
 
 
 def _loopback(ip: str) -> bool:

@@ -36,7 +36,7 @@ def remove_userspace_chains(*, dry_run: bool = False) -> list[str]:
     lines = []
     for tool in _tools():
         for table in _TABLES:
-            if tool.loaded and table not in _loaded(tool.loaded):
+            if tool.loaded and table not in loaded_tables(tool.loaded):
                 continue
             saved = _run(f"{tool.name}-save", "-t", table)
             script, chains = removal(table, saved.stdout) if saved and not saved.returncode else ("", [])
@@ -94,7 +94,8 @@ def _tools() -> Iterator[_Tool]:
             yield _Tool(program, names)
 
 
-def _loaded(names: str) -> list[str]:
+def loaded_tables(names: str) -> list[str]:
+    """The tables of the older iptables that this network namespace has: `names` is a file of /proc/net."""
     try:
         return Path("/proc/thread-self/net", names).read_text(encoding="ascii").split()
     except OSError:

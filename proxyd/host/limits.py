@@ -36,6 +36,19 @@ def raise_nofile() -> int:
     return hard
 
 
+def set_oom_score(score: int) -> str:
+    """Set this process's oom_score_adj, which its children inherit: -1000 never to 1000 first.
+
+    Returns:
+        "", or why it could not be set: lowering it needs CAP_SYS_RESOURCE (proc(5)).
+    """
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return ""
+
+
 def capabilities() -> frozenset[str]:
     """Effective capabilities, as far as they matter here: CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, CAP_NET_RAW and a few more.
 

@@ -76,18 +76,51 @@ def elements(verb: str, table: str, name: str, members: Iterable[str]) -> list[s
     ]
 
 
+class Run:
+    """One run of nft, which begins at once: all of the script happens or nothing.
+
+    Args:
+        script: what nft is given.
+    """
+
+    def __init__(self, script: str) -> None:
+        self._failed = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        program = which("nft")
+        if program is None:
+            self._failed = "the program `nft` was not found; install nftables"
+            return
+        try:
+            # From memory: nobody has to wait until nft has read what a pipe does not hold.
+            with os.fdopen(os.memfd_create("proxyd-nft"), "w+b") as file:
+                file.write(script.encode())
+                file.seek(0)
+                self._process = subprocess.Popen(  # noqa: S603 - the program's own path; the script holds addresses and numbers only
+                    [program, "-f", "-"], stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                )
+        except OSError as error:
+            self._failed = f"nft did not run: {error}"
+
+    def wait(self) -> str | None:
+        """Wait for its end. None, or one line: what nft said. To be called once."""
+        process = self._process
+        if process is None:
+            return self._failed
+        try:
+            with process:
+                try:
+                    _, said = process.communicate(timeout=_TIMEOUT)
+                except BaseException:
+                    process.kill()
+                    raise
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"nft did not run: {error}"
+        if process.returncode == 0:
+            return None
+        lines = said.decode("utf-8", "replace").strip().splitlines()
+        return lines[0] if lines else f"nft ended with status {process.returncode}"
+
+
 def run(script: str) -> str | None:
     """Give nft a script: all of it happens or nothing. None, or one line: what nft said."""
-    program = which("nft")
-    if program is None:
-        return "the program `nft` was not found; install nftables"
-    try:
-        done = subprocess.run(  # noqa: S603 - the program's own path; the script holds addresses and numbers only
-            [program, "-f", "-"], input=script.encode(), capture_output=True, timeout=_TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"nft did not run: {error}"
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    return lines[0] if lines else f"nft ended with status {done.returncode}"
+    return Run(script).wait()

@@ -42,14 +42,17 @@ class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the s
     """A listener could not be opened. The text is one line: why, and what to do.
 
     `retryable`: it may work later without a change of proxyd's own privileges or settings. `exhausted`: descriptors or
-    memory ran out, so that opening others now is of no use.
+    memory ran out, so that opening others now is of no use. `taken`: somebody else has the address.
     """
 
-    def __init__(self, message: str, *, retryable: bool = True, exhausted: bool = False) -> None:
+    def __init__(
+        self, message: str, *, retryable: bool = True, exhausted: bool = False, taken: bool = False
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.retryable = retryable
         self.exhausted = exhausted
+        self.taken = taken
 
 
 def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
@@ -146,7 +149,7 @@ def _explained(error: OSError, key: ListenerKey) -> BindFailed:
     match error.errno:
         case errno.EADDRINUSE:
             who = holder(key) or "another process"
-            return BindFailed(f"in use by {who}: stop it, or bind it to other addresses")
+            return BindFailed(f"in use by {who}: stop it, or bind it to other addresses", taken=True)
         case errno.EACCES:
             return BindFailed(
                 f"port {key.port} needs root or CAP_NET_BIND_SERVICE; "

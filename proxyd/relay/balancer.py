@@ -21,7 +21,7 @@ class Endpoint:
     An endpoint that was removed is never used again: one that comes back is another object.
     """
 
-    __slots__ = ("address", "ephemeral", "family", "removed", "row", "slot")
+    __slots__ = ("address", "answered", "ephemeral", "family", "further", "removed", "row", "slot")
 
     def __init__(self, ip: str, port: int, slot: int, row: int) -> None:
         self.address = (ip, port)
@@ -29,6 +29,8 @@ class Endpoint:
         self.slot = slot
         self.row = row
         self.removed = False
+        self.further: tuple[str, ...] = ()  # SCTP: its other addresses, of the same port
+        self.answered = 0  # SCTP: which of all its addresses answered last
         # A connect to a local port that nobody listens on can, by chance, meet itself.
         self.ephemeral = port >= _EPHEMERAL
 

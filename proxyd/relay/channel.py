@@ -15,9 +15,19 @@ from proxyd.relay.messages import MAX_BYTES, MAX_DESCRIPTORS, FromWorker, ToWork
 Message = ToWorker | FromWorker
 
 _INT_SIZE = array.array("i").itemsize
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+_UNDER_WAY = 4 << 20
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_SIZE)
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _ENCODER = msgspec.msgpack.Encoder()
+
+
+def send_much(sock: socket.socket) -> None:
+    """Let as much be under way from here as the kernel allows: the news of a start fit in, and nobody waits to send."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNDER_WAY)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNDER_WAY)
 
 
 class ChannelError(ValueError):

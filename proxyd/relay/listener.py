@@ -1,4 +1,4 @@
-"""Listening sockets: accept for a balancer. One class for each protocol, found in LISTENERS."""
+"""TCP listeners: accept connections for a balancer. How listener classes are found is in `registry`."""
 
 from __future__ import annotations
 
@@ -163,7 +163,3 @@ class TcpListener:
             # Muting is not enough: a hang-up is reported always.
             self.plane.poller.close_shared(self._socket)
         # Anything else is the fate of the one connection (accept(2), "Error handling").
-
-
-# A listener class takes (config, fd, balancer, plane) and has id, balancer, closed, open_relays and close().
-LISTENERS: dict[str, type[TcpListener]] = {"TCP": TcpListener}

@@ -21,6 +21,7 @@ class BalancerConfig(msgspec.Struct, frozen=True, array_like=True):
     endpoints: list[tuple[str, int, int]]  # ip, port, counter slot
     affinity_seconds: int = 0
     udp_idle_seconds: float | None = None
+    further: dict[str, list[str]] = {}  # SCTP: other addresses of endpoints, by ip
 
 
 class ListenerConfig(msgspec.Struct, frozen=True, array_like=True):
@@ -31,6 +32,7 @@ class ListenerConfig(msgspec.Struct, frozen=True, array_like=True):
     protocol: str  # TCP, UDP, SCTP
     address: str  # ip:port, for connection records
     source_ranges: list[str] = []
+    implementation: str = ""  # module:class of another distribution; "" for proxyd's own
 
 
 class CloseListener(msgspec.Struct, frozen=True, array_like=True):
@@ -100,6 +102,9 @@ class Connection(msgspec.Struct, frozen=True, array_like=True):
     seconds: float
     reason: str  # closed, reset by client, reset by endpoint, no endpoint, idle, drained, internal error
     finished: float  # Unix time
+    protocol: str = ""  # where it is not TCP
+    streams: tuple[int, int] = (0, 0)  # SCTP: to the endpoint, to the client
+    messages: tuple[int, int] = (0, 0)  # SCTP: to the endpoint, to the client
 
 
 class Connections(msgspec.Struct, frozen=True, tag="connections"):
@@ -142,7 +147,9 @@ class LiveConnection(msgspec.Struct, frozen=True, array_like=True):
     seconds: float  # since it was accepted
     bytes_in: int  # client to endpoint
     bytes_out: int  # endpoint to client
-    state: str  # connecting, established, half-closed; of a UDP flow: unanswered, answered
+    state: str  # connecting, established, half-closed; SCTP: closing; of a UDP flow: unanswered, answered
+    streams: tuple[int, int] = (0, 0)  # SCTP: to the endpoint, to the client
+    paths: tuple[str, str] = ("", "")  # SCTP: addresses in use, the client's and the endpoint's
 
 
 class LiveConnections(msgspec.Struct, frozen=True, tag="live"):

@@ -12,4 +12,5 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     records: bool = False  # send a Connection for every relay that ended
     max_relays: int = 0  # at once; 0: as many as descriptors allow
     udp_timeout: float = 60.0  # seconds after which an idle UDP flow is ended
+    sctp_max_message: int = 256 * 1024  # bytes; a larger one ends its association
     workers: int = 1  # that share the node's local ports

@@ -79,6 +79,8 @@ class Plane:
         self.index = index
         self.counters = slots.view
         self.poller = Poller(loop, self._handler_failed)
+        self.options = options
+        self.extensions: dict[str, object] = {}  # what the listeners of one protocol share, by its name
         self.records = options.records
         self.idle_seconds = options.tcp_idle_timeout
         self.relays: set[SharedRelay] = set()

@@ -28,10 +28,10 @@ BYTES_IN = 4  # client to endpoint
 BYTES_OUT = 5  # endpoint to client
 CONNECT_US = 6  # microseconds from connect to connected, added up
 REFUSED = 7  # balancer: turned away (source range, no endpoint left)
-DATAGRAMS_IN = 8  # UDP: client to endpoint
-DATAGRAMS_OUT = 9  # UDP: endpoint to client
+DATAGRAMS_IN = 8  # UDP datagrams, SCTP messages: client to endpoint
+DATAGRAMS_OUT = 9  # UDP datagrams, SCTP messages: endpoint to client
 EVICTED = 10  # UDP: flows ended to make room for others
-DROPPED = 11  # UDP: datagrams that could not be sent on
+DROPPED = 11  # UDP datagrams, SCTP messages that could not be sent on
 FIELDS = 16
 
 SIZE = 8 * MAX_SLOTS * (1 + MAX_WORKERS * FIELDS)

@@ -7,6 +7,7 @@ all flows of a worker share in `udp_table`.
 
 from __future__ import annotations
 
+import errno
 import os
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from time import monotonic
@@ -14,12 +15,16 @@ from time import monotonic
 from proxyd.relay.balancer import Balancer
 from proxyd.relay.listener import SourceRanges
 from proxyd.relay.messages import ListenerConfig
-from proxyd.relay.plane import Plane
+from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import IN
 from proxyd.relay.slots import OPENED, REFUSED
 from proxyd.relay.udp_flow import TALKING, Flow
 from proxyd.relay.udp_table import LEAVE_SECONDS, FlowTable
-from proxyd.relay.udp_vector import ClientKey, client_address
+from proxyd.relay.udp_vector import ClientKey, ClientName, client_address, client_key
+
+# Batches of a single datagram after which datagrams are taken singly, which costs less as long as they come singly.
+PATIENCE = 4
+_NOTHING = frozenset({errno.EAGAIN, errno.EINTR})
 
 
 class UdpListener:
@@ -39,8 +44,10 @@ class UdpListener:
         self.id = config.id
         self.address = config.address
         self.plane = plane
+        self._poller = plane.poller
         self.closed = False
         self.flows: dict[ClientKey, Flow] = {}
+        self.named: dict[ClientName, Flow] = {}  # of them the conversations that were met one datagram at a time
         self.fd = fd
         self.table = table = flow_table(plane)
         self._balancer = balancer
@@ -50,10 +57,15 @@ class UdpListener:
                 f"listener {self.address}: source range {self._ranges.unreadable[0]!r} is not a CIDR: it admits nobody"
             )
         self._until: float | None = None  # while only replies under way are waited for
+        self._last_turn = 0
+        self._batches = 0  # to be tried yet, of which none has had two datagrams
         self._socket = Socket(fileno=fd)
+        self.sendto = self._socket.sendto
+        self._receive = self._socket.recvfrom_into
         try:
             self._socket.setblocking(False)
             self._vector = table.receiver(self._socket.family)
+            self._view = self._vector.views[0]
             self.sender = table.sender(self._socket.family)
             plane.poller.add(fd, self._ready, IN)
         except OSError:
@@ -120,7 +132,7 @@ class UdpListener:
             del self.table.listeners[self.address]
         for flow in [*self.flows.values(), *(f for f in self.table.leaving if f.listener is self)]:
             flow.finish("drained")
-        self.sender.flush()
+        self.sender.leave()  # the number may be another socket's next
         self.plane.poller.close_shared(self._socket)
         self.plane.reporter.drained(self.id)
         if self._until is not None:
@@ -164,20 +176,67 @@ class UdpListener:
                 del before.flows[key]
                 self.flows[key] = flow
                 flow.adopted(self)
+                if flow.name is not None:
+                    self.named[flow.name] = flow
 
     # -- client to endpoint ---------------------------------------------------------------------------------------
 
     def _ready(self, _events: int) -> None:
-        """Send on a batch. Level-triggered: what is left is reported again, after everybody else had a turn."""
+        """Send on a datagram, or a batch of them where there have been some lately.
+
+        Level-triggered: what is left is reported again, after everybody else had a turn.
+        """
+        if self._batches:
+            self._batch()
+            return
+        turn = self._poller.turns
+        if turn == self._last_turn + 1:
+            self._batches = PATIENCE
+        self._last_turn = turn
+        try:
+            size, name = self._receive(self._view)
+        except OSError as error:
+            self._receive_failed(error)
+            return
+        data = self._view[:size]
+        flow = self.named.get(name)
+        if flow is None:
+            self._unnamed(name, data)
+            return
+        flow.used = self.table.clock
+        send = flow.send  # an attribute, not a method: so the interpreter finds it faster
+        try:
+            send(data)
+        except OSError as error:
+            flow.send_failed(error, data)
+            return
+        flow.bytes_in += size
+        flow.datagrams_in += 1
+
+    def _unnamed(self, name: ClientName, data: memoryview) -> None:
+        """Send on a single datagram of a client that is not in `named`."""
+        key = client_key(name)
+        flow = self.flows.get(key)
+        if flow is None:
+            self.first(key, data)
+            return
+        flow.forward(data)
+        if flow.stage == TALKING and self.flows.get(key) is flow:
+            flow.name = name
+            self.named[name] = flow
+
+    def _batch(self) -> None:
+        """Send on a batch."""
         vector = self._vector
         try:
             sizes = vector.receive(self.fd)
         except OSError as error:
-            self.plane.reporter.trouble(
-                f"listener {self.address}: can't receive any more: {os.strerror(error.errno or 0)}"
-            )
-            self.plane.poller.modify(self.fd, 0)
+            self._receive_failed(error)
             return
+        if len(sizes) > 1:
+            self._batches = PATIENCE
+        else:
+            self._batches -= 1
         find = self.flows.get
         views = vector.views
         words = vector.words
@@ -195,7 +254,7 @@ class UdpListener:
             if flow.stage != TALKING:
                 flow.early(data)
             flow.used = clock
-            send = flow.send  # an attribute, not a method: so the interpreter finds it faster
+            send = flow.send
             try:
                 send(data)
             except OSError as error:
@@ -203,6 +262,18 @@ class UdpListener:
                 continue
             flow.bytes_in += size
             flow.datagrams_in += 1
+
+    def _receive_failed(self, error: OSError) -> None:
+        if error.errno in _NOTHING:
+            return
+        self.plane.reporter.trouble(f"listener {self.address}: can't receive: {os.strerror(error.errno or 0)}")
+        self._poller.modify(self.fd, 0)
+        self.plane.loop.call_later(PAUSE_SECONDS, self._resume)
+
+    def _resume(self) -> None:
+        """Receive again after a pause."""
+        if not self.closed and self._until is None and self.table.listeners.get(self.address) is self:
+            self._poller.modify(self.fd, IN)
 
 
 def flow_table(plane: Plane) -> FlowTable:

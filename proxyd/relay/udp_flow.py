@@ -28,7 +28,7 @@ from proxyd.relay.slots import (
     FAILED,
     OPENED,
 )
-from proxyd.relay.udp_vector import NAME6_BYTES, NAME_BYTES, SLOTS, ClientKey, client_address
+from proxyd.relay.udp_vector import NAME6_BYTES, NAME_BYTES, SLOTS, ClientKey, ClientName, client_address
 
 if TYPE_CHECKING:
     from proxyd.relay.udp import UdpListener
@@ -54,19 +54,21 @@ class Flow:
     """One client of one listener. The client's path is in `UdpListener`, the endpoint's is `ready`."""
 
     __slots__ = (
-        "_attempts", "_counted", "_fd", "_kept", "_last_turn", "_ok", "_recv_into", "_sock", "_started", "_streak", "_table", "_tried",
-        "_vector", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint", "key", "listener",
-        "send", "stage", "used",
+        "_attempts", "_counted", "_fd", "_kept", "_last_turn", "_poller", "_recv_into", "_sock", "_started", "_streak",
+        "_table", "_tried", "_vector", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint",
+        "key", "listener", "name", "send", "stage", "used",
     )  # fmt: skip
 
     def __init__(self, listener: UdpListener, key: ClientKey) -> None:
         self.listener = listener
         self.key = key
+        self.name: ClientName | None = None  # where it is in the listener's `named`
         self.balancer = listener.balancer
         self.endpoint: Endpoint | None = None
         self.stage = WAITING
         self.bytes_in = self.bytes_out = self.datagrams_in = self.datagrams_out = 0
         self._table = table = listener.table
+        self._poller = table.poller
         self._vector = listener.sender
         self._fd = listener.fd
         self.used = table.clock
@@ -137,12 +139,25 @@ class Flow:
             code = errno.ECONNREFUSED  # it met itself
         if not code:
             try:
-                self._table.poller.add(sock.fileno(), self.ready, IN)
+                self._poller.add(sock.fileno(), self.ready, IN)
                 return sock
             except OSError as error:
                 code = error.errno or 0
         sock.close()
         raise OSError(code, os.strerror(code))
+
+    def forward(self, data: memoryview) -> None:
+        """Send a datagram of the client. `UdpListener` has the same written out where it does this most."""
+        if self.stage != TALKING:
+            self.early(data)
+        self.used = self._table.clock
+        try:
+            self.send(data)
+        except OSError as error:
+            self.send_failed(error, data)
+            return
+        self.bytes_in += len(data)
+        self.datagrams_in += 1
 
     def early(self, data: memoryview) -> None:
         """Take a datagram of the client on a flow that is not TALKING yet, before it is sent."""
@@ -173,17 +188,22 @@ class Flow:
 
     def ready(self, _events: int) -> None:
         """Take replies. They leave at the end of the batch."""
-        turn = self._table.poller.turns
-        streak = self._streak = self._streak + 1 if turn == self._last_turn + 1 else 0
+        turn = self._poller.turns
+        left = 1
+        if turn == self._last_turn + 1:
+            self._streak += 1
+            if self._streak >= STREAK:
+                left = MAX_BATCH
+        else:
+            self._streak = 0
         self._last_turn = turn
-        left = MAX_BATCH if streak >= STREAK else 1
         vector = self._vector
         recv_into = self._recv_into
         try:
             while left:
                 slot = vector.queued
                 if slot == SLOTS or vector.to != self._fd:
-                    vector.turn_to(self._fd)
+                    vector.turn_to(self._fd, self.listener.sendto)
                     slot = 0
                 size = recv_into(vector.views[slot])
                 if vector.v6:
@@ -191,6 +211,7 @@ class Flow:
                 else:
                     vector.words[slot * 4] = self.key  # type: ignore[assignment]  # int here
                 vector.sizes[2 * slot + 1] = size
+                vector.name = self.name
                 vector.queued = slot + 1
                 self.bytes_out += size
                 self.datagrams_out += 1
@@ -230,8 +251,13 @@ class Flow:
             self.finish("endpoint removed")
         else:
             self.listener.flows.pop(self.key, None)
+            self._unname()
             self.stage = LEAVING
             self._table.leaving[self] = monotonic()
+
+    def _unname(self) -> None:
+        if self.name is not None:
+            self.listener.named.pop(self.name, None)
 
     def adopted(self, listener: UdpListener) -> None:
         """Go on at a listener with the same address and balancer."""
@@ -248,6 +274,7 @@ class Flow:
         flows = self.listener.flows
         if flows.get(self.key) is self:
             del flows[self.key]
+            self._unname()
         elif table.leaving.pop(self, None) is None:
             return  # it is over already
         self._close()
@@ -263,7 +290,7 @@ class Flow:
     def _close(self) -> None:
         """Close the socket to the endpoint."""
         if self._sock is not None:
-            self._table.poller.close(self._sock)
+            self._poller.close(self._sock)
             self._sock = None
             assert self.endpoint is not None
             self.count()

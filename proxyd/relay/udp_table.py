@@ -66,6 +66,7 @@ class FlowTable:
         self._ports = int(_local_ports() * _PORT_SHARE / max(workers, 1))
         self._receivers: dict[int, Vector] = {}
         self._senders: dict[int, Vector] = {}
+        self._sending: tuple[Vector, ...] = ()  # the same, as it is gone through after each batch
         self._timer: asyncio.TimerHandle | None = None
         self._idle: deque[tuple[Flow, float]] = deque()  # to be ended, unless used since then
         self._end_timer: asyncio.TimerHandle | None = None
@@ -78,11 +79,16 @@ class FlowTable:
 
     def receiver(self, family: int) -> Vector:
         """What listeners of a family receive into."""
-        return self._receivers.setdefault(family, Vector(family))
+        if family not in self._receivers:
+            self._receivers[family] = Vector(family)
+        return self._receivers[family]
 
     def sender(self, family: int) -> Vector:
         """What replies to clients of a family are queued in until the end of the batch."""
-        return self._senders.setdefault(family, Vector(family))
+        if family not in self._senders:
+            self._senders[family] = Vector(family)
+            self._sending = tuple(self._senders.values())
+        return self._senders[family]
 
     # -- flows ----------------------------------------------------------------------------------------------------
 
@@ -179,7 +185,7 @@ class FlowTable:
 
     def _flush(self) -> None:
         """Send the replies of one batch."""
-        for vector in self._senders.values():
+        for vector in self._sending:
             if vector.queued:
                 vector.flush()
                 if vector.dropped:

@@ -1,6 +1,7 @@
 """Many datagrams in one system call: recvmmsg and sendmmsg through ctypes, over memory that is laid out once.
 
-Per-datagram work touches plain memoryviews only; ctypes is used for the one call (docs/udp.md has the figures).
+Per-datagram work touches plain memoryviews only; ctypes is used for the one call. A single datagram goes by the socket's
+own methods, which cost less than that call does (docs/udp.md has the figures).
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import socket
+import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # Datagrams in one call.
@@ -22,6 +25,8 @@ _NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: NAME6_BYTES}
 
 # What names a client within one listener: the first 8 bytes of its sockaddr_in as a number, or its whole sockaddr_in6.
 ClientKey = int | bytes
+# The same as the socket module has it: (ip, port), or (ip, port, flow, scope).
+ClientName = tuple[Any, ...]
 
 
 class _Iovec(ctypes.Structure):
@@ -93,7 +98,9 @@ class Vector:
         self._address = ctypes.addressof(self._messages)
         self.queued = 0  # slots filled: buffer, client and size
         self.to = -1  # the descriptor by which they leave
+        self.name: ClientName | None = None  # of the client in the slot filled last, where it is known
         self.dropped = 0  # datagrams that the kernel refused
+        self._sendto: Callable[[memoryview, ClientName], object] | None = None
 
     def receive(self, fd: int) -> list[int]:
         """Receive what there is, at most SLOTS datagrams; their sizes, in the order of the slots.
@@ -115,15 +122,28 @@ class Vector:
             return self.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES].tobytes()
         return self.words[slot * 4]
 
-    def turn_to(self, fd: int) -> None:
-        """Send what is queued; what is queued from now on goes out by `fd`."""
+    def turn_to(self, fd: int, sendto: Callable[[memoryview, ClientName], object]) -> None:
+        """Send what is queued; what is queued from now on goes out by `fd`, whose socket's method `sendto` is."""
         self.flush()
         self.to = fd
+        self._sendto = sendto
+
+    def leave(self) -> None:
+        """Send what is queued, before the descriptor is closed."""
+        self.flush()
+        self.to = -1
 
     def flush(self) -> None:
         """Send what is queued. What the kernel refuses is dropped, and counted in `dropped`."""
         first, count = 0, self.queued
         self.queued = 0
+        if count == 1 and self.name is not None:
+            assert self._sendto is not None
+            try:
+                self._sendto(self.views[0][: self.sizes[1]], self.name)
+            except OSError:
+                self.dropped += 1
+            return
         while first < count:
             address = self._address + first * ctypes.sizeof(_Message)
             sent = _sendmmsg(self.to, address, count - first, _NOWAIT)
@@ -144,3 +164,17 @@ def client_address(key: ClientKey) -> tuple[str, int]:
         raw = key.to_bytes(8, sys.byteorder)
         return socket.inet_ntop(socket.AF_INET, raw[4:8]), int.from_bytes(raw[2:4], "big")
     return socket.inet_ntop(socket.AF_INET6, key[8:24]), int.from_bytes(key[2:4], "big")
+
+
+def client_key(name: ClientName) -> ClientKey:
+    """The key of a client that the socket module has named."""
+    if len(name) == 2:
+        raw = _NAME4.pack(socket.AF_INET, name[1].to_bytes(2, "big"), socket.inet_aton(name[0]))
+        return int.from_bytes(raw, sys.byteorder)
+    ip, port, flow, scope = name
+    address = socket.inet_pton(socket.AF_INET6, ip.partition("%")[0])
+    return _NAME6.pack(socket.AF_INET6, port.to_bytes(2, "big"), flow.to_bytes(4, "big"), address, scope)
+
+
+_NAME4 = struct.Struct("=H2s4s")
+_NAME6 = struct.Struct("=H2s4s16sI")

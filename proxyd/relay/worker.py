@@ -11,12 +11,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from time import monotonic
+from typing import Any
 
 import uvloop
 
 from proxyd.relay.balancer import Balancer, Endpoint
 from proxyd.relay.channel import Channel, ChannelError, close_all
-from proxyd.relay.listener import LISTENERS, TcpListener
 from proxyd.relay.listing import Listings
 from proxyd.relay.messages import (
     Acknowledged,
@@ -31,19 +31,15 @@ from proxyd.relay.messages import (
 from proxyd.relay.options import Options
 from proxyd.relay.plane import Plane, SharedRelay
 from proxyd.relay.privileges import drop_privileges
-from proxyd.relay.relay import Relay
+from proxyd.relay.registry import Listener, load
 from proxyd.relay.reporter import Reporter
 from proxyd.relay.slots import MAX_SLOTS, Slots
-from proxyd.relay.udp import UdpListener
 from proxyd.relay.udp_flow import Flow
 
 __all__ = ["Options", "Worker", "main"]
 
 # Messages taken in one turn of the loop, so that a long update does not hold up the relays.
 _MESSAGES_AT_ONCE = 8
-
-Listener = TcpListener | UdpListener
-_LISTENERS: dict[str, type[TcpListener | UdpListener]] = {**LISTENERS, "UDP": UdpListener}
 
 
 class Worker:
@@ -79,6 +75,7 @@ class Worker:
         self._balancers: dict[int, Balancer] = {}
         self._listeners: dict[int, Listener] = {}
         self._closed: dict[int, Listener] = {}  # closed, with relays left
+        self._following: dict[Balancer, set[Any]] = {}  # listeners that want to know of removed endpoints
         self._drain_until: dict[Listener, float] = {}
         self._drain_timer: asyncio.TimerHandle | None = None
         self._shutdown_timer: asyncio.TimerHandle | None = None
@@ -98,7 +95,7 @@ class Worker:
         for listener in list(self._listeners.values()):
             listener.close()
         for relay in list(self._plane.relays):
-            if isinstance(relay, Relay):
+            if hasattr(relay, "abort"):
                 relay.abort("drained")
         for timer in (self._drain_timer, self._shutdown_timer):
             if timer is not None:
@@ -182,33 +179,33 @@ class Worker:
         before = balancer.endpoints
         balancer.update(endpoints, config.affinity_seconds)
         balancer.udp_idle_seconds = config.udp_idle_seconds
-        if any(endpoint.removed for endpoint in before) and self._plane.flows:
-            for listener in self._listeners.values():
-                if isinstance(listener, UdpListener) and listener.balancer is balancer:
-                    listener.endpoints_changed()
+        for endpoint in balancer.endpoints:
+            endpoint.further = tuple(config.further.get(endpoint.address[0], ())) if config.further else ()
+        if any(endpoint.removed for endpoint in before):
+            for listener in list(self._following.get(balancer, ())):
+                listener.endpoints_changed()
 
     def _open(self, config: ListenerConfig, fd: int) -> None:
-        listener_class = _LISTENERS.get(config.protocol)
         balancer = self._balancers.get(config.balancer)
-        if listener_class is None or balancer is None:
+        why = f"no balancer {config.balancer}"
+        listener: Listener | None = None
+        if balancer is not None:
+            try:
+                listener = load(config.protocol, config.implementation)(config, fd, balancer, self._plane)
+            except OSError as error:
+                why = error.strerror or str(error)
+            except (LookupError, ImportError) as error:
+                why = str(error.args[0])
+        if listener is None:
             close_all([fd])
-            why = (
-                f"no balancer {config.balancer}"
-                if listener_class
-                else f"{config.protocol} is not relayed here"
-            )
             self._reporter.trouble(f"listener {config.address} can't be opened: {why}")
-            return
-        try:
-            listener = listener_class(config, fd, balancer, self._plane)
-        except OSError as error:
-            close_all([fd])
-            self._reporter.trouble(f"listener {config.address} can't be opened: {error.strerror}")
             return
         if config.id in self._listeners:
             self._reporter.trouble(f"from control: listener {config.id} was given twice")
             self._close(CloseListener(config.id))
         self._listeners[config.id] = listener
+        if hasattr(listener, "endpoints_changed"):
+            self._following.setdefault(listener.balancer, set()).add(listener)
 
     def _close(self, closing: CloseListener) -> None:
         listener = self._listeners.pop(closing.id, None)
@@ -218,11 +215,19 @@ class Worker:
                 self._reporter.drained(closing.id)  # nothing of it is here
                 return
         listener.close()
+        self._follow_no_more(listener)
         if listener.open_relays:
             self._closed[closing.id] = listener
             if closing.drain is not None:
                 self._drain_until[listener] = monotonic() + closing.drain
                 self._set_drain_timer()
+
+    def _follow_no_more(self, listener: Listener) -> None:
+        following = self._following.get(listener.balancer)
+        if following is not None:
+            following.discard(listener)
+            if not following:
+                del self._following[listener.balancer]
 
     # -- draining -------------------------------------------------------------------------------------------------
 
@@ -242,14 +247,15 @@ class Worker:
         for listener in due:
             del self._drain_until[listener]
         for relay in list(self._plane.relays):
-            if isinstance(relay, Relay) and relay.listener in due:
+            if hasattr(relay, "abort") and getattr(relay, "listener", None) in due:
                 relay.abort("drained")
         self._drain_until = {held: until for held, until in self._drain_until.items() if held.open_relays}
         self._set_drain_timer()
 
     def _shut_down(self, drain: float) -> None:
         for number, listener in list(self._listeners.items()):
-            if not (isinstance(listener, UdpListener) and listener.linger(drain)):
+            linger = getattr(listener, "linger", None)
+            if linger is None or not linger(drain):
                 self._close(CloseListener(number))
         if not self._plane.relays or drain <= 0:
             self.stop(0)
@@ -285,6 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--index", type=int, required=True, help="whose counters to write")
     parser.add_argument("--tcp-idle-timeout", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--udp-timeout", type=float, default=Options().udp_timeout, metavar="SECONDS")
+    parser.add_argument("--sctp-max-message", type=int, default=Options().sctp_max_message, metavar="BYTES")
     parser.add_argument("--workers", type=int, default=1, help="that share the node's local ports")
     parser.add_argument("--max-relays", type=int, default=0, help="at once; 0: as descriptors allow")
     parser.add_argument("--records", action="store_true", help="report every relay that ended")
@@ -296,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(
         tcp_idle_timeout=given.tcp_idle_timeout,
         udp_timeout=given.udp_timeout,
+        sctp_max_message=given.sctp_max_message,
         workers=given.workers,
         records=given.records,
         max_relays=given.max_relays,

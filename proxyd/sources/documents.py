@@ -49,7 +49,11 @@ class Document:
 
 
 def read_documents(
-    data: bytes, *, is_json: bool = False, known: Container[str] = ()
+    data: bytes,
+    *,
+    is_json: bool = False,
+    known: Container[str] = (),
+    repeated: list[Unreadable] | None = None,
 ) -> Iterator[Document | Unreadable]:
     """Each document of a file, in order. Empty ones are skipped; what cannot be read comes as an Unreadable.
 
@@ -59,6 +63,7 @@ def read_documents(
         data: the file's content.
         is_json: whether it is JSON.
         known: texts of YAML documents whose value the caller has: they come with None for it.
+        repeated: given for lenient reading of YAML: the last of several equal keys counts, and this gets the others.
     """
     try:
         text = _text(data)
@@ -81,7 +86,11 @@ def read_documents(
             yield Document(None, text, start, end, line, is_json=False)
             continue
         try:
-            value = yaml_reader.read(part, line)
+            value = (
+                yaml_reader.read(part, line)
+                if repeated is None
+                else yaml_reader.read_fully(part, line, repeated)
+            )
         except Unreadable as error:
             yield error
         else:

@@ -76,10 +76,10 @@ def read(text: str, line: int) -> object:
     return value if value is not None else read_fully(text, line)
 
 
-def read_fully(text: str, line: int) -> object:
-    """As `read`, by libyaml alone."""
+def read_fully(text: str, line: int, repeated: list[Unreadable] | None = None) -> object:
+    """As `read`, by libyaml alone. With `repeated` the last of several equal keys counts, and it gets the others."""
     try:
-        return _Builder(line).build(text)
+        return _Builder(line, repeated).build(text)
     except ReaderError:
         raise _unprintable(text, line) from None
     except yaml.MarkedYAMLError as error:
@@ -106,10 +106,11 @@ _OPEN = object()  # the value of an anchor whose node is not complete yet
 class _Builder:
     """Puts together the value of one document."""
 
-    __slots__ = ("_aliased", "_anchors", "_count", "_documents", "_frames", "_line", "_root")
+    __slots__ = ("_aliased", "_anchors", "_count", "_documents", "_frames", "_line", "_repeated", "_root")
 
-    def __init__(self, line: int) -> None:
+    def __init__(self, line: int, repeated: list[Unreadable] | None = None) -> None:
         self._line = line
+        self._repeated = repeated
         self._frames: list[_Frame] = []
         self._anchors: dict[str, tuple[object, int]] = {}  # value, and how many values it is made of
         self._count = 0  # values so far, aliased ones included
@@ -247,7 +248,10 @@ class _Builder:
             advice = ": put it in quotes" if value is None else ""
             raise self._refused(event, f"a map key must be a string, got {shown(value)}{advice}")
         if value in frame.items:
-            raise self._refused(event, f"the key {shown(value)} is given twice in this map")
+            error = self._refused(event, f"the key {shown(value)} is given twice in this map")
+            if self._repeated is None:
+                raise error
+            self._repeated.append(error)
         return value
 
     def _merged(self, event: Any, value: object) -> list[dict[str, object]]:

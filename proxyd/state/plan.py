@@ -72,11 +72,11 @@ def _difference(
     observed: Mapping[_K, _V], desired: Mapping[_K, _V]
 ) -> tuple[list[tuple[_V | None, _V]], list[_K]]:
     """What is there and what is wanted, wherever the two differ, and the keys that are not wanted."""
+    if same_keys(observed, desired):
+        # As ever where only endpoints change, or nothing. No key is hashed, which is most of the time otherwise.
+        return [(held, wanted) for held, wanted in replaced(observed, desired) if held != wanted], []
     if observed == desired:  # quick: what is the same object is not compared
         return [], []
-    if same_keys(observed, desired):
-        # As ever where only endpoints change.
-        return [(held, wanted) for held, wanted in replaced(observed, desired) if held != wanted], []
     differing: list[tuple[_V | None, _V]] = []
     for key, wanted in desired.items():
         held = observed.get(key)

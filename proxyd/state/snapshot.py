@@ -48,5 +48,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     vip_mode: VipMode = VipMode(route=True)
     nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all
     bind_addresses: tuple[str, ...] = ()  # NodePorts are opened on these only; () = all
+    localhost_nodeports: bool = True  # NodePorts are opened on loopback addresses too
     steer_external_ips: bool = True  # policy rules for foreign addresses may be made
     protocols: frozenset[str] = frozenset({"TCP"})  # that this build relays with the gates given

@@ -118,6 +118,8 @@ def nodeport_addresses(node: NodeView, options: Options) -> tuple[str, ...]:
         ip = ipaddress.ip_address(address.ip)
         if options.bind_addresses and address.ip not in options.bind_addresses:
             continue
+        if ip.is_loopback and not options.localhost_nodeports:
+            continue
         if (
             wanted
             and not ("primary" in wanted and address.primary)

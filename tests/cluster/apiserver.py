@@ -21,6 +21,7 @@ import signal
 import ssl
 import sys
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote
@@ -29,6 +30,7 @@ import uvloop
 from aiohttp import web
 from apistore import KINDS, Change, Failure, Kind, Selector, Store, Stored, from_beta, selector
 
+TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 _TYPES = {"Content-Type": "application/json", "Cache-Control": "no-cache, private"}
 
 
@@ -83,6 +85,7 @@ class ApiServer:
         self.users: list[str] = []
         self.faults: list[Fault] = []
         self.watches: set[Watch] = set()
+        self.host = "127.0.0.1"
         self.port = 0
         self._snapshots: dict[int, dict[str, list[Stored]]] = {}
         self._runner: web.AppRunner | None = None
@@ -107,7 +110,7 @@ class ApiServer:
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.tls, reuse_address=True)
+        site = web.TCPSite(self._runner, self.host, self.port, ssl_context=self.tls, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -146,7 +149,10 @@ class ApiServer:
         return self.order("hang", plural)
 
     async def storm(self, rate: int, seconds: float, services: int) -> None:
-        """Changes the first endpoint of bulk slices, so many a second; change n gives it the address 10.201.0.0 + n."""
+        """Changes the first endpoint of bulk slices, so many a second; change n gives it the address 10.201.0.0 + n.
+
+        Each says when it was made, as slices do.
+        """
         loop = asyncio.get_running_loop()
         started, sent, total = loop.time(), 0, int(rate * seconds)
         while sent < total:
@@ -155,7 +161,8 @@ class ApiServer:
                 i = n % services
                 endpoint = {"addresses": [str(ipaddress.ip_address(0x0AC90000 + n))]}
                 key = (f"ns-{i % 50}", f"bulk-{i}-abcde")
-                self.store.patch("endpointslices", key, {"endpoints": [endpoint]})
+                made = {"annotations": {TRIGGER_TIME: datetime.now(UTC).isoformat()}}
+                self.store.patch("endpointslices", key, {"metadata": made, "endpoints": [endpoint]})
             sent = due
             await asyncio.sleep(0.002)
 
@@ -476,7 +483,7 @@ def _abort(request: web.Request) -> None:
 async def _main(args: argparse.Namespace) -> None:
     store = Store(args.state)
     server = ApiServer(store)
-    server.port = args.port
+    server.host, server.port = args.host, args.port
     if args.services and not store.objects["services"]:
         store.bulk(args.services, args.endpoints)
     await server.start()
@@ -510,6 +517,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--state", default="", help="log to write through and to start from")
     parser.add_argument("--services", type=int, default=0)

@@ -32,6 +32,7 @@ from netlab import (
 from proxyd.host import cleanup, limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
 from proxyd.host.guard import VipGuard
+from proxyd.host.kubeproxy import kube_proxy_leftovers
 from proxyd.host.routes import VipRoutes, is_local
 from proxyd.host.sockets import BindFailed, open_listener
 from proxyd.host.steering import Steering
@@ -557,7 +558,7 @@ def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -
 
 
 def test_what_kube_proxy_left_is_named(space: Namespace) -> None:
-    assert space.call(cleanup.kube_proxy_leftovers) == []
+    assert space.call(kube_proxy_leftovers) == []
     space.run(
         "nft",
         "-f",
@@ -574,8 +575,9 @@ def test_what_kube_proxy_left_is_named(space: Namespace) -> None:
         """,
     )
     space.ip("link add name kube-ipvs0 type bridge")
-    assert space.call(cleanup.kube_proxy_leftovers) == [
-        "nft table ip nat: KUBE-PORTALS-HOST, KUBE-SERVICES",
+    assert list(map(str, space.call(kube_proxy_leftovers))) == [
+        "nft table ip nat: KUBE-PORTALS-HOST",
+        "nft table ip nat: KUBE-SERVICES",
         "nft table ip kube-proxy: services",
         "interface kube-ipvs0: virtual servers of IPVS",
     ]

@@ -54,7 +54,7 @@ def test_every_flag_has_help():
             "unknown flag --admin-sokcet; did you mean --admin-socket?",
         ),
         (("get", "services", "--zzz"), "unknown flag --zzz; see `proxyd get --help`"),
-        (("run",), "--manifests is required"),
+        (("run",), "--manifests or --kubeconfig is required"),
         (("run", "--manifests", "x", "--workers", "many"), "--workers: expected a number from 0 to 16"),
         (("get", "pods"), "see `proxyd get --help`"),
         (("get", "services", "a", "b"), 'unexpected argument "b"'),

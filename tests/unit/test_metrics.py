@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxyd.api.discovery import EndpointSlice
+from proxyd.api.meta import ObjectMeta
 from proxyd.api.service import Protocol, TrafficPolicy
 from proxyd.control import exposition, health
 from proxyd.control.exposition import Chosen
@@ -216,12 +218,13 @@ def test_the_process_and_the_build():
 def test_kube_proxys_names():
     metrics = Metrics()
     one, other = object(), object()
-    metrics.changed(Snapshot(services={"a": one, "b": one}, slices={"a": (one,)}))
+    slices = {"a": (EndpointSlice(metadata=ObjectMeta(name="a")),)}
+    metrics.changed(Snapshot(services={"a": one, "b": one}, slices=slices))
     got = scrape(Facts(phase="serving", healthy=True), metrics)
     assert of(got, "kubeproxy_sync_proxy_rules_service_changes_pending") == 2
     metrics.reconciled(0.003)
     # One changed, one went, one came.
-    metrics.changed(Snapshot(services={"a": other, "c": one}, slices={"a": (one,)}))
+    metrics.changed(Snapshot(services={"a": other, "c": one}, slices=slices))
     metrics.health("/healthz", 200)
     metrics.health("/livez", 503)
     got = scrape(Facts(phase="serving", healthy=True), metrics)

@@ -125,7 +125,25 @@ def test_two_families():
         ("drain_timeout", "soon", "expected a duration"),
         ("admin_socket", "/" + "x" * 200, "at most 107 bytes"),
         ("allow_loopback_endpoints", "maybe", "expected true or false"),
-        ("feature_gates", ["Magic=true"], 'unknown feature gate "Magic"'),
+        ("feature_gates", ["SCTPSupport=maybe"], "expected true or false"),
+        ("master", "https://", "expected a URL"),
+        ("master", "ftp://x", "expected a URL"),
+        ("kube_api_burst", "-1", "expected a whole number from 0"),
+        ("kube_api_qps", "many", "expected a number of requests"),
+        ("service_proxy_name", "a b", "expected the value of a label"),
+        ("config_sync_period", "0s", "expected a duration over 0"),
+        ("min_sync_period", "31s", "must not be longer than --sync-period"),
+        ("proxy_mode", "kernelspace", "kernelspace is a mode of Windows; use userspace"),
+        ("proxy_mode", "magic", "expected userspace, iptables, ipvs or nftables"),
+        ("cluster_cidr", "10.0.0.0/8,11.0.0.0/8", "expected one CIDR, or an IPv4 and an IPv6 one"),
+        (
+            "detect_local_mode",
+            "Guess",
+            "expected ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix",
+        ),
+        ("oom_score_adj", "-1001", "expected a whole number from -1000 to 1000"),
+        ("vmodule", "cluster", "expected PATTERN=N"),
+        ("cleanup_kube_proxy", "maybe", "expected auto, always or never"),
         ("hostname_override", "a b", "expected a node name"),
     ],
 )
@@ -141,8 +159,53 @@ def test_every_wrong_flag_is_named_at_once():
 
 
 def test_manifests_are_required():
-    with pytest.raises(SettingsError, match="--manifests is required"):
+    with pytest.raises(SettingsError, match="--manifests or --kubeconfig is required"):
         build({}, USER)
+
+
+@pytest.mark.parametrize(
+    ("given", "pod", "in_cluster"),
+    [
+        ({}, True, True),
+        ({"manifests": ["m"]}, True, False),
+        ({"manifests": ["m"], "in_cluster": "true"}, True, True),
+        ({"kubeconfig": "/k"}, True, False),
+        ({"master": "https://10.0.0.1"}, True, False),
+        ({"kubeconfig": "", "master": ""}, True, True),
+    ],
+)
+def test_a_pods_own_cluster_is_followed_where_there_is_no_other_source(given, pod, in_cluster):
+    here = Surroundings(environ={"KUBERNETES_SERVICE_HOST": "10.96.0.1"} if pod else {})
+    got = build(given, here)
+    assert got.in_cluster is in_cluster
+    assert got.cluster is (in_cluster or bool(given.get("kubeconfig") or given.get("master")))
+
+
+def test_with_a_cluster_the_kernel_is_to_spare_proxyd():
+    assert settings().oom_score is None
+    assert settings(kubeconfig="/k").oom_score == -999
+    assert settings(kubeconfig="/k", oom_score_adj="5").oom_score == 5
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "kubeconfig",
+        "master",
+        "bind_address",
+        "hostname_override",
+        "cluster_cidr",
+        "detect_local_mode",
+        "proxy_mode",
+    ],
+)
+def test_of_kube_proxys_texts_an_empty_one_is_the_default(field):
+    assert settings(**{field: ""}) == settings()
+
+
+def test_a_qps_and_burst_of_0_are_the_default():
+    assert settings(kube_api_qps="0", kube_api_burst="0") == settings()
+    assert settings(kube_api_qps="-1").kube_api_qps == -1
 
 
 def test_repeated_and_joined_values():

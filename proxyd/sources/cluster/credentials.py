@@ -80,7 +80,11 @@ class Credentials:
         return context
 
     def refused(self) -> None:
-        """The server did not know us (401): ask the plugin again, and read the kubeconfig again."""
+        """The server did not know us (401)."""
+        self.reread()
+
+    def reread(self) -> None:
+        """Ask the plugin again, and read the kubeconfig again; where that fails, what is in use stays."""
         if self._exec is not None:
             self._exec = None
             self._context = None

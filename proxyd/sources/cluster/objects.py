@@ -47,17 +47,45 @@ class NodeSpec(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     pod_cidrs: tuple[str, ...] = msgspec.field(default=(), name="podCIDRs")
 
 
+class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """An address of a node, or a name."""
+
+    type: str = ""
+    address: str = ""
+
+
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`status` of a Node."""
+
+    addresses: tuple[NodeAddress, ...] = ()
+
+
 class Node(msgspec.Struct, frozen=True, kw_only=True):
     """A Node (core/v1)."""
 
     metadata: ObjectMeta
     spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
 
     @property
     def zone(self) -> str:
         """The zone that its labels name; "" where they name none."""
         labels = self.metadata.labels
         return next((labels[label] for label in _ZONES if labels.get(label)), "")
+
+    @property
+    def host_ips(self) -> tuple[str, ...]:
+        """Its main address, and that of the other family if it has one (kubernetes pkg/util/node, GetNodeHostIPs)."""
+        parsed = [
+            str(ip)
+            for kind in ("InternalIP", "ExternalIP")
+            for entry in self.status.addresses
+            if entry.type == kind and (ip := parse_ip(entry.address)) is not None
+        ]
+        by_family: dict[bool, str] = {}
+        for text in parsed:
+            by_family.setdefault(":" in text, text)
+        return tuple(by_family.values())
 
     @property
     def pod_cidrs(self) -> tuple[str, ...]:

@@ -174,6 +174,10 @@ class ClusterSource:
                 self._flush.cancel()
             await self._client.close()
 
+    def reread(self) -> None:
+        """Takes the kubeconfig as it is now, and asks a credential plugin again, for whatever is requested next."""
+        self._client.credentials.reread()
+
     def post_event(self, about: EventAbout, type_: str, reason: str, message: str) -> None:
         """Queues an Event; nobody waits for it, and it may never arrive.
 

@@ -28,6 +28,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     node_port_range: tuple[int, int] = (30000, 32767)
 
 
+class Taken(msgspec.Struct, frozen=True, kw_only=True):
+    """What Services of a cluster have: it is never handed out.
+
+    Addresses are in canonical form.
+    """
+
+    addresses: frozenset[str] = frozenset()
+    node_ports: frozenset[int] = frozenset()
+
+
+NOTHING_TAKEN = Taken()
+
+
 class Allocation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one Service was given.
 
@@ -61,6 +74,7 @@ def allocate(
     now: str,
     *,
     absent: Callable[[ObjectName], bool] = lambda _: False,
+    taken: Taken = NOTHING_TAKEN,
 ) -> Allocated:
     """Gives every Service what it lacks. The result does not depend on the order of `services`.
 
@@ -76,8 +90,9 @@ def allocate(
         now: RFC 3339, UTC; the creation time of Services seen for the first time that have none.
         absent: whether a Service that is not in `services` may still exist (rejected, or in an unreadable file): its
             allocations then stay reserved.
+        taken: what others have; an allocation that is among it moves.
     """
-    return _Allocator(services, previous, settings, now).run(absent)
+    return _Allocator(services, previous, settings, now).run(absent, taken)
 
 
 class _Allocator:
@@ -95,7 +110,9 @@ class _Allocator:
         self._ports = NodePortPool(settings.node_port_range)
         self._problems: list[Problem] = []
 
-    def run(self, absent: Callable[[ObjectName], bool]) -> Allocated:
+    def run(self, absent: Callable[[ObjectName], bool], taken: Taken) -> Allocated:
+        self._ips.withhold(taken.addresses)
+        self._ports.withhold(taken.node_ports)
         wanted_ips = {name: self._wanted_families(self._services[name]) for name in self._order}
         wanted_ports = {name: _wanted_ports(self._services[name]) for name in self._order}
         for name in self._order:

@@ -12,7 +12,14 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service, ServiceType
 from proxyd.sources.manifests import ManifestSet
-from proxyd.sources.standalone.allocation import Allocated, Allocations, Settings, allocate
+from proxyd.sources.standalone.allocation import (
+    NOTHING_TAKEN,
+    Allocated,
+    Allocations,
+    Settings,
+    Taken,
+    allocate,
+)
 from proxyd.sources.standalone.endpoints import PodIndex, slices_from_endpoints, slices_from_pods, usable
 from proxyd.state.changes import same_keys, touched
 from proxyd.state.snapshot import Snapshot
@@ -78,12 +85,16 @@ class Assembler:
         self._pods = PodIndex({})
         self._remarked: dict[ObjectName, tuple[_Remark, ...]] = {}
         self._orphans: tuple[_Remark, ...] = ()
+        self._taken = NOTHING_TAKEN
         self._last = Assembled(snapshot=Snapshot(), allocations=Allocations())
 
-    def assemble(self, manifests: ManifestSet, allocations: Allocations, now: str) -> Assembled:
-        """As the function of this name does."""
+    def assemble(
+        self, manifests: ManifestSet, allocations: Allocations, now: str, taken: Taken = NOTHING_TAKEN
+    ) -> Assembled:
+        """As the function of this name does; nothing of what is taken is handed out."""
         last, self._manifests = self._manifests, manifests
-        same_allocations = allocations is self._last.allocations
+        same_allocations = allocations is self._last.allocations and taken == self._taken
+        self._taken = taken
         if manifests is last and same_allocations:
             return self._last
         before = self._allocated.services
@@ -130,6 +141,7 @@ class Assembler:
             self._settings,
             now,
             absent=lambda name: not manifests.complete or name in manifests.rejected,
+            taken=self._taken,
         )
         # What comes out as before is the very object of before.
         services = {

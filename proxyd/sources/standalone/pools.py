@@ -12,6 +12,9 @@ from proxyd.api.service import ServicePort
 
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+# Who has what is withheld.
+_SOMEBODY = ObjectName("", "")
+
 
 def port_key(port: ServicePort) -> str:
     """How an allocation names a service port: its name, or else its number, and the protocol."""
@@ -38,6 +41,10 @@ class AddressPool:
     def give(self, addresses: Collection[str]) -> None:
         """Takes addresses that a manifest gives; they need not be in range."""
         self._taken.update(str(ipaddress.ip_address(address)) for address in addresses)
+
+    def withhold(self, addresses: Collection[str]) -> None:
+        """Takes addresses, in canonical form, that somebody else has."""
+        self._taken.update(addresses)
 
     def keep(self, addresses: Collection[str], wanted: Collection[int]) -> dict[int, str]:
         """Those of `addresses`, in canonical form, that are still wanted, in range and free, by IP version."""
@@ -94,6 +101,11 @@ class NodePortPool:
                 self._take(name, port.node_port, port.protocol)
         if health_check:
             self._take(name, health_check, "TCP")
+
+    def withhold(self, numbers: Collection[int]) -> None:
+        """Takes numbers that somebody else has."""
+        for number in numbers:
+            self._holders.setdefault(number, set()).add(_SOMEBODY)
 
     def keep(self, name: ObjectName, ports: Mapping[str, int], wanted: Mapping[str, int]) -> dict[str, int]:
         """Those of `ports` that are still wanted, in range and free."""

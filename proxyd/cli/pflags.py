@@ -1,0 +1,164 @@
+"""The flags of `proxyd run`, read as kube-proxy's library reads them: `--v=2`, `--v 2`, `-v=2`, `-v2`, `--x`, `--x=false`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from proxyd.cli.env import USAGE, CommandError
+from proxyd.control.flags import FLAGS
+from proxyd.control.flagvalues import boolean
+from proxyd.control.kubeflags import ALIASES, FOREIGN
+
+# Orders rather than settings; kube-proxy has them too.
+ORDERS: Mapping[str, Literal["value", "switch"]] = {
+    "cleanup": "switch",
+    "init-only": "switch",
+    "write-config-to": "value",
+    "version": "switch",
+    "help": "switch",
+}
+
+
+class Given(msgspec.Struct, kw_only=True):
+    """What a command line says.
+
+    Attributes:
+        settings: texts by settings field; a list of texts where the flag is repeatable.
+        foreign: the texts of flags without effect, by flag name.
+        orders: texts by name, of ORDERS.
+    """
+
+    settings: dict[str, Any] = {}
+    foreign: dict[str, list[str]] = {}
+    orders: dict[str, str] = {}
+
+    def ordered(self, name: str) -> bool:
+        """Whether one of the orders that are switches is given."""
+        return self.orders.get(name, "false") != "false"
+
+
+class _Option(NamedTuple):
+    name: str
+    kind: str  # of Flag
+    field: str  # "" where it is no setting
+
+
+def parse(argv: Sequence[str], program: str = "proxyd run") -> Given:
+    """Read flags.
+
+    Args:
+        argv: arguments behind the command.
+        program: whose --help a wrong line refers to.
+
+    Raises:
+        CommandError: a line that tells what is wrong.
+    """
+    options, shorts = _options()
+    given = Given()
+    aliases = {alias.name: alias for alias in ALIASES}
+    for option, text in _pairs(list(argv), options, shorts, program):
+        if option.name in ORDERS:
+            given.orders[option.name] = _order(option, text)
+        elif not option.field:
+            given.foreign.setdefault(option.name, []).append(text)
+        elif option.kind == "repeat":
+            given.settings.setdefault(option.field, []).append(text)
+        elif option.name in aliases:
+            try:
+                given.settings[option.field] = aliases[option.name].text(text)
+            except ValueError as error:
+                raise CommandError(f"--{option.name}: {error}", code=USAGE) from None
+        else:
+            given.settings[option.field] = text
+    return given
+
+
+def _order(option: _Option, text: str) -> str:
+    if option.kind != "switch" or (option.name == "version" and text == "raw"):
+        return text
+    try:
+        return str(boolean(text)).lower()
+    except ValueError as error:
+        raise CommandError(f"--{option.name}: {error}", code=USAGE) from None
+
+
+def names() -> list[str]:
+    """Every flag, without its dashes."""
+    return list(_options()[0])
+
+
+def _options() -> tuple[dict[str, _Option], dict[str, _Option]]:
+    options = {flag.name: _Option(flag.name, flag.kind, flag.field) for flag in FLAGS}
+    options |= {alias.name: _Option(alias.name, alias.kind, alias.field) for alias in ALIASES}
+    options |= {flag.name: _Option(flag.name, flag.kind, "") for flag in FOREIGN}
+    options |= {name: _Option(name, kind, "") for name, kind in ORDERS.items()}
+    return options, {"v": options["v"], "h": options["help"]}
+
+
+def _pairs(
+    argv: list[str], options: Mapping[str, _Option], shorts: Mapping[str, _Option], program: str
+) -> Iterator[tuple[_Option, str]]:
+    at = 0
+    while at < len(argv):
+        argument = argv[at]
+        at += 1
+        if argument == "--" and at == len(argv):
+            return
+        if not argument.startswith("-") or argument in {"-", "--"}:
+            raise CommandError(f'unexpected argument "{argument}"; see `{program} --help`', code=USAGE)
+        name, equals, text = argument.partition("=")
+        following = argv[at] if at < len(argv) else None
+        if not argument.startswith("--"):
+            option, text, taken = _short(argument, following, shorts, options, program)
+            at += taken
+            yield option, text
+            continue
+        found = options.get(name[2:].replace("_", "-"))
+        if found is None:
+            raise CommandError(_unknown(name, options, program), code=USAGE)
+        if equals:
+            yield found, text
+        elif found.kind in {"switch", "count"}:
+            # kube-proxy takes no second word here; one of these can mean nothing else.
+            taken = found.kind == "switch" and following in {"true", "false"}
+            at += taken
+            yield found, following if taken and following else "true" if found.kind == "switch" else "1"
+        else:
+            if following is None or following.startswith("--"):
+                raise CommandError(
+                    f"--{found.name}: expected one argument; see `{program} --help`", code=USAGE
+                )
+            at += 1
+            yield found, following
+
+
+def _short(
+    argument: str,
+    following: str | None,
+    shorts: Mapping[str, _Option],
+    options: Mapping[str, _Option],
+    program: str,
+) -> tuple[_Option, str, int]:
+    """The option and text of `-v2`, `-v=2`, `-v 2`, `-v`, `-vv` or `-h`, and how many further words it takes."""
+    option = shorts.get(argument[1])
+    rest = argument[2:].removeprefix("=")
+    if option is None or (option.kind == "switch" and rest):
+        raise CommandError(_unknown(argument.partition("=")[0], options, program), code=USAGE)
+    if option.kind == "switch":
+        return option, "true", 0
+    if rest and set(rest) != {argument[1]}:
+        return option, rest, 0
+    if not rest and "=" not in argument and following is not None and following.isdecimal():
+        return option, following, 1
+    # proxyd's own: -v for debug.
+    return options["verbosity"], str(1 + len(rest)), 0
+
+
+def _unknown(name: str, options: Mapping[str, _Option], program: str) -> str:
+    word = name.lstrip("-").replace("_", "-")
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f"unknown flag {name}; " + (f"did you mean --{near[0]}?" if near else f"see `{program} --help`")

@@ -1,0 +1,75 @@
+"""When the daemon begins to answer: the admin socket is open from the start, its server comes after the listeners."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from proxyd.control.adminsocket import listen
+from proxyd.control.health import BusyError
+from proxyd.control.tasks import cancel, spawn
+
+if TYPE_CHECKING:
+    from proxyd.control.admin import AdminServer
+    from proxyd.control.daemon import Daemon
+
+
+class Answering:
+    """The servers of one daemon: the admin API, health and metrics.
+
+    Args:
+        daemon: that they answer for.
+
+    Raises:
+        AdminError: the admin socket can't be opened.
+
+    Attributes:
+        begun: whether they answer.
+    """
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.begun = False
+        self._daemon = daemon
+        self._path = daemon.settings.admin_socket
+        self._listening = listen(self._path)
+        self._admin: AdminServer | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Start the servers, once; who asked before has waited in the backlog."""
+        if self._starting is None and not self._daemon.stopping:
+            self._starting = spawn(self._start(), name="servers", on_failure=self._daemon.failed)
+
+    def changed(self) -> None:
+        """The state changed: who watches it is told."""
+        if self._admin is not None:
+            self._admin.changed()
+
+    async def stop(self) -> None:
+        """End the servers, and take the admin socket away."""
+        if self._starting is not None:
+            await cancel(self._starting)
+        await self._daemon.observation.stop()
+        if self._admin is not None:
+            await self._admin.stop()
+        else:
+            self._listening.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)  # noqa: PTH108 - one call on a local path, at exit
+
+    async def _start(self) -> None:
+        # Imported late: aiohttp takes a third of a second, which nobody who waits for a listener should wait for.
+        from proxyd.control.admin import AdminServer  # noqa: PLC0415
+
+        daemon = self._daemon
+        self._admin = AdminServer(self._path, daemon.picture, daemon.operations)
+        await self._admin.start(self._listening)
+        try:
+            await daemon.observation.start()
+        except BusyError as error:
+            daemon.give_up(str(error))
+            return
+        self.begun = True
+        daemon.acknowledged()

@@ -1,0 +1,134 @@
+"""What the daemon decides and makes once, at its start: options, the claim of the node's addresses, the reconciler."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from proxyd.control.feeds import FeedError, Feeds
+from proxyd.control.logs import get_logger
+from proxyd.control.publication import Publication
+from proxyd.control.reconciler import Reconciler
+from proxyd.control.settings import Settings
+from proxyd.host import limits
+from proxyd.host.claim import claim_addresses
+from proxyd.host.guard import VipGuard
+from proxyd.host.routes import VipRoutes
+from proxyd.host.steering import Steering as SteeringRules
+from proxyd.state.snapshot import Options, Snapshot, VipMode
+from proxyd.state.spec import ServicePortName
+
+log = get_logger("proxyd")
+
+
+class StartError(Exception):
+    """The daemon can't start: one line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def decide_options(settings: Settings) -> Options:
+    """How VIPs and external IPs are served, from the settings and what this process may do.
+
+    Raises:
+        StartError: what is asked for needs a capability that this process lacks.
+    """
+    mode = settings.vip_mode
+    may_route = limits.can_route()
+    if mode == "route" and not may_route:
+        raise StartError("--vip-mode=route needs CAP_NET_ADMIN; run as root, or use --vip-mode=loopback")
+    route = mode == "route" or (mode == "auto" and may_route)
+    return Options(
+        vip_mode=VipMode(route=route, loopback=mode == "loopback", serve=mode != "none"),
+        nodeport_addresses=settings.nodeport_addresses,
+        bind_addresses=() if settings.bind_address in ("0.0.0.0", "::", "") else (settings.bind_address,),
+        steer_external_ips=may_route
+        and mode in ("auto", "route", "none")
+        and settings.external_ip_mode == "steer",
+        protocols=settings.protocols,
+        localhost_nodeports=settings.iptables_localhost_nodeports,
+    )
+
+
+def set_oom_score(settings: Settings) -> None:
+    """Make it less or more likely that the kernel ends this process and its workers for lack of memory; best effort."""
+    score = settings.oom_score
+    if score is not None and (reason := limits.set_oom_score(score)):
+        # What nobody asked for need not be mended.
+        say = log.debug if settings.oom_score_adj is None else log.warning
+        say("oom_score_adj stays as it was", wanted=score, reason=reason)
+
+
+def claim(options: Options) -> contextlib.AbstractContextManager[object]:
+    """The node's routes and rules for this daemon, until the context ends: one at most has them in a namespace.
+
+    Raises:
+        StartError: another daemon has them.
+    """
+    if not (options.vip_mode.route or options.steer_external_ips):
+        return contextlib.nullcontext()
+    held = claim_addresses()
+    if held is None:
+        raise StartError(
+            "another proxyd manages VIPs on this node: stop it first, or use --vip-mode=bind for this one"
+        )
+    return held
+
+
+def make_reconciler(
+    settings: Settings,
+    options: Options,
+    publication: Publication,
+    note: Callable[[ServicePortName, str], None],
+) -> Reconciler:
+    """A reconciler with the means that the options call for.
+
+    Args:
+        settings: for the drain.
+        options: what is to be done to the node.
+        publication: what it tells the workers through.
+        note: takes note of what happened to a service port.
+    """
+    guard = None
+    if options.vip_mode.route:
+        guard = VipGuard()
+        if reason := guard.available():
+            log.warning("no VIP guard: other ports of VIPs reach this node's own daemons", reason=reason)
+            guard = None
+    return Reconciler(
+        publication,
+        routes=VipRoutes() if options.vip_mode.route else None,
+        rules=SteeringRules() if options.steer_external_ips else None,
+        guard=guard,
+        drain_seconds=settings.drain_timeout,
+        note=note,
+    )
+
+
+def make_feeds(
+    settings: Settings, changed: Callable[[Snapshot], None], node_changed: Callable[[], None]
+) -> Feeds:
+    """All sources that the settings name; see `Feeds`.
+
+    Raises:
+        StartError: a source can't be used.
+    """
+    try:
+        return Feeds(settings, changed, node_changed)
+    except FeedError as error:
+        raise StartError(str(error), 3) from None
+
+
+def read_first(feed: Feeds) -> None:
+    """Read the manifests once, and hand them on where there is nobody else to wait for.
+
+    Raises:
+        StartError: a path that was named can't be read.
+    """
+    problems = feed.first()
+    if feed.missing:
+        path = feed.missing[0]
+        why = next((problem.message for problem in problems if problem.file == path), "cannot be read")
+        raise StartError(f"{path}: {why} (--manifests)", 3)

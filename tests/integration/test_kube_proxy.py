@@ -1,0 +1,473 @@
+"""In kube-proxy's place: its command lines and ConfigMap start proxyd, its flags take effect, and what it left goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from clients import ask, refused, wait_for
+from clusterlab import API_PORT, NODE_1, Cluster, pod, who
+from daemon import Proxyd
+from kubeproxylib import KubeProxy, OtherKubeProxy, run_once, userspace_rules
+from manifests import endpoints, service, write
+from netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
+
+from proxyd.control.neighbours import neighbour
+
+Run = Callable[..., Proxyd]
+VIP = "10.96.0.10"
+HEALTH, METRICS = 10256, 10249
+USERSPACE_CHAINS = (
+    "KUBE-PORTALS-CONTAINER",
+    "KUBE-PORTALS-HOST",
+    "KUBE-NODEPORT-CONTAINER",
+    "KUBE-NODEPORT-HOST",
+    "KUBE-NODEPORT-NON-LOCAL",
+)
+HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+
+# What kubeadm 1.25 mounts at /var/lib/kube-proxy, many zero values and all.
+KUBEADM_CONFIG = """\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection:
+  acceptContentTypes: ""
+  burst: 0
+  contentType: ""
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+  qps: 0
+clusterCIDR: 10.244.0.0/16
+configSyncPeriod: 0s
+conntrack:
+  maxPerCore: null
+  min: null
+  tcpCloseWaitTimeout: null
+  tcpEstablishedTimeout: null
+detectLocal:
+  bridgeInterface: ""
+  interfaceNamePrefix: ""
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables:
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+ipvs:
+  excludeCIDRs: null
+  minSyncPeriod: 0s
+  scheduler: ""
+  strictARP: false
+  syncPeriod: 0s
+  tcpFinTimeout: 0s
+  tcpTimeout: 0s
+  udpTimeout: 0s
+kind: KubeProxyConfiguration
+metricsBindAddress: ""
+mode: ""
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+udpIdleTimeout: 0s
+winkernel:
+  enableDSR: false
+  networkName: ""
+  sourceVip: ""
+"""
+KUBEADM_KUBECONFIG = f"""\
+apiVersion: v1
+kind: Config
+clusters:
+- cluster:
+    server: http://{NODE_IP}:{API_PORT}
+  name: default
+contexts:
+- context:
+    cluster: default
+    namespace: default
+    user: default
+  name: default
+current-context: default
+users:
+- name: default
+  user:
+    tokenFile: /var/run/secrets/kubernetes.io/serviceaccount/token
+"""
+
+
+def container(mounted: Path) -> tuple[str, ...]:
+    """Executes a program as in a container: its own /run and /var/lib, with a ConfigMap and a service account's token."""
+    script = f"""
+        mount -t tmpfs none /var/lib
+        mkdir /var/lib/kube-proxy
+        mount --bind {mounted} /var/lib/kube-proxy
+        mount -t tmpfs none /run
+        mkdir -p /run/secrets/kubernetes.io/serviceaccount
+        echo token > /run/secrets/kubernetes.io/serviceaccount/token
+        exec "$0" "$@"
+    """
+    return ("unshare", "--mount", "--propagation", "private", "sh", "-ec", script)
+
+
+@pytest.fixture
+def cluster(lab: Lab, folder: Path) -> Iterator[Cluster]:
+    """An API server that knows the Service web, of pod 1, with the NodePort 30080."""
+    with Cluster(lab, folder) as made:
+        made.add_nodes()
+        port = {"name": "http", "port": 80, "protocol": "TCP", "targetPort": POD_PORT, "nodePort": 30080}
+        made.serve("web", VIP, pod(1), type="NodePort", ports=[port])
+        yield made
+
+
+def served(lab: Lab) -> None:
+    """Wait until the Service answers, from the node, from a pod and at its NodePort."""
+    wait_for(lambda: VIP in lab.node.run("ip", "route", "show", "table", "local"), "a route", 30, pause=0.1)
+    wait_for(lambda: who(lab.node, VIP, count=1) == {"pod-1"}, "the Service", 30, pause=0.1)
+    assert who(lab.client, VIP, count=1) == {"pod-1"}
+    assert who(lab.outside, NODE_IP, 30080, count=1) == {"pod-1"}
+
+
+def log_lines(daemon: Proxyd) -> list[dict]:
+    return [json.loads(line) for line in daemon.log().splitlines() if line.startswith("{")]
+
+
+# Command lines
+
+
+def test_kubeadms_configmap_and_command_line_start_it_unchanged(
+    lab: Lab, folder: Path, cluster: Cluster
+) -> None:
+    mounted = folder / "mounted"
+    mounted.mkdir()
+    (mounted / "config.conf").write_text(KUBEADM_CONFIG)
+    (mounted / "kubeconfig.conf").write_text(KUBEADM_KUBECONFIG)
+    flags = ("--config=/var/lib/kube-proxy/config.conf", f"--hostname-override={NODE_1}")
+    with KubeProxy(lab.node, folder, *flags, prefix=container(mounted)) as daemon:
+        served(lab)
+        daemon.wait_healthy()
+        assert daemon.ask(METRICS, "/proxyMode") == (200, "userspace")
+        answer = daemon.ask(METRICS, "/configz")
+        assert answer is not None
+        config = json.loads(answer[1])["kubeproxy.config.k8s.io"]
+        assert (config["clusterCIDR"], config["hostnameOverride"]) == ("10.244.0.0/16", NODE_1)
+        assert Path(f"/proc/{daemon.pid}/oom_score_adj").read_text() == "-999\n"
+        # The ConfigMap changes: kube-proxy would exit, this goes on.
+        (mounted / "config.conf").write_text(
+            KUBEADM_CONFIG.replace("nodePortAddresses: null", "nodePortAddresses: [primary]")
+        )
+        wait_for(
+            lambda: not who(lab.outside, NODE_IP, 30080, count=1) - {""},
+            "another NodePort address",
+            30,
+            pause=0.1,
+        )
+        assert who(lab.outside, NODE_FAR_IP, 30080, count=1) == {"pod-1"}
+    assert "warning" not in daemon.log().split("{")[0]
+
+
+def test_gces_command_line_starts_it_unchanged(lab: Lab, folder: Path, cluster: Cluster) -> None:
+    flags = (
+        f"--master=http://{NODE_IP}:{API_PORT}",
+        f"--kubeconfig={cluster.kubeconfig('192.0.2.1')}",  # --master wins
+        "--cluster-cidr=10.244.0.0/14",
+        "--oom-score-adj=-998",
+        "--v=2",
+        "--feature-gates=ExperimentalCriticalPodAnnotation=true",
+        "--iptables-sync-period=1m",
+        "--iptables-min-sync-period=10s",
+        "--ipvs-sync-period=1m",
+        "--ipvs-min-sync-period=10s",
+    )
+    with KubeProxy(lab.node, folder, *flags) as daemon:
+        served(lab)
+        daemon.wait_healthy()
+        for pid in (daemon.pid, *daemon.workers()):
+            assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "-998\n"
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(40) == 0
+    assert "warning" not in daemon.log().split("{")[0]
+
+
+# Effects of flags
+
+
+def web(lab: Lab, manifests: Path) -> None:
+    port = {"name": "http", "port": 80, "protocol": "TCP", "targetPort": POD_PORT, "nodePort": 30080}
+    write(
+        manifests / "web.yaml",
+        service("web", VIP, type="NodePort", ports=[port]),
+        endpoints("web", 1),
+    )
+
+
+def test_qps_and_burst_limit_what_the_api_server_is_asked(lab: Lab, folder: Path, cluster: Cluster) -> None:
+    limits = ("--kube-api-qps=0.001", "--kube-api-burst=1")
+    with KubeProxy(lab.node, folder, f"--kubeconfig={cluster.kubeconfig()}", *limits) as limited:
+
+        def requests() -> float:
+            answer = limited.ask(METRICS, "/metrics")
+            lines = answer[1].splitlines() if answer else []
+            return sum(
+                float(line.split()[-1]) for line in lines if line.startswith("rest_client_requests_total{")
+            )
+
+        # The second may go after a quarter of an hour.
+        wait_for(lambda: requests() == 1, "the first request", 30, pause=0.1)
+        assert requests() == 1
+        assert VIP not in lab.node.run("ip", "route", "show", "table", "local")
+
+
+def test_changes_are_spaced_and_the_last_one_counts(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    spacing = 0.5
+    web(lab, manifests)
+    daemon = proxyd(flags=("--iptables-min-sync-period", "500ms"))
+    probe = KubeProxy(lab.node, daemon.folder)
+    probe._process = daemon.process
+
+    def turns() -> float:
+        answer = probe.ask(METRICS, "/metrics")
+        assert answer is not None
+        lines = answer[1].splitlines()
+        return next(
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith("kubeproxy_sync_proxy_rules_duration_seconds_count")
+        )
+
+    before, began = turns(), time.monotonic()
+    for number in range(30):
+        name = f"s{number}"
+        write(manifests / "more.yaml", service(name, f"10.96.1.{number + 1}"), endpoints(name, 1))
+        time.sleep(0.05)  # apart enough to be seen one by one
+    daemon.wait_listener("10.96.1.30", 80)
+    elapsed = time.monotonic() - began
+    assert 1 <= turns() - before <= elapsed / spacing + 2
+
+
+def test_everything_is_planned_anew_now_and_then(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    web(lab, manifests)
+    daemon = proxyd(flags=("--config-sync-period", "200ms", "--profiling", "-v4"))
+    wait_for(lambda: daemon.log().count("planning everything anew") >= 3, "three renewals", 20, pause=0.1)
+    assert ask(lab.node, VIP, 80) == "pod-1"
+
+
+def test_nodeports_stay_off_loopback_where_that_is_wanted(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    web(lab, manifests)
+    daemon = proxyd(flags=("--iptables-localhost-nodeports=false",))
+    daemon.wait_listener(NODE_IP, 30080)
+    assert ask(lab.outside, NODE_IP, 30080) == "pod-1"
+    assert refused(lab.node, "127.0.0.1", 30080)
+
+
+def test_profiles_are_there_only_where_asked_for(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    web(lab, manifests)
+    daemon = proxyd(flags=("--profiling",))
+    probe = KubeProxy(lab.node, daemon.folder)
+    probe._process = daemon.process
+    stacks = probe.ask(METRICS, "/debug/stacks")
+    assert stacks is not None
+    assert stacks[0] == 200
+    assert "task sources:" in stacks[1] or "task source" in stacks[1]
+    profile = probe.ask(METRICS, "/debug/profile?seconds=0.2")
+    assert profile is not None
+    code, text = profile
+    assert code == 200
+    assert any(line.rpartition(" ")[2].isdigit() and ";" in line for line in text.splitlines())
+    assert (probe.ask(METRICS, "/debug/profile?seconds=never") or (0,))[0] == 400
+    assert (probe.ask(METRICS, "/debug/pprof/") or (0,))[0] == 200
+    assert daemon.stop() == 0
+    plain = proxyd()
+    probe._process = plain.process
+    assert (probe.ask(METRICS, "/debug/stacks") or (0,))[0] == 404
+
+
+def test_the_log_goes_to_a_file_that_can_be_rotated(
+    proxyd: Run, lab: Lab, manifests: Path, folder: Path
+) -> None:
+    web(lab, manifests)
+    log = folder / "kube-proxy.log"
+    daemon = proxyd(flags=("--log-file", str(log), "--logging-format=json"))
+    log.rename(folder / "old.log")
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: log.exists() and "reloading" not in log.read_text(), "a new file", 20, pause=0.05)
+    assert daemon.stop() == 0
+    assert [json.loads(line)["event"] for line in log.read_text().splitlines()] == ["stopping"]
+    assert "reloading" in (folder / "old.log").read_text()
+    assert daemon.log() == ""
+
+
+def test_one_part_alone_logs_more(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    web(lab, manifests)
+    daemon = proxyd(flags=("--vmodule=none=9,proxy*=4", "--config-sync-period=200ms"))
+    wait_for(lambda: "planning everything anew" in daemon.log(), "debug lines of that part", 20, pause=0.1)
+    assert {line["room"] for line in log_lines(daemon) if line["level"] == "debug"} == {"proxyd"}
+    assert daemon.stop() == 0
+    others = proxyd(flags=("--vmodule=none=9", "--config-sync-period=200ms"))
+    assert ask(lab.node, VIP, 80) == "pod-1"
+    assert all(line["level"] != "debug" for line in log_lines(others)[-5:])
+
+
+def test_a_score_that_cannot_be_set_is_no_reason_not_to_serve(
+    lab: Lab, folder: Path, manifests: Path
+) -> None:
+    web(lab, manifests)
+    flags = ("--oom-score-adj=-1000", "--vip-mode=none")
+    with Proxyd(lab.node, folder, manifests, flags=flags, unprivileged=True) as daemon:
+        (line,) = [line for line in log_lines(daemon) if "oom_score_adj" in line["event"]]
+        assert (line["wanted"], line["reason"]) == (-1000, "permission denied")
+        assert ask(lab.outside, NODE_IP, 30080) == "pod-1"
+
+
+# Taking over
+
+
+@pytest.mark.parametrize("iptables", ["iptables-nft", "iptables-legacy"])
+def test_the_userspace_modes_chains_give_way(lab: Lab, folder: Path, cluster: Cluster, iptables: str) -> None:
+    lab.node.run("sh", "-c", userspace_rules(iptables, VIP, NODE_IP))
+    lab.node.run("sh", "-c", userspace_rules(iptables.replace("ip", "ip6", 1), "fd00::10", "fd00:10:244::1"))
+    lab.node.run(iptables, "-w", "-t", "nat", "-N", "MINE")
+    flags = (
+        f"--kubeconfig={cluster.kubeconfig()}",
+        f"--hostname-override={NODE_1}",
+        "--proxy-mode=userspace",
+    )
+    with KubeProxy(lab.node, folder, *flags) as daemon:
+        served(lab)
+        daemon.wait_healthy()
+        assert "removed chains of kube-proxy's userspace mode" in daemon.log()
+        for program in (iptables, iptables.replace("ip", "ip6", 1)):
+            for table in ("nat", "filter"):
+                assert "KUBE-" not in lab.node.run(f"{program}-save", "-t", table)
+        assert "MINE" in lab.node.run(f"{iptables}-save", "-t", "nat")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--cleanup-kube-proxy=never", "--proxy-mode=userspace"), ("--proxy-mode=iptables",)],
+    ids=["never", "iptables mode"],
+)
+def test_chains_that_are_not_to_be_removed_are_named(
+    lab: Lab, folder: Path, cluster: Cluster, flags: tuple[str, ...]
+) -> None:
+    lab.node.run("sh", "-c", userspace_rules("iptables-nft", "192.0.2.1", NODE_IP))
+    with cluster.proxyd(NODE_1, *flags) as daemon:
+        found = [line for line in log_lines(daemon) if line["event"].startswith("kube-proxy left rules")]
+        assert {line["remove_with"] for line in found} == {"proxyd cleanup --kube-proxy"}
+        assert {line["mode"] for line in found} == {"userspace"}
+        named = " ".join(line["what"] for line in found)
+        assert all(chain in named for chain in USERSPACE_CHAINS)
+    assert lab.node.run("iptables-nft-save", "-t", "nat").count("KUBE-PORTALS-HOST") >= 2
+
+
+def test_leftovers_of_the_other_modes_are_named_and_stay(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    web(lab, manifests)
+    lab.node.run(
+        "sh",
+        "-ec",
+        "for p in iptables-nft ip6tables-legacy; do $p -t nat -N KUBE-SERVICES; $p -t nat -N KUBE-SVC-A; done",
+    )
+    lab.node.run("nft", "add table ip kube-proxy; add chain ip kube-proxy services")
+    lab.node.ip("link add name kube-ipvs0 type bridge")
+    daemon = proxyd(flags=("--cleanup-kube-proxy=always",))
+    found = {
+        (line["mode"], line["what"], line["remove_with"])
+        for line in log_lines(daemon)
+        if line["event"].startswith("kube-proxy left rules")
+    }
+    assert found == {
+        ("iptables", "nft table ip nat: KUBE-SERVICES, KUBE-SVC-A", "kube-proxy --cleanup"),
+        ("iptables", "ip6tables (legacy) table nat: KUBE-SERVICES, KUBE-SVC-A", "kube-proxy --cleanup"),
+        ("nftables", "nft table ip kube-proxy: services", "nft delete table ip kube-proxy"),
+        (
+            "IPVS",
+            "interface kube-ipvs0: virtual servers of IPVS",
+            "ipvsadm --clear; ip link delete kube-ipvs0",
+        ),
+    }
+    assert "KUBE-SERVICES" in lab.node.run("iptables-nft-save", "-t", "nat")
+
+
+def test_without_a_cluster_chains_are_only_named(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    web(lab, manifests)
+    lab.node.run("iptables-nft", "-t", "nat", "-N", "KUBE-PORTALS-HOST")
+    daemon = proxyd()
+    assert any(line.get("mode") == "userspace" for line in log_lines(daemon))
+    assert "KUBE-PORTALS-HOST" in lab.node.run("iptables-nft-save", "-t", "nat")
+
+
+def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains(
+    lab: Lab, folder: Path, cluster: Cluster
+) -> None:
+    lab.node.run("iptables-nft", "-t", "nat", "-N", "KUBE-PORTALS-HOST")
+    with OtherKubeProxy(lab.node, folder, METRICS, HEALTH) as other, cluster.proxyd(NODE_1) as daemon:
+        wait_for(lambda: daemon.log().count("tried again every 5 s") >= 2, "both addresses", 20, pause=0.05)
+        lines = log_lines(daemon)
+        (running,) = [line for line in lines if line["event"].startswith("a kube-proxy still runs")]
+        assert running["running"] == f"kube-proxy (kube-proxy (pid {other.pid}))"
+        held = {line["what"]: line["error"] for line in lines if "can't be opened" in line["event"]}
+        advice = "stop it: two proxies on a node want the same addresses"
+        assert (
+            held["metrics"] == f"kube-proxy in userspace mode (kube-proxy (pid {other.pid})) has it; {advice}"
+        )
+        assert held["health"] == f"kube-proxy (kube-proxy (pid {other.pid})) has it; {advice}"
+    assert "KUBE-PORTALS-HOST" in lab.node.run("iptables-nft-save", "-t", "nat")
+
+
+def test_who_holds_an_address_is_told(proxyd: Run, lab: Lab, manifests: Path) -> None:
+    def who_has(port: int, node: Namespace = lab.node) -> str:
+        return str(node.call(neighbour, ("0.0.0.0", port)))
+
+    web(lab, manifests)
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80)
+    for port in (HEALTH, METRICS):
+        wait_for(lambda port=port: lab.node.call(neighbour, ("0.0.0.0", port)), "an answer", 20)
+        assert who_has(port).startswith("another proxyd (python")
+    assert lab.node.call(neighbour, ("127.0.0.1", 9)) is None
+    with lab.node.listen("127.0.0.1", 8001):  # of this process, which does not answer
+        assert f"(pid {os.getpid()})" in str(lab.node.call(neighbour, ("127.0.0.1", 8001)))
+
+
+# Orders
+
+
+def test_cleanup_removes_proxyds_state_and_the_userspace_modes_chains(
+    lab: Lab, folder: Path, manifests: Path
+) -> None:
+    web(lab, manifests)
+    with Proxyd(lab.node, folder, manifests) as daemon:
+        daemon.wait_listener(VIP, 80)
+        daemon.process.kill()
+        daemon.wait()
+    lab.node.run("sh", "-c", userspace_rules("iptables-nft", VIP, NODE_IP))
+    lab.node.run("iptables-nft", "-t", "nat", "-N", "KUBE-SERVICES")
+    assert VIP in lab.node.run("ip", "route", "show", "table", "local")
+    done = run_once(
+        lab.node, folder, "--cleanup", "--cleanup-ipvs=false", "--admin-socket", str(folder / "none.sock")
+    )
+    assert done.returncode == 0, done.stdout
+    assert "removed 1 VIP route" in done.stdout
+    assert VIP not in lab.node.run("ip", "route", "show", "table", "local")
+    left = lab.node.run("iptables-nft-save")
+    assert not any(chain in left for chain in USERSPACE_CHAINS)
+    assert "KUBE-SERVICES" in left
+    assert "kube-proxy left nft table ip nat: KUBE-SERVICES; `kube-proxy --cleanup` removes it" in done.stdout
+
+
+def test_init_only_does_what_needs_rights_and_ends(lab: Lab, folder: Path, cluster: Cluster) -> None:
+    lab.node.run("sh", "-c", userspace_rules("iptables-nft", VIP, NODE_IP))
+    config = folder / "c.yaml"
+    config.write_text(f"{HEAD}clientConnection: {{kubeconfig: {cluster.kubeconfig()}}}\n")
+    done = run_once(lab.node, folder, f"--config={config}", "--init-only")
+    assert done.returncode == 0, done.stdout
+    assert "removed chains of kube-proxy's userspace mode" in done.stdout
+    assert "KUBE-" not in lab.node.run("iptables-nft-save")
