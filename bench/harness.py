@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from bench import datagrams
 from bench import load as http_load
-from bench.net import HTTP_PORT, IPERF_PORT, PODS, UDP_PORT, Lab, pod_ip
+from bench.net import HTTP_PORT, IPERF_PORT, PODS, UDP_PORT, Lab, become_root, pod_ip
 from bench.peers import Proxy, Service
 from bench.pods import Pods, ask, ask_udp, hard_limit, wait_for
 from bench.processes import BenchError, Cpu, CpuMeter, Program
@@ -46,14 +46,15 @@ end
 class Effort:
     """How long and how much; the defaults are those of the published figures."""
 
-    seconds: float = 2.0  # of one measured stretch under load
+    seconds: float = 1.5  # of one measured stretch under load
     warm: float = 0.7  # of the same load before it
-    latency_seconds: float = 3.0
+    latency_seconds: float = 2.5
     idle: int = 5000
     sizes: tuple[int, ...] = (1000, 10000)
     changes: int = 5
 
 
+QUICK = Effort(seconds=1.0, warm=0.4)
 TINY = Effort(seconds=0.3, warm=0.1, latency_seconds=0.3, idle=50, sizes=(20,), changes=1)
 
 
@@ -102,14 +103,16 @@ class Bench:
         self._cleanup.callback(shutil.rmtree, self.folder, ignore_errors=True)
         try:
             (self.folder / "report.lua").write_text(_WRK_REPORT)
-            self.lab = self._cleanup.enter_context(Lab())
-            self.pods = self._pods(self._load_cpus)
+            try:
+                become_root()
+                self.lab = self._cleanup.enter_context(Lab())
+            except (OSError, AssertionError) as error:  # the latter is a command `ip` that failed
+                where = "run as root, or where user namespaces are allowed"
+                raise BenchError(f"network namespaces are needed: {where} ({error})") from None
+            self.pods = self._cleanup.enter_context(Pods(self.lab, self.folder, self._load_cpus, self.files))
         except BaseException:
             self.close()
             raise
-
-    def _pods(self, cpus: Sequence[int] | None) -> Pods:
-        return self._cleanup.enter_context(Pods(self.lab, self.folder, cpus, self.files))
 
     @contextlib.contextmanager
     def unpinned(self) -> Iterator[None]:
@@ -149,7 +152,8 @@ class Bench:
                     yield proxy
                     proxy.check_alive()
                 except BenchError as error:
-                    raise BenchError(f"{error} [its log: {proxy.last_words()}]") from None
+                    words = proxy.last_words()
+                    raise BenchError(f"{error} [its log: {words}]" if words else str(error)) from None
         finally:
             shutil.rmtree(proxy.folder, ignore_errors=True)
 
@@ -241,6 +245,16 @@ class Bench:
         except OSError as error:
             raise BenchError(f"{proxy.name}: no answer after the load: {error}") from None
         return len(answer)
+
+    @contextlib.contextmanager
+    def iperf_server(self) -> Iterator[None]:
+        """iperf3 in the first pod, for one test: a server that goes on may still be busy with the one before."""
+        command = ["iperf3", "--server", "--one-off", "--forceflush", "--port", str(IPERF_PORT)]
+        with Program(self.lab.pods[0], command, cpus=self._load_cpus, folder=self.folder) as server:
+            while "listening" not in server.line("iperf3"):
+                pass
+            yield
+            server.finish(20, "iperf3")
 
     def script(self, program: Any, *argv: str) -> Program:
         """One of the bench's own loads, prepared: `go` begins it."""

@@ -16,8 +16,8 @@ BEGIN, END = "<!-- written by the bench: begin -->", "<!-- written by the bench:
 
 # Colours that are told apart in light and in dark, and without colour by their order.
 _COLOURS = {OURS: "#e4572e", "haproxy": "#4c8bbf", "nginx": "#5a9a68", "envoy": "#9a7bb5"}
-_BAR, _GAP, _LEFT, _RIGHT, _WIDTH, _TOP = 9, 12, 190, 70, 760, 62
-_MOST = 4.0  # times the best peer; a longer bar is cut and says how long it would be
+_BAR, _GAP, _LEFT, _RIGHT, _WIDTH, _TOP = 9, 12, 190, 90, 760, 78
+_MOST = 3.0  # times the best peer; a longer bar is cut and says how long it would be
 _STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f }
 .small { font-size: 10px; fill: #57606a }
@@ -80,7 +80,6 @@ def plot(results: Results) -> str:
     step = _BAR * len(results.proxies) + _GAP
     height = _TOP + step * len(metrics) + 10
     scale = (_WIDTH - _LEFT - _RIGHT) / _MOST
-    one = _LEFT + scale
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img">',
         f"<title>{escape(_words(results, metrics))}</title>",
@@ -94,9 +93,13 @@ def plot(results: Results) -> str:
         at += 90
     for index, metric in enumerate(metrics):
         parts += _group(results, metric, _TOP + step * index, scale)
-    parts.append(
-        f'<line class="line" x1="{one:.0f}" y1="{_TOP - 12}" x2="{one:.0f}" y2="{height - 12}" stroke-dasharray="3 3"/>'
-    )
+    for times in range(1, int(_MOST) + 1):
+        x = _LEFT + scale * times
+        dashes = "" if times == 1 else ' stroke-dasharray="1 5"'
+        parts.append(
+            f'<line class="line" x1="{x:.0f}" y1="{_TOP - 8}" x2="{x:.0f}" y2="{height - 8}"{dashes}/>'
+        )
+        parts.append(f'<text class="small" x="{x:.0f}" y="{_TOP - 12}" text-anchor="middle">{times}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -128,4 +131,4 @@ def _words(results: Results, metrics: list[Metric]) -> str:
         for metric in metrics
         if not math.isnan(results.ratio(metric))
     )
-    return f"proxyd's figures as multiples of the best peer's: {', '.join(told)}"
+    return f"proxyd's figures as multiples of the best peer's: {'; '.join(told)}"

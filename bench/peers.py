@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -125,9 +126,10 @@ class Proxy(abc.ABC):
         self._program.check_alive(self.name)
 
     def last_words(self) -> str:
-        """The last lines of its log."""
-        log = self.folder / "log"
-        return " / ".join(log.read_text(errors="replace").splitlines()[-3:]) if log.exists() else "no log"
+        """The last lines of its log; "" where it ended, as that is an error which says the last one."""
+        if self._program is None or self._program.process.poll() is not None:
+            return ""
+        return " / ".join((self.folder / "log").read_text(errors="replace").splitlines()[-3:])
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its first process."""
@@ -274,7 +276,7 @@ class Envoy(Proxy):
 
     @classmethod
     def _binary(cls) -> str | None:
-        return str(ENVOY) if ENVOY.exists() else shutil.which("envoy")
+        return str(ENVOY) if os.access(ENVOY, os.X_OK) else shutil.which("envoy")
 
     @classmethod
     def missing(cls) -> str:

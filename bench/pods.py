@@ -1,4 +1,4 @@
-"""What answers in the pods: nginx (HTTP), iperf3 and an echo of datagrams; and how many requests were answered."""
+"""What answers in the pods: nginx (HTTP) and an echo of datagrams; and how many requests were answered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from bench import datagrams
-from bench.net import HTTP_PORT, IPERF_PORT, UDP_PORT, Lab, Namespace, pod_ip
+from bench.net import HTTP_PORT, UDP_PORT, Lab, Namespace, pod_ip
 from bench.processes import BenchError, Program
 
 BODY_BYTES = 1000
@@ -113,10 +113,6 @@ class Pods:
             log = folder / f"pod-{number}.log"
             command = [nginx, "-c", str(config), "-p", str(folder), "-e", str(log)]
             self._run(pod, command, cpus, log)
-        if iperf := shutil.which("iperf3"):
-            command = [iperf, "--server", "--port", str(IPERF_PORT)]
-            log = folder / "iperf3.log"
-            self._run(self._lab.pods[0], command, cpus, log)
         self._start_echo(cpus)
         for number in range(1, len(self._lab.pods) + 1):
             address = (pod_ip(number), HTTP_PORT)

@@ -68,6 +68,8 @@ def requests(bench: Bench, kind: type[Proxy]) -> Figures:
             found = bench.wrk(proxy, count, close=False)
             figures[f"requests.{count}.cpu"] = found.micros
             figures[f"requests.{count}.rate"] = found.rate
+            if count == 50:
+                figures["requests.50.busy"] = found.busy
     return figures
 
 
@@ -95,7 +97,10 @@ def bulk(bench: Bench, kind: type[Proxy]) -> Figures:
             seconds = str(max(1, round(bench.effort.seconds)))
             words = ["iperf3", "-c", host, "-p", str(port), "-t", seconds, "-P", str(streams), "-J"]
             meter = CpuMeter(proxy.pid)
-            with bench.client(*words, *(["-R"] if direction == "down" else [])) as client:
+            with (
+                bench.iperf_server(),
+                bench.client(*words, *(["-R"] if direction == "down" else [])) as client,
+            ):
                 told = json.loads(client.finish(60, "iperf3"))
             cpu = meter.lap()
             if "error" in told:
@@ -159,9 +164,12 @@ def churn(bench: Bench, kind: type[Proxy]) -> Figures:
     service = replace(WEB, changing=True)
     with bench.serving(kind, service) as proxy:
         address = [proxy.address(service.name)]
+        meter = CpuMeter(proxy.pid)
         quiet = bench.paced(address, CHURN_RATE)
+        quiet_cpu = meter.lap().total
         with _changes(bench, proxy) as made:
             changed = bench.paced(address, CHURN_RATE)
+            changed_cpu = meter.lap().total
         if made[0] < CHANGES_A_SECOND * bench.effort.latency_seconds * 0.9:
             raise BenchError(f"{proxy.name}: only {made[0]} changes were made")
     errors = sum(quiet["errors"].values()) + sum(changed["errors"].values())
@@ -170,6 +178,7 @@ def churn(bench: Bench, kind: type[Proxy]) -> Figures:
         "churn.p99": changed["p99_us"],
         "churn.ratio": changed["p99_us"] / quiet["p99_us"],
         "churn.errors": errors,
+        "churn.cpu": (changed_cpu - quiet_cpu) / made[0] * 1e6,
     }
 
 

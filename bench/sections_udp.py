@@ -19,6 +19,7 @@ def udp(bench: Bench, kind: type[Proxy]) -> dict[str, float]:
     return {
         "udp.live.cpu": most.micros,
         "udp.live.rate": most.rate,
+        "udp.live.busy": most.busy,
         "udp.paced.cpu": paced.micros,
         "udp.fresh.cpu": fresh.micros,
         "udp.fresh.rate": fresh.rate,

@@ -47,6 +47,10 @@ class TrafficPolicy(enum.StrEnum):
 
 # Annotation of a Service: how long a UDP flow of it may be idle.
 UDP_IDLE_TIMEOUT = "proxyd.io/udp-idle-timeout"
+# Annotation of a Service or a Pod: further addresses of it, for SCTP.
+SCTP_ADDRESSES = "proxyd.io/sctp-addresses"
+# Annotation of an EndpointSlice, Endpoints or Service: further addresses of endpoints, for SCTP.
+SCTP_ENDPOINT_ADDRESSES = "proxyd.io/sctp-endpoint-addresses"
 
 DEFAULT_AFFINITY_SECONDS = 10800
 MAX_AFFINITY_SECONDS = 86400

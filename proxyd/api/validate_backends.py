@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proxyd.api import sctp
 from proxyd.api.addresses import not_an_ip, parse_ip, refused_endpoint
 from proxyd.api.discovery import Endpoints, EndpointSlice, EndpointSubset
 from proxyd.api.findings import Findings, Path, shown
@@ -17,6 +18,7 @@ _VERSIONS = {"IPv4": 4, "IPv6": 6}
 
 def check_endpoints(endpoints: Endpoints, rules: Rules, found: Findings) -> None:
     """Add to `found` all that is wrong with an Endpoints object (kubernetes ValidateEndpoints)."""
+    sctp.check_annotations(endpoints.metadata.annotations, found)
     for i, subset in enumerate(endpoints.subsets):
         path: Path = ("subsets", i)
         if not subset.addresses and not subset.not_ready_addresses:
@@ -45,6 +47,7 @@ def _check_subset_ports(subset: EndpointSubset, path: Path, found: Findings) -> 
 
 def check_slice(endpoint_slice: EndpointSlice, rules: Rules, found: Findings) -> None:
     """Add to `found` all that is wrong with an EndpointSlice (kubernetes ValidateEndpointSlice)."""
+    sctp.check_annotations(endpoint_slice.metadata.annotations, found)
     kind = endpoint_slice.address_type
     if kind not in _VERSIONS and kind != "FQDN":
         found.error(("addressType",), f"expected IPv4, IPv6 or FQDN, got {shown(kind)}")
@@ -91,6 +94,7 @@ def _check_slice_address(text: str, kind: str, path: Path, rules: Rules, found: 
 
 def check_pod(pod: Pod, rules: Rules, found: Findings) -> None:
     """Add to `found` all that would make a Pod a wrong endpoint. A Pod without an address is fine: it waits."""
+    sctp.check_annotations(pod.metadata.annotations, found)
     status = pod.status
     if status.pod_ip:
         _check_address(status.pod_ip, ("status", "podIP"), rules, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proxyd.api import sctp
 from proxyd.api.addresses import not_an_ip, parse_cidr, parse_ip, special
 from proxyd.api.durations import parse_duration
 from proxyd.api.findings import Findings, Path, shown
@@ -196,6 +197,7 @@ def _check_ingress(service: Service, found: Findings) -> None:
 
 
 def _check_annotations(service: Service, found: Findings) -> None:
+    sctp.check_annotations(service.metadata.annotations, found)
     text = service.metadata.annotations.get(UDP_IDLE_TIMEOUT)
     if text is None:
         return

@@ -139,6 +139,8 @@ def _options(settings: Settings) -> Options:
         bind_addresses=() if settings.bind_address in _ANY_ADDRESS else (settings.bind_address,),
         steer_external_ips=mode in ("auto", "route", "none") and settings.external_ip_mode == "steer",
         protocols=settings.protocols,
+        pod_cidrs=settings.cluster_cidr,
+        localhost_nodeports=settings.iptables_localhost_nodeports,
     )
 
 

@@ -11,11 +11,18 @@ from pathlib import Path
 
 from proxyd import __version__
 from proxyd.cli.grammar import Argument, Subcommand, subcommands
+from proxyd.cli.pflags import ORDERS
+from proxyd.control.flags import FLAGS
+from proxyd.control.kubeflags import ALIASES, FOREIGN
 
 _PURPOSE = "userspace service proxy for Linux nodes"
 _ABOUT = (
     "proxyd reads Kubernetes Services and their endpoints, opens a listener for every address a client may use, and "
     "forwards each connection to one of the service's endpoints."
+)
+_KUBE_PROXY = (
+    "Called by the name kube-proxy, proxyd takes that program's flags and configuration file. With --config most of its "
+    "flags are ignored, as kube-proxy does; flags that only proxyd has count always. Flags may be written with _ for -."
 )
 _EXIT = (
     ("0", "All is well."),
@@ -52,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def pages() -> dict[str, str]:
     """The pages by file name."""
     commands = subcommands()
-    found = {"proxyd.1": _overview(commands)}
+    found = {"proxyd.1": _overview(commands), "proxyd-kube-proxy.1": _kube_proxy()}
     for command in commands:
         found[f"proxyd-{command.name}.1"] = _page(command, commands)
     return found
@@ -91,6 +98,29 @@ def _page(command: Subcommand, commands: list[Subcommand]) -> str:
     lines += [".SH EXIT STATUS", *_list(_EXIT), ".SH SEE ALSO"]
     others = ["proxyd", *(f"proxyd-{other.name}" for other in commands if other.name != command.name)]
     lines.append(",\n".join(rf"\fB{_roff(name)}\fR(1)" for name in others))
+    return "\n".join(lines) + "\n"
+
+
+def _kube_proxy() -> str:
+    """The page about kube-proxy's command line."""
+    lines = [_heading("proxyd-kube-proxy", "kube-proxy's command line"), ".SH SYNOPSIS"]
+    lines += [".B kube\\-proxy", r"[\fIFLAGS\fR]", ".SH DESCRIPTION", _roff(_KUBE_PROXY), ".SH OPTIONS"]
+    for name in ORDERS:
+        lines += [".TP", rf"\fB\-\-{_roff(name)}\fR", "As kube\\-proxy has it; see \\fBproxyd\\-run\\fR(1)."]
+    texts = {flag.name: _sentence(flag.help) for flag in FLAGS if flag.kube}
+    for alias in ALIASES:
+        texts[alias.name] = f"Honoured: --{alias.field.replace('_', '-')} by another name."
+    for flag in FOREIGN:
+        told = (
+            f"Warned of where it would change something: {flag.told}."
+            if flag.told
+            else "Accepted; no effect."
+        )
+        texts[flag.name] = f"Refused: {flag.told}." if flag.refused else told
+    for name in sorted(texts):
+        dashes = "\\-" if len(name) == 1 else "\\-\\-"
+        lines += [".TP", rf"\fB{dashes}{_roff(name)}\fR", _roff(texts[name])]
+    lines += [".SH EXIT STATUS", *_list(_EXIT), ".SH SEE ALSO", r"\fBproxyd\fR(1),", r"\fBproxyd\-run\fR(1)"]
     return "\n".join(lines) + "\n"
 
 

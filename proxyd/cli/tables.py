@@ -43,28 +43,33 @@ class Table:
 
     def draw(self, rows: Sequence[Sequence[object]]) -> str:
         """Rows as text that ends with a newline; the first time with the headings above them."""
-        cells = [[clean(str(cell)) or NONE for cell in row] for row in rows]
+        columns = [_texts(column) for column in zip(*rows, strict=True)] or [[] for _ in self._headings]
         first = not self._columns
         if first:
-            cells = [self._headings, *cells]
-            self._fit(cells)
+            columns = [[heading, *column] for heading, column in zip(self._headings, columns, strict=True)]
+            self._fit(columns)
         status = self._headings.index("STATUS") if self._colour and "STATUS" in self._headings else -1
-        lines = []
-        for number, row in enumerate(cells):
-            texts = []
-            for column in self._columns:
-                width = self._widths[column]
-                text = row[column] if self._width is None else cut(row[column], width)
-                if column != self._columns[-1]:
-                    text += " " * (width - length(text))
-                if column == status and (number or not first):
-                    text = paint(text)
-                texts.append(text)
-            lines.append("  ".join(texts).rstrip())
-        return "".join(line + "\n" for line in lines)
+        drawn = []
+        for number in self._columns:
+            texts = self._justified(columns[number], number)
+            if number == status:
+                texts = [text if first and not line else paint(text) for line, text in enumerate(texts)]
+            drawn.append(texts)
+        return "".join("  ".join(line).rstrip() + "\n" for line in zip(*drawn, strict=True))
 
-    def _fit(self, cells: Sequence[Sequence[str]]) -> None:
-        widths = [max(map(length, column)) for column in zip(*cells, strict=True)]
+    def _justified(self, column: list[str], number: int) -> list[str]:
+        """A column's texts, all of its width; those of the last one end where they end."""
+        width, last = self._widths[number], number == self._columns[-1]
+        if "".join(column).isascii():
+            if self._width is not None:
+                column = [text if len(text) <= width else cut(text, width) for text in column]
+            return column if last else [text.ljust(width) for text in column]
+        if self._width is not None:
+            column = [cut(text, width) for text in column]
+        return column if last else [text + " " * (width - length(text)) for text in column]
+
+    def _fit(self, texts: Sequence[Sequence[str]]) -> None:
+        widths = [_widest(column) for column in texts]
         columns = list(range(len(widths)))
         if self._width is not None:
             least = [
@@ -147,6 +152,18 @@ def length(text: str) -> int:
         return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def _texts(column: Sequence[object]) -> list[str]:
+    """The cells of a column as they are shown."""
+    texts = list(map(str, column))
+    if not "".join(texts).isprintable():
+        texts = list(map(clean, texts))
+    return texts if all(texts) else [text or NONE for text in texts]
+
+
+def _widest(column: Sequence[str]) -> int:
+    return max(map(len if "".join(column).isascii() else length, column))
 
 
 def _total(widths: Sequence[int], columns: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from proxyd import __version__
 from proxyd.control import description, logs, views
 from proxyd.control.adminsocket import BACKLOG, AdminError, listen
 from proxyd.control.answers import ConnectionsView, DrainView, LogLevelView, ReloadView, VersionView
+from proxyd.control.collection import paused
 from proxyd.control.history import History
 from proxyd.control.logs import get_logger
 from proxyd.control.roundup import MAX_RECORDS
@@ -197,14 +198,14 @@ class AdminServer:
                 await self._wait(query["revision"], _seconds(query, "wait", 0.0))
                 if query["revision"] == self._revision():
                     return web.Response(status=304)
-            picture = self._picture()
-            items = view(
-                picture,
-                namespace=query.get("namespace", ""),
-                name=query.get("name", ""),
-                selector=selector,
-            )
-            return _answer({"revision": self._revision(), "items": items})
+            with paused():
+                items = view(
+                    self._picture(),
+                    namespace=query.get("namespace", ""),
+                    name=query.get("name", ""),
+                    selector=selector,
+                )
+                return _answer({"revision": self._revision(), "items": items})
 
         return answer
 

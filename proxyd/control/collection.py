@@ -8,6 +8,18 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """No search for garbage in this block: it makes many objects that all go soon after."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """What is made in this block stays: it is not looked through for garbage, neither as it grows nor later.
 

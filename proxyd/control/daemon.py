@@ -36,8 +36,9 @@ from proxyd.control.startup import (
 )
 from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
 from proxyd.control.takeover import look as take_over
+from proxyd.control.takeover import when_it_ends
 from proxyd.control.tasks import cancel, describe, spawn
-from proxyd.control.views import Picture
+from proxyd.control.views import Faces, Picture
 from proxyd.control.watchdog import Watchdog
 from proxyd.host import limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
@@ -111,6 +112,7 @@ class Daemon:
         self.observation = Observation(self, configuration)
         self.operations = Operations(self)
         self.duties = Duties(self)
+        self.faces = Faces()
         self._reloading = Reloading(self.reload)
 
     async def run(self) -> int:
@@ -130,7 +132,10 @@ class Daemon:
                 self.supervisor.start()
                 taking_over = spawn(asyncio.to_thread(take_over, self.settings), name="takeover")
                 self._start_feed()
-                (await taking_over).say()
+                found = await taking_over
+                found.say()
+                if found.running is not None:
+                    spawn(when_it_ends(self.settings), name="takeover")
                 await self._serve()
             finally:
                 await self._end()

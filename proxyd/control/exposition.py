@@ -17,8 +17,8 @@ from proxyd.relay.slots import (
     CONNECT_US,
     DATAGRAMS_IN,
     DATAGRAMS_OUT,
+    DROPPED,
     DROPPED_OVERRUN,
-    DROPPED_SHORTAGE,
     DROPPED_TO_CLIENT,
     DROPPED_TO_ENDPOINT,
     EVICTED,
@@ -115,7 +115,7 @@ UDP_FAMILIES = (
         (
             ('reason="refused",', lambda r: r[REFUSED]),
             ('reason="no_endpoint",', lambda r: r[FAILED]),
-            ('reason="shortage",', lambda r: r[DROPPED_SHORTAGE]),
+            ('reason="shortage",', lambda r: r[DROPPED]),
             ('reason="to_endpoint",', lambda r: r[DROPPED_TO_ENDPOINT]),
             ('reason="to_client",', lambda r: r[DROPPED_TO_CLIENT]),
             ('reason="overrun",', lambda r: r[DROPPED_OVERRUN]),

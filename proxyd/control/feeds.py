@@ -127,7 +127,7 @@ class Feeds:
             addresses = tuple(
                 msgspec.structs.replace(address, primary=address.ip in wanted) for address in addresses
             )
-        return NodeView(name=name, zone=node.zone, addresses=addresses)
+        return NodeView(name=name, zone=node.zone, addresses=addresses, pod_cidrs=node.pod_cidrs)
 
     def first(self) -> tuple[Problem, ...]:
         """Read the manifests once; what they say is handed on now where there is no API server to wait for.

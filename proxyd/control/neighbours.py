@@ -40,7 +40,7 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 def neighbour(address: tuple[str, int]) -> Neighbour | None:
     """Who listens at an address, None where nobody does. Takes some seconds at most where somebody does not answer."""
     ip, port = address
-    process = holder(ListenerKey(ip, port, Protocol.TCP))
+    process = holder(ListenerKey(ip, port, Protocol.TCP), patient=True)
     host = _ANY.get(ip, ip)
     mode = _get(host, port, "/proxyMode")
     if mode is None:

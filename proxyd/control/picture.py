@@ -33,7 +33,7 @@ def draw(daemon: Daemon) -> Picture:
 
     def counters(service_port: ServicePortName) -> Counters:
         keys = publication.balancer_keys(service_port)
-        return total(_counters(publication, key) for key in keys)
+        return total([_counters(publication, key) for key in keys])
 
     def endpoint_counters(service_port: ServicePortName, endpoint: Endpoint) -> Counters:
         keys = publication.balancer_keys(service_port)
@@ -44,6 +44,7 @@ def draw(daemon: Daemon) -> Picture:
         snapshot=daemon.snapshot,
         statuses=reconciler.statuses(),
         balancers=reconciler.desired.host.balancers,
+        faces=daemon.faces,
         problems=(*feed.problems, *daemon.duties.problems),
         counters=counters,
         endpoint_counters=endpoint_counters,

@@ -14,9 +14,10 @@ import msgspec
 
 from proxyd.api.service import Protocol
 from proxyd.control.slotbook import SlotBook
+from proxyd.relay import registry
 from proxyd.relay.messages import MAX_DESCRIPTORS, Apply, BalancerConfig, CloseListener, ListenerConfig
 from proxyd.relay.slots import FIELDS, Slots
-from proxyd.state.spec import BalancerKey, BalancerSpec, ListenerKey, ListenerSpec, ServicePortName
+from proxyd.state.spec import BalancerKey, BalancerSpec, Home, ListenerKey, ListenerSpec, ServicePortName
 
 _T = TypeVar("_T")
 
@@ -28,25 +29,30 @@ _PART_ENDPOINTS = 2000
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """One open listener: its number among the workers, its socket, and the one worker that has it (None: all)."""
+    """One open listener: its number among the workers, its socket, and the one worker that has it (None: all).
+
+    `specs` are all listeners that the socket is for, several for a multi-homed SCTP endpoint; `spec` is the first.
+    """
 
     id: int
     socket: socket.socket
     spec: ListenerSpec
     owner: int | None
+    specs: dict[ListenerKey, ListenerSpec]
 
 
 @dataclass(slots=True, eq=False)
 class Retired:
     """A closed listener whose relays may live on, in the worker that had it (`owner`; None: in all).
 
-    `drains`: they end after a while in any case.
+    `drains`: they end after a while in any case. `keys`: the addresses that they use.
     """
 
     id: int
     spec: ListenerSpec
     owner: int | None
     drains: bool
+    keys: tuple[ListenerKey, ...]
 
 
 @dataclass(slots=True)
@@ -95,6 +101,7 @@ class Publication:
             endpoints=[(e.ip, e.port, self._book.take((key, e))) for e in spec.endpoints[:MAX_ENDPOINTS]],
             affinity_seconds=spec.affinity_seconds,
             udp_idle_seconds=spec.udp_idle_seconds,
+            further={ip: list(others) for ip, others in spec.further.items()},
         )
         self._specs[key] = spec
         self._configs[key] = config
@@ -102,7 +109,7 @@ class Publication:
         self._update.balancers.append(config)
         if old is not None and bool(old.affinity_seconds) != bool(spec.affinity_seconds):
             # Whoever may have the listener has changed.
-            for held in [held for held in self.held.values() if held.spec.balancer == key]:
+            for held in [held for held in self._sockets() if held.spec.balancer == key]:
                 self._reissue(held, held.spec, None)
 
     def drop_balancer(self, key: BalancerKey) -> None:
@@ -122,9 +129,25 @@ class Publication:
 
     def open(self, spec: ListenerSpec, sock: socket.socket) -> None:
         """Publish a listener. The socket is owned by the publication from now on."""
-        held = Held(next(self._ids), sock, spec, self._owner(spec))
+        held = Held(next(self._ids), sock, spec, self._owner(spec), {spec.key: spec})
         self.held[spec.key] = held
         self._update.listeners.append(held)
+
+    def join(self, spec: ListenerSpec, held: Held) -> None:
+        """One more address of a socket that is open."""
+        held.specs[spec.key] = spec
+        self.held[spec.key] = held
+
+    def leave(self, key: ListenerKey) -> None:
+        """One address less of a socket that has others."""
+        held = self.held.pop(key)
+        del held.specs[key]
+        if held.spec.key == key:
+            held.spec = next(iter(held.specs.values()))
+
+    def home(self, home: Home) -> Held | None:
+        """The socket of a multi-homed SCTP endpoint, where it is open."""
+        return next((held for held in self.held.values() if held.spec.home == home), None)
 
     def change(self, spec: ListenerSpec, drain: float | None) -> None:
         """Give an open listener another spec; the socket stays.
@@ -133,13 +156,20 @@ class Publication:
             spec: of the same key.
             drain: what is left of the relays begun under the old spec ends after that many seconds; None: they stay.
         """
-        self._reissue(self.held[spec.key], spec, drain)
+        held = self.held[spec.key]
+        if held.spec.key == spec.key:
+            self._reissue(held, spec, drain)
+        else:
+            # Workers know of the first of several, which changes with it.
+            held.specs[spec.key] = spec
 
     def close(self, key: ListenerKey, drain: float | None) -> None:
-        """Close a listener. `drain` as in `change`."""
-        held = self.held.pop(key)
+        """Close a listener, and all others of its socket. `drain` as in `change`."""
+        held = self.held[key]
+        for one in held.specs:
+            del self.held[one]
         self._retire(held, drain)
-        _close(held.socket)
+        close_listening(held.socket)
 
     def drain(self, retired: Retired, seconds: float) -> None:
         """End what is left of a closed listener's relays after that many seconds."""
@@ -153,8 +183,8 @@ class Publication:
 
     def close_all(self) -> None:
         """Close every socket, without telling the workers."""
-        for held in self.held.values():
-            _close(held.socket)
+        for held in self._sockets():
+            close_listening(held.socket)
         self.held.clear()
 
     def take_update(self) -> Update:
@@ -168,7 +198,7 @@ class Publication:
     def full(self) -> Update:
         """Everything in force, for a worker that knows nothing yet. Call when no update is under construction."""
         return Update(
-            self.generation, balancers=list(self._configs.values()), listeners=list(self.held.values())
+            self.generation, balancers=list(self._configs.values()), listeners=list(self._sockets())
         )
 
     def counters(self, owner: Hashable, fields: Iterable[int]) -> list[int]:
@@ -201,6 +231,7 @@ class Publication:
             protocol=str(spec.key.protocol),
             address=f"{host}:{spec.key.port}",
             source_ranges=list(spec.source_ranges),
+            implementation=registry.find().classes.get(spec.key.protocol, ""),
         )
 
     def parts(self, update: Update, worker: int) -> Iterator[tuple[Apply, list[Held]]]:
@@ -221,11 +252,16 @@ class Publication:
             yield Apply(update.generation, last=False, drop_balancers=ids), []
         yield Apply(update.generation, last=True), []
 
+    def _sockets(self) -> Iterable[Held]:
+        """What is held, each socket once."""
+        return dict.fromkeys(self.held.values())
+
     def _reissue(self, held: Held, spec: ListenerSpec, drain: float | None) -> None:
         # A new number with the same socket: the backlog is kept, and old relays can be told from new ones.
         self._retire(held, drain)
-        new = Held(next(self._ids), held.socket, spec, self._owner(spec))
-        self.held[spec.key] = new
+        new = Held(next(self._ids), held.socket, spec, self._owner(spec), {**held.specs, spec.key: spec})
+        for key in new.specs:
+            self.held[key] = new
         self._update.listeners.append(new)
 
     def _retire(self, held: Held, drain: float | None) -> None:
@@ -233,7 +269,8 @@ class Publication:
             self._update.listeners.remove(held)
             return
         self._update.close.append((CloseListener(held.id, drain), held.owner))
-        self._retired.append(Retired(held.id, held.spec, held.owner, drains=drain is not None))
+        keys = tuple(held.specs)
+        self._retired.append(Retired(held.id, held.spec, held.owner, drains=drain is not None, keys=keys))
 
     def _owner(self, spec: ListenerSpec) -> int | None:
         balancer = self._specs[spec.balancer]
@@ -242,14 +279,17 @@ class Publication:
         return None
 
 
-def _close(sock: socket.socket) -> None:
+def close_listening(sock: socket.socket) -> None:
     """Close a listening socket that workers hold too.
 
     The address is free and clients are refused at once, also while a worker is too busy to close its duplicate.
     """
     if sock.type == socket.SOCK_STREAM:
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RD)
+            if sock.proto == socket.IPPROTO_SCTP:
+                sock.listen(0)  # its shutdown is for associations; this ends listening (net/sctp/socket.c)
+            else:
+                sock.shutdown(socket.SHUT_RD)
     sock.close()
 
 

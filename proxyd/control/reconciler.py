@@ -5,7 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
+from proxyd.control.guarding import Guarding
+from proxyd.control.handover import ListeningSocket
+from proxyd.control.inheritance import Inheritance
+from proxyd.control.leaving import LeavingWorkers
 from proxyd.control.logs import get_logger
 from proxyd.control.publication import Publication, Retired, Update
 from proxyd.host.addresses import node_addresses
@@ -13,6 +18,7 @@ from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.sockets import BindFailed, open_listener
 from proxyd.host.steering import Steering as SteeringRules
+from proxyd.state.changes import same_keys
 from proxyd.state.desired import DesiredState
 from proxyd.state.plan import Plan, plan
 from proxyd.state.spec import (
@@ -29,6 +35,9 @@ from proxyd.state.spec import (
 )
 
 log = get_logger("reconciler")
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 _FIRST_RETRY = 0.1
 _LAST_RETRY = 5.0
@@ -79,7 +88,7 @@ class Reconciler:
         self._publication = publication
         self._routes = routes
         self._rules = rules
-        self._guard = guard
+        self._guarding = Guarding(guard)
         self._drain = drain_seconds
         self._note = note  # what became of a service port's listener, for people
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
@@ -93,9 +102,8 @@ class Reconciler:
         self._ending: dict[int, Ending] = {}  # by the listener's number
         # Of `desired`, once it is asked for.
         self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
-        self._guarded: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
-        self._guard_made = bool(guard and guard.present())
-        self._guard_error = ""
+        self._inheritance = Inheritance()
+        self._leaving: LeavingWorkers | None = None
 
     @property
     def observed(self) -> HostState:
@@ -122,7 +130,8 @@ class Reconciler:
         self.desired, self._unopened = desired, None
         todo = plan(self.observed, desired.host)
         crew = set(workers)
-        self._begin_guard(todo)
+        if todo.add_vips:
+            self._guarding.begin(todo.add_vips | self._vips, desired.host.listeners)
         self._add_vips(todo)
         for number, spec in enumerate(todo.set_balancers, 1):
             self._publication.set_balancer(spec)
@@ -132,6 +141,7 @@ class Reconciler:
         for key in todo.close:
             self._close(key)
         self._open_all(todo.open, publish)
+        self._inheritance.close()
         for wish in todo.change:
             self._change(wish)
         for balancer in todo.drop_balancers:
@@ -142,11 +152,25 @@ class Reconciler:
         self._steer(todo)
         self._refuse_new()
         self._remove_addresses(todo)
-        self._sync_guard(todo)
+        self._guarding.sync(todo, self._vips, self._listeners)
         for key in [key for key in self.failures if key not in desired.host.listeners]:
             del self.failures[key]
         if update := self._publication.take_update():
             publish(update)
+        self._listeners = _in_order(self._listeners, desired.host.listeners)
+        self._balancers = _in_order(self._balancers, desired.host.balancers)
+
+    def inherit(self, left: Iterable[ListeningSocket], leaving: LeavingWorkers) -> None:
+        """Before the first reconcile: the sockets to go on with, and the workers that relay until they have gone."""
+        self._inheritance = Inheritance(left)
+        self._leaving = leaving
+
+    def relayed(self) -> dict[int, tuple[ListenerKey, frozenset[int]]]:
+        """Closed listeners that workers may have relays of: address, and which workers, by their number."""
+        return {
+            number: (ending.retired.spec.key, frozenset(ending.workers))
+            for number, ending in self._ending.items()
+        }
 
     def set_drain(self, seconds: float) -> None:
         """Relays of what is closed from now on have so long."""
@@ -165,7 +189,7 @@ class Reconciler:
                 self._refused = None
         except OSError as error:
             log.warning("routes and rules can't be read", error=str(error))
-        self._guarded = None
+        self._guarding.forget()
 
     def next_retry(self) -> float | None:
         """When the next failed listener is tried again (monotonic), None where none failed."""
@@ -201,11 +225,9 @@ class Reconciler:
             self._rules.refuse_new(frozenset())
         if self._routes and self._vips:
             _report("VIP route can't be removed", self._routes.remove(self._vips))
-        if self._guard and self._guard_made:
-            self._guard.remove()
+        self._guarding.remove()
         self._steering.clear()
         self._vips.clear()
-        self._guarded = None
 
     def _add_vips(self, todo: Plan) -> None:
         if self._routes and todo.add_vips:
@@ -280,7 +302,7 @@ class Reconciler:
             return
         attempts = failure.attempts + 1 if failure and failure.spec == spec else 1
         try:
-            sock = open_listener(spec, backlog=_BACKLOG)
+            sock = self._inheritance.take(spec) or open_listener(spec, backlog=_BACKLOG)
         except BindFailed as error:
             message = self._vip_errors.get(spec.key.ip) or str(error)
             if failure is None or failure.message != message:
@@ -327,6 +349,9 @@ class Reconciler:
         for retired in [ending.retired for ending in self._ending.values() if not ending.retired.drains]:
             if not self._wants(retired.spec.key, retired.spec.service_port):
                 self._publication.drain(retired, self._drain)
+        if self._leaving:
+            wanted = self.desired.host.listeners.keys() | {one.key for one in self.desired.unopened}
+            self._leaving.let_go(wanted, self._drain)
 
     def _wants(self, key: ListenerKey, service_port: ServicePortName) -> bool:
         """Whether a service port wants an address, be it that it can't have it at present."""
@@ -348,7 +373,8 @@ class Reconciler:
         return ending.holds
 
     def _held_keys(self) -> set[ListenerKey]:
-        return {ending.retired.spec.key for ending in self._ending.values() if ending.holds}
+        held = {ending.retired.spec.key for ending in self._ending.values() if ending.holds}
+        return held | self._leaving.keys() if self._leaving else held
 
     def _forget(self, todo: Plan) -> None:
         if not todo.drop_balancers:
@@ -359,28 +385,13 @@ class Reconciler:
             if key.service_port not in wished:
                 self._publication.forget(key)
 
-    def _begin_guard(self, todo: Plan) -> None:
-        """Have a first guard made while addresses and sockets are: nft takes as long for thousands of them."""
-        if self._guard is not None and self._guarded is None and todo.add_vips:
-            vips = todo.add_vips | self._vips
-            self._guard.begin(vips, frozenset(key for key in self.desired.host.listeners if key.ip in vips))
-            self._guard_made = True
 
-    def _sync_guard(self, todo: Plan) -> None:
-        if self._guard is None:
-            return
-        if self._guarded is not None and not (todo.add_vips or todo.remove_vips or todo.open or todo.close):
-            return  # nothing that it is made of has changed
-        vips = frozenset(self._vips)
-        ports = frozenset(key for key in self._listeners if key.ip in vips)
-        if self._guarded == (vips, ports) or (not vips and self._guarded is None and not self._guard_made):
-            return
-        error = self._guard.sync(vips, ports) or ""
-        if error and error != self._guard_error:
-            log.warning("VIP guard failed: other ports of VIPs reach this node's own daemons", error=error)
-        self._guard_error = error
-        self._guarded = (vips, ports)
-        self._guard_made = True
+def _in_order(held: dict[_K, _V], wanted: Mapping[_K, object]) -> dict[_K, _V]:
+    """The same in the order of what is wanted, and with its very keys: the next plan compares them without looking up."""
+    if same_keys(held, wanted):
+        return held
+    ordered = {key: held[key] for key in wanted if key in held}
+    return ordered if len(ordered) == len(held) else held
 
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:

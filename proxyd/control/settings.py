@@ -118,7 +118,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def protocols(self) -> frozenset[str]:
         """What is relayed by this version."""
-        return frozenset({"TCP", "UDP"})
+        return frozenset({"TCP", "UDP", "SCTP"} if self.sctp else {"TCP", "UDP"})
 
     @property
     def healthz_address(self) -> tuple[str, int] | None:

@@ -48,6 +48,9 @@ def decide_options(settings: Settings) -> Options:
         and mode in ("auto", "route", "none")
         and settings.external_ip_mode == "steer",
         protocols=settings.protocols,
+        vip_ranges=settings.service_cluster_ip_range,
+        pod_cidrs=settings.cluster_cidr,
+        pods_by_node=settings.detect_local_mode == "NodeCIDR",
         localhost_nodeports=settings.iptables_localhost_nodeports,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 
 from proxyd.control.logs import get_logger
@@ -12,6 +14,8 @@ from proxyd.host.kubeproxy import Leftover, Mode, kube_proxy_leftovers
 from proxyd.host.limits import can_route
 
 log = get_logger("takeover")
+
+_PAUSE = 1.0  # seconds between two looks whether kube-proxy has ended
 
 
 class Takeover(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +38,7 @@ class Takeover(msgspec.Struct, frozen=True, kw_only=True):
         """Write it to the log."""
         if self.running is not None:
             log.warning(
-                "a kube-proxy still runs, and would make its chains again: stop it, then start proxyd again",
+                "a kube-proxy still runs: the chains of its userspace mode are removed when it has ended",
                 running=str(self.running),
             )
         for line in self.removed:
@@ -70,6 +74,15 @@ def look(settings: Settings) -> Takeover:
         removed=tuple(line for line in lines if line.startswith("removed ")),
         failed=tuple(line for line in lines if not line.startswith("removed ")),
     )
+
+
+async def when_it_ends(settings: Settings) -> None:
+    """Go on looking until the kube-proxy that was found has ended, as where one DaemonSet takes another's place."""
+    found = None
+    while found is None or found.running is not None:
+        await asyncio.sleep(_PAUSE)
+        found = await asyncio.to_thread(look, settings)
+    found.say()
 
 
 def wanted(settings: Settings) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
+import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
+from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem
 from proxyd.api.service import Service, ServicePort, ServiceType
@@ -62,6 +64,27 @@ def _nothing(*_: object) -> Counters:
     return Counters()
 
 
+class Faces:
+    """What is shown of Services and stays as it is with traffic; remembered while their objects are the very same."""
+
+    def __init__(self) -> None:
+        self._known: dict[ObjectName, tuple[Service, object, ServiceView]] = {}
+
+    def of(self, owner: ObjectName, service: Service, slices: tuple[EndpointSlice, ...]) -> ServiceView:
+        """A Service without its counters and its state."""
+        known = self._known.get(owner)
+        if known is not None and known[0] is service and known[1] is slices:
+            return known[2]
+        face = _face(service, slices)
+        self._known[owner] = (service, slices, face)
+        return face
+
+    def forget(self, services: Mapping[ObjectName, Service]) -> None:
+        """Forget those that are not among these any more."""
+        if len(self._known) > len(services):
+            self._known = {key: known for key, known in self._known.items() if key in services}
+
+
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
     """The daemon at one moment: all that views are made of."""
 
@@ -78,6 +101,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     workers: tuple[WorkerFacts, ...] = ()
     sources: tuple[SourceFacts, ...] = ()
+    faces: Faces = msgspec.field(default_factory=Faces)
 
 
 def services(
@@ -88,8 +112,9 @@ def services(
     for status in picture.statuses:
         owner = ObjectName(status.service_port.namespace, status.service_port.name)
         statuses.setdefault(owner, []).append(status)
+    picture.faces.forget(picture.snapshot.services)
     return [
-        _service(picture, service, statuses.get(key, []))
+        _service(picture, key, service, statuses.get(key, []))
         for key, service in _chosen(picture, namespace, name, selector)
     ]
 
@@ -187,19 +212,30 @@ def _name_of(owner: ObjectName, port: ServicePort) -> ServicePortName:
 
 
 def _states(statuses: Iterable[ListenerStatus]) -> dict[str, int]:
-    counts = {str(state): 0 for state in WORST_FIRST}
-    for status in statuses:
-        counts[str(status.state)] += 1
-    return {state: count for state, count in counts.items() if count}
+    counts = Counter(status.state for status in statuses)
+    return {state.value: counts[state] for state in WORST_FIRST if state in counts}
 
 
-def _service(picture: Picture, service: Service, statuses: list[ListenerStatus]) -> ServiceView:
+def _service(
+    picture: Picture, owner: ObjectName, service: Service, statuses: list[ListenerStatus]
+) -> ServiceView:
+    counters = total(picture.counters(_name_of(owner, port)) for port in service.spec.ports)
+    state, detail = _summary(service, statuses)
+    return msgspec.structs.replace(
+        picture.faces.of(owner, service, picture.snapshot.slices.get(owner, ())),
+        connections=counters.active,
+        counters=counters,
+        state=state,
+        detail=detail,
+        listeners=_states(statuses),
+    )
+
+
+def _face(service: Service, slices: tuple[EndpointSlice, ...]) -> ServiceView:
     spec = service.spec
     owner = service.metadata.key
     alias = spec.type is ServiceType.EXTERNAL_NAME
-    counters = total(picture.counters(_name_of(owner, port)) for port in spec.ports)
-    ready, present = (0, 0) if alias else _count_endpoints(picture, service)
-    state, detail = _summary(service, statuses)
+    ready, present = (0, 0) if alias else _count_endpoints(service, slices)
     return ServiceView(
         namespace=owner.namespace,
         name=owner.name,
@@ -220,11 +256,6 @@ def _service(picture: Picture, service: Service, statuses: list[ListenerStatus])
         ),
         endpoints_ready=ready,
         endpoints_total=present,
-        connections=counters.active,
-        counters=counters,
-        state=state,
-        detail=detail,
-        listeners=_states(statuses),
     )
 
 
@@ -239,13 +270,14 @@ def _summary(service: Service, statuses: list[ListenerStatus]) -> tuple[str, str
         return ALIAS, ""
     if not statuses:
         return (HEADLESS if service.spec.headless else NOT_SERVED), ""
+    if all(status.state is ListenerState.SERVING for status in statuses):
+        return ListenerState.SERVING.value, ""
     worst = min(statuses, key=lambda status: (WORST_FIRST.index(status.state), status.key))
     return str(worst.state), worst.detail
 
 
-def _count_endpoints(picture: Picture, service: Service) -> tuple[int, int]:
+def _count_endpoints(service: Service, slices: tuple[EndpointSlice, ...]) -> tuple[int, int]:
     """How many endpoint addresses are ready, and how many there are."""
-    slices = picture.snapshot.slices.get(service.metadata.key, ())
     ips = service.spec.all_cluster_ips
     first = 6 if ips and ":" in ips[0] else 4
     wanted = {(port.name, port.protocol) for port in service.spec.ports}
@@ -302,6 +334,7 @@ def _listener(status: ListenerStatus) -> ListenerView:
     )
 
 
-def _listener_order(view: ListenerView) -> tuple[int, int, int, str, str]:
-    address = ipaddress.ip_address(view.address)
-    return address.version, int(address), view.port, view.protocol, view.service
+def _listener_order(view: ListenerView) -> tuple[bool, bytes, int, str, str]:
+    six = ":" in view.address
+    packed = socket.inet_pton(socket.AF_INET6 if six else socket.AF_INET, view.address)
+    return six, packed, view.port, view.protocol, view.service

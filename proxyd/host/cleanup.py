@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from proxyd.host import guard, refusal
+from proxyd.host import fragments, guard, refusal
 from proxyd.host.guard import VipGuard
 from proxyd.host.nft import table_exists
 from proxyd.host.routes import VipRoutes
@@ -32,7 +32,7 @@ def find_leftovers() -> Leftovers:
         OSError: netlink failed.
     """
     try:
-        tables = sum(table_exists(table) for table in (guard.TABLE, refusal.TABLE))
+        tables = sum(table_exists(table) for table in (guard.TABLE, refusal.TABLE, fragments.TABLE))
     except OSError:
         tables = 0
     return Leftovers(

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,16 +48,23 @@ class _Scan:
     not_before = 0.0
 
 
-def holder(key: ListenerKey) -> str:
+def holder(key: ListenerKey, *, patient: bool = False) -> str:
     """Name and pid of the process whose socket is in the way of a listener: `nginx (pid 812)`.
 
-    "" where that cannot be found: no right to see other processes' descriptors, or no time.
+    Args:
+        key: of the listener.
+        patient: look for as long as a second; not for the event loop.
+
+    Returns:
+        "" where that cannot be found: no right to see other processes' descriptors, or no time.
     """
     try:
         inodes = _inodes(key)
     except OSError:
         return ""
     started = time.monotonic()
+    if patient:
+        return _owner(inodes, started + _LONG_SCAN_SECONDS) if inodes else ""
     if not inodes or started < _Scan.not_before:
         return ""
     found = _owner(inodes, started + _SCAN_SECONDS)
@@ -172,9 +180,9 @@ def _described(process: int) -> str:
 
 def _inodes(key: ListenerKey) -> set[int]:
     """Sockets bound to the key's port, at its address or at all addresses."""
-    protocol = _NUMBERS.get(key.protocol)
-    if protocol is None:
-        return set()
+    if key.protocol is Protocol.SCTP:
+        return _sctp_inodes(key)
+    protocol = _NUMBERS[key.protocol]
     family, address = packed(key.ip)
     states = _LISTEN if key.protocol is Protocol.TCP else _ANY_STATE
     found = set()
@@ -187,9 +195,26 @@ def _inodes(key: ListenerKey) -> set[int]:
             for message in netlink.dump(Message(_SOCK_DIAG_BY_FAMILY, body)):
                 port, _, source, _ = _SOCKET.unpack_from(message.body, _ANSWER_SOURCE)
                 bound = source[:4] if asked == socket.AF_INET else source
-                if port == key.port and (bound == address or not any(bound)):
+                # All addresses are in the way of each, and each in the way of all.
+                if port == key.port and (bound == address or not any(bound) or not any(address)):
                     found.add(struct.unpack_from("=I", message.body, _ANSWER_INODE)[0])
     return found
+
+
+def _sctp_inodes(key: ListenerKey) -> set[int]:
+    """As `_inodes`; sock_diag would need a module of its own for SCTP."""
+    found = set()
+    lines = Path("/proc/self/net/sctp/eps").read_text(encoding="ascii").splitlines()[1:]
+    for line in lines:
+        # Endpoint, socket, style, state, bucket, port, user, inode, addresses: net/sctp/proc.c.
+        _, _, _, _, _, port, _, inode, *ips = line.split()
+        if int(port) == key.port and not {key.ip, "0.0.0.0", "::"}.isdisjoint(_short(ip) for ip in ips):
+            found.add(int(inode))
+    return found
+
+
+def _short(ip: str) -> str:
+    return str(ip_address(ip))
 
 
 def _owner(inodes: set[int], deadline: float) -> str:

@@ -29,7 +29,6 @@ SPARE_DESCRIPTORS = 128
 _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
-_SCTP = 132
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -42,7 +41,7 @@ class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the s
     """A listener could not be opened. The text is one line: why, and what to do.
 
     `retryable`: it may work later without a change of proxyd's own privileges or settings. `exhausted`: descriptors or
-    memory ran out, so that opening others now is of no use. `taken`: somebody else has the address.
+    memory ran out, or the kernel lacks the protocol, so that opening others now is of no use. `taken`: somebody else has the address.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the s
 
 
 def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
-    """Open, bind and (not for UDP) listen.
+    """Open, bind and (not for UDP) listen. SCTP: see `proxyd.host.sctp`.
 
     The socket is non-blocking and close-on-exec. TCP: TCP_NODELAY and keepalive, which accepted sockets inherit, and
     SO_REUSEADDR (a restart is not held up by old connections). SO_REUSEPORT is never set: it would hide conflicts.
@@ -70,7 +69,7 @@ def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
     opened: socket.socket | None = None
     try:
         opened = _socket(family, key.protocol)
-        _leave_spare(opened)
+        leave_spare(opened)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if spec.steered:
@@ -85,7 +84,7 @@ def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
     except OSError as error:
         if opened is not None:
             opened.close()
-        raise _explained(error, key) from error
+        raise explained(error, key) from error
     return opened
 
 
@@ -101,19 +100,17 @@ def _socket(family: int, protocol: Protocol) -> socket.socket:
                 # As large as net.core.rmem_max and wmem_max allow.
                 opened.setsockopt(socket.SOL_SOCKET, plain, _UDP_BUFFER)
         return opened
-    number = _SCTP if protocol is Protocol.SCTP else socket.IPPROTO_TCP
-    opened = socket.socket(family, socket.SOCK_STREAM | flags, number)
+    opened = socket.socket(family, socket.SOCK_STREAM | flags, socket.IPPROTO_TCP)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if protocol is Protocol.TCP:
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
     return opened
 
 
-def _leave_spare(opened: socket.socket) -> None:
+def leave_spare(opened: socket.socket) -> None:
     """Raise what the kernel would, while there still are some descriptors. It gives out the lowest free number."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if opened.fileno() >= limit - SPARE_DESCRIPTORS:
@@ -145,7 +142,8 @@ def _bind(opened: socket.socket, key: ListenerKey) -> None:
         opened.bind((key.ip, key.port))
 
 
-def _explained(error: OSError, key: ListenerKey) -> BindFailed:
+def explained(error: OSError, key: ListenerKey) -> BindFailed:
+    """What to tell an operator of a listener that could not be opened."""
     match error.errno:
         case errno.EADDRINUSE:
             who = holder(key) or "another process"
@@ -170,7 +168,7 @@ def _explained(error: OSError, key: ListenerKey) -> BindFailed:
             )
         case errno.EPROTONOSUPPORT | errno.ESOCKTNOSUPPORT:
             if key.protocol is Protocol.SCTP:
-                return BindFailed("the kernel has no SCTP; try `modprobe sctp`")
+                return BindFailed("the kernel has no SCTP (modprobe sctp)", exhausted=True)
             return BindFailed(f"the kernel has no {key.protocol}", retryable=False)
         case errno.EAFNOSUPPORT:
             what = "IPv6" if ":" in key.ip else "IPv4"

@@ -14,8 +14,8 @@ Where there is no endpoint an `unreachable` rule takes the place of the other, a
 where nftables can be used (see refusal.py).
 
 The rules are a linear list, walked for every packet that is not local: right for tens of addresses. Needs Linux 4.17
-and CAP_NET_ADMIN. Fragments of a datagram after the first have no port and are not taken, except where the node
-defragments before routing (connection tracking does).
+and CAP_NET_ADMIN. Fragments of a datagram after the first have no port; while a UDP port is steered they are put together
+before routing (see fragments.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from collections.abc import Iterable, Mapping
 from proxyd.api.service import Protocol
 from proxyd.host.addresses import node_addresses
 from proxyd.host.fib import ROUTE_PROTOCOL, local_route, local_routes
+from proxyd.host.fragments import Fragments
 from proxyd.host.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -73,14 +74,20 @@ _Rule = tuple[ListenerKey, Action]
 class Steering:
     """The policy rules of this node. The kernel's rules are the record: nothing else has to survive.
 
-    `trouble`: "", or one line: why clients without an endpoint get no proper refusal, only an ICMP error or silence; or what `refuse_new`
-    and `refresh` could not read.
+    `trouble`: "", or one line: why clients without an endpoint get no proper refusal, only an ICMP error or silence; why large
+    datagrams are lost; or what `refuse_new` and `refresh` could not read.
     """
 
     def __init__(self) -> None:
-        self.trouble = ""
+        self._troubles: dict[str, str] = {}
+        self._fragments = Fragments()
         self._refusal = Refusal()
         self._refused_too: frozenset[ListenerKey] = frozenset()
+
+    @property
+    def trouble(self) -> str:
+        """See above."""
+        return "; ".join(text for text in self._troubles.values() if text)
 
     def present(self) -> dict[ListenerKey, Action]:
         """What proxyd's rules do now, whichever process made them. Of two rules for one key the first counts, as in the kernel.
@@ -107,6 +114,7 @@ class Steering:
                 self._refuse(_unreachable(netlink).difference(wanted))
                 failed = _set(netlink, wanted)
                 self._refuse(_unreachable(netlink))
+                self._reassemble(netlink)
                 return failed
         except OSError as error:
             return {key: f"cannot steer {key}: {error.strerror or error}" for key in wanted}
@@ -125,6 +133,7 @@ class Steering:
                 self._refuse(_unreachable(netlink) - doomed)
                 failed = _delete(netlink, [rule for rule in _rules(netlink) if rule[0] in doomed])
                 _drop_unused_routes(netlink)
+                self._reassemble(netlink)
                 return failed
         except OSError as error:
             return {key: f"cannot stop steering {key}: {error.strerror or error}" for key in keys}
@@ -139,11 +148,20 @@ class Steering:
         try:
             with Netlink() as netlink:
                 self._refuse(_unreachable(netlink))
+                self._reassemble(netlink)
         except OSError as error:
-            self.trouble = f"cannot read the policy rules: {error.strerror or error}"
+            self._troubles["read"] = f"cannot read the policy rules: {error.strerror or error}"
 
     def _refuse(self, unreachable: frozenset[ListenerKey]) -> None:
-        self.trouble = self._refusal.sync(unreachable | self._refused_too) or ""
+        self._troubles["read"] = ""
+        self._troubles["refusal"] = self._refusal.sync(unreachable | self._refused_too) or ""
+
+    def _reassemble(self, netlink: Netlink) -> None:
+        present = _effective(_rules(netlink)).items()
+        steered = any(key.protocol is Protocol.UDP and action is Action.LOCAL for key, action in present)
+        reason = self._fragments.sync(wanted=steered)
+        lost = f"UDP datagrams in fragments to foreign addresses are lost: {reason}"
+        self._troubles["fragments"] = lost if reason else ""
 
     def refresh(self) -> dict[ListenerKey, str]:
         """Repair the routes of all LOCAL rules. To be called when the node's addresses have changed.
@@ -160,7 +178,7 @@ class Steering:
                 local = {key for key, steering in present.items() if steering is Action.LOCAL}
                 failed = _make_routes(netlink, {key.ip for key in local}) if local else {}
         except OSError as error:
-            self.trouble = f"cannot read the policy rules: {error.strerror or error}"
+            self._troubles["read"] = f"cannot read the policy rules: {error.strerror or error}"
             return {}
         return {key: f"cannot steer {key}: {failed[key.ip]}" for key in local if key.ip in failed}
 

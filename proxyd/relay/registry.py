@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from proxyd.relay.balancer import Balancer
-from proxyd.relay.messages import ListenerConfig
-from proxyd.relay.plane import Plane
+if TYPE_CHECKING:  # control looks here too, and is free of the data plane
+    from proxyd.relay.balancer import Balancer
+    from proxyd.relay.messages import ListenerConfig
+    from proxyd.relay.plane import Plane
 
 GROUP = "proxyd.listeners"
 OWN = {

@@ -28,6 +28,7 @@ from proxyd.state.sctpsocket import (
     MSG_NOTIFICATION,
     PARTIAL_DELIVERY_EVENT,
     RESTART,
+    SHUTDOWN_COMP,
     SHUTDOWN_EVENT,
     message_key,
     notification,
@@ -235,7 +236,7 @@ class Side:
             self.parts = None
 
     def _notified(self, kind: int, state: int) -> bool:
-        """Act on a notification; False where the relay is over."""
+        """Act on a notification; False where there is nothing more to read."""
         if kind == SHUTDOWN_EVENT:
             # All of its data came before, and it takes no more.
             self.ended = True
@@ -252,6 +253,10 @@ class Side:
             self.relay.reset_by(self)
         elif kind == ASSOC_CHANGE and state == RESTART:
             self.relay.restarted(self)
+        elif kind == ASSOC_CHANGE and state == SHUTDOWN_COMP:
+            # Who began the shutdown reads no end of stream after it.
+            self._gone()
+            return False
         return not self.relay.done
 
     def _gone(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from operator import add
 
 MAX_SLOTS = 1 << 17
@@ -31,9 +32,17 @@ REFUSED = 7  # balancer: turned away (source range, no endpoint left)
 DATAGRAMS_IN = 8  # UDP datagrams, SCTP messages: client to endpoint
 DATAGRAMS_OUT = 9  # UDP datagrams, SCTP messages: endpoint to client
 EVICTED = 10  # UDP: flows ended to make room for others
-DROPPED = 11  # UDP datagrams, SCTP messages that could not be sent on
+DROPPED = 11  # SCTP: messages that could not be sent on; UDP: datagrams, for want of descriptors, local ports or memory
+# UDP: datagrams dropped ...
+DROPPED_TO_ENDPOINT = (
+    12  # because the kernel did not take them for the endpoint: its queue is full, they are too large
+)
+DROPPED_TO_CLIENT = 13  # because it did not take them for the client
+DROPPED_OVERRUN = 14  # because they came faster than they were read
 FIELDS = 16
 
+_ROW = struct.Struct(f"={FIELDS}Q")
+_ZEROS = bytes(8 * FIELDS)
 SIZE = 8 * MAX_SLOTS * (1 + MAX_WORKERS * FIELDS)
 
 
@@ -70,10 +79,13 @@ class Slots:
         """All counters of a row, each summed over the workers."""
         first = MAX_SLOTS + slot * FIELDS
         step = MAX_SLOTS * FIELDS
-        sums: list[int] = self.view[first : first + FIELDS].tolist()
-        for start in range(first + step, first + step * workers, step):
-            sums = list(map(add, sums, self.view[start : start + FIELDS]))
-        return sums
+        sums: list[int] = []
+        for start in range(8 * first, 8 * (first + step * workers), 8 * step):
+            row = self._map[start : start + 8 * FIELDS]
+            if row != _ZEROS:  # most have not counted anything
+                counts = _ROW.unpack(row)
+                sums = list(map(add, sums, counts)) if sums else list(counts)
+        return sums or [0] * FIELDS
 
     def clear(self, slot: int) -> None:
         """Set a row and its round-robin position to zero, before it is given to another owner."""

@@ -17,13 +17,15 @@ from proxyd.relay.listener import SourceRanges
 from proxyd.relay.messages import ListenerConfig
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import IN
-from proxyd.relay.slots import OPENED, REFUSED
+from proxyd.relay.slots import DROPPED_OVERRUN, OPENED, REFUSED
+from proxyd.relay.udp_figures import overruns
 from proxyd.relay.udp_flow import TALKING, Flow
 from proxyd.relay.udp_table import LEAVE_SECONDS, FlowTable
 from proxyd.relay.udp_vector import ClientKey, ClientName, client_address, client_key
 
 # Batches of a single datagram after which datagrams are taken singly, which costs less as long as they come singly.
 PATIENCE = 4
+_U32 = (1 << 32) - 1
 _NOTHING = frozenset({errno.EAGAIN, errno.EINTR})
 
 
@@ -47,7 +49,9 @@ class UdpListener:
         self._poller = plane.poller
         self.closed = False
         self.flows: dict[ClientKey, Flow] = {}
-        self.named: dict[ClientName, Flow] = {}  # of them the conversations that were met one datagram at a time
+        self.named: dict[
+            ClientName, Flow
+        ] = {}  # of them the conversations that were met one datagram at a time
         self.fd = fd
         self.table = table = flow_table(plane)
         self._balancer = balancer
@@ -71,6 +75,7 @@ class UdpListener:
         except OSError:
             self._socket.close()
             raise
+        self._overruns = overruns(self._socket)
         before = table.listeners.get(self.address)
         table.listeners[self.address] = self
         if before is not None:
@@ -116,6 +121,17 @@ class UdpListener:
             flow.datagrams_in = 1
             flow.bytes_in = len(data)
 
+    def count(self) -> None:
+        """Bring the counter of datagrams that found the receive buffer full up to date."""
+        lost = overruns(self._socket)
+        if lost == self._overruns:
+            return
+        self.plane.counters[self._balancer.row + DROPPED_OVERRUN] += (lost - self._overruns) & _U32
+        self._overruns = lost
+        self.plane.reporter.trouble(
+            f"listener {self.address}: datagrams came faster than they could be sent on: some were dropped"
+        )
+
     def flow_ended(self) -> None:
         """Close, where the last flow was all that was waited for."""
         if self._until is not None and not self.open_relays:
@@ -127,9 +143,10 @@ class UdpListener:
         """Close at once, with all flows: the port must be free, and clients must see that nobody is there."""
         if self.closed:
             return
-        self.closed = True
         if self.table.listeners.get(self.address) is self:
+            self.count()
             del self.table.listeners[self.address]
+        self.closed = True
         for flow in [*self.flows.values(), *(f for f in self.table.leaving if f.listener is self)]:
             flow.finish("drained")
         self.sender.leave()  # the number may be another socket's next
@@ -169,6 +186,8 @@ class UdpListener:
     def _take_over(self, before: UdpListener) -> None:
         """Go on with the flows of a listener that this one replaces, where they still are what was wished for."""
         before.plane.poller.modify(before.fd, 0)
+        before.count()
+        self._overruns = before._overruns
         if before.balancer is not self._balancer:
             return
         for key, flow in list(before.flows.items()):
@@ -266,7 +285,9 @@ class UdpListener:
     def _receive_failed(self, error: OSError) -> None:
         if error.errno in _NOTHING:
             return
-        self.plane.reporter.trouble(f"listener {self.address}: can't receive: {os.strerror(error.errno or 0)}")
+        self.plane.reporter.trouble(
+            f"listener {self.address}: can't receive: {os.strerror(error.errno or 0)}"
+        )
         self._poller.modify(self.fd, 0)
         self.plane.loop.call_later(PAUSE_SECONDS, self._resume)
 

@@ -6,16 +6,16 @@ when its endpoint or listener is gone and only a reply under way is waited for. 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
-import time
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from proxyd.relay.balancer import Endpoint
-from proxyd.relay.messages import Connection, LiveConnection
+from proxyd.relay.messages import LiveConnection
 from proxyd.relay.poller import IN
 from proxyd.relay.slots import (
     ATTEMPTS,
@@ -25,9 +25,12 @@ from proxyd.relay.slots import (
     DATAGRAMS_IN,
     DATAGRAMS_OUT,
     DROPPED,
+    DROPPED_OVERRUN,
+    DROPPED_TO_ENDPOINT,
     FAILED,
     OPENED,
 )
+from proxyd.relay.udp_figures import final_record, live_record, overruns
 from proxyd.relay.udp_vector import NAME6_BYTES, NAME_BYTES, SLOTS, ClientKey, ClientName, client_address
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ TALKING_BUFFER = 1024 * 1024
 MAX_BATCH = 16
 STREAK = 4
 
+_U32 = (1 << 32) - 1
 _DGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
 
@@ -54,9 +58,9 @@ class Flow:
     """One client of one listener. The client's path is in `UdpListener`, the endpoint's is `ready`."""
 
     __slots__ = (
-        "_attempts", "_counted", "_fd", "_kept", "_last_turn", "_poller", "_recv_into", "_sock", "_started", "_streak",
-        "_table", "_tried", "_vector", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint",
-        "key", "listener", "name", "send", "stage", "used",
+        "_counted", "_fd", "_kept", "_last_turn", "_overruns", "_poller", "_recv_into", "_sock", "_streak",
+        "_table", "_tried", "_vector", "attempts", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint",
+        "key", "listener", "name", "send", "stage", "started", "used",
     )  # fmt: skip
 
     def __init__(self, listener: UdpListener, key: ClientKey) -> None:
@@ -75,10 +79,10 @@ class Flow:
         self._sock: Socket | None = None
         self._kept: bytes | None = None
         self._tried: tuple[Endpoint, ...] = ()
-        self._attempts = 0
+        self.attempts = 0
         self._counted = (0, 0, 0, 0)
-        self._last_turn = self._streak = 0
-        self._started = monotonic()
+        self._last_turn = self._streak = self._overruns = 0
+        self.started = monotonic()
 
     @property
     def done(self) -> bool:
@@ -104,26 +108,32 @@ class Flow:
         balancer = self.balancer
         table = self._table
         ip = self.client_ip if balancer.affinity_seconds else ""
-        while self._attempts < MAX_ATTEMPTS:
+        while self.attempts < MAX_ATTEMPTS:
             endpoint = balancer.pick(ip, monotonic(), self._tried)
             if endpoint is None:
                 break
             self.endpoint = endpoint
-            self._attempts += 1
+            self.attempts += 1
             table.counters[endpoint.row + ATTEMPTS] += 1
             table.counters[balancer.row + ATTEMPTS] += 1
             try:
                 sock = self._connected(endpoint)
                 self._sock = sock
+                self._overruns = 0
                 self.send = sock.send
                 self._recv_into = sock.recv_into
                 table.counters[endpoint.row + OPENED] += 1
                 self.send(data)
             except OSError as error:
                 if error.errno in _SHORTAGES:
-                    self._drop(error)
+                    self._drop(error, DROPPED)
                     table.short()
-                    break
+                    self.finish("out of resources")
+                    return False
+                if error.errno == errno.EMSGSIZE:  # as it would be at any other
+                    self._drop(error, DROPPED_TO_ENDPOINT)
+                    self.finish("too large")
+                    return False
                 self._blame(error)
                 continue
             return True
@@ -172,8 +182,18 @@ class Flow:
     def send_failed(self, error: OSError, data: memoryview) -> None:
         """Act on an error of `send`: the datagram has not left. It may tell of the one before it."""
         code = error.errno
+        if code == errno.EMSGSIZE:
+            # A router told of a smaller MTU than the one before had; the kernel knows it now, and makes fragments.
+            try:
+                self.send(data)
+            except OSError as second:
+                code, error = second.errno, second
+            else:
+                self.bytes_in += len(data)
+                self.datagrams_in += 1
+                return
         if code in _SHORTAGES or code in (errno.EMSGSIZE, errno.EPERM):
-            self._drop(error)
+            self._drop(error, DROPPED_TO_ENDPOINT)
             return
         was = self.stage
         self._blame(error)
@@ -236,6 +256,12 @@ class Flow:
 
     def _refused(self, error: OSError) -> None:
         """Act on what came instead of a reply, an ICMP error: try another endpoint where nothing has come yet."""
+        if error.errno == errno.EMSGSIZE:
+            # From a router: what was sent last is too large for the next link. The kernel makes fragments now.
+            if self.stage == WAITING and self._kept is not None:
+                with contextlib.suppress(OSError):
+                    self.send(self._kept)
+            return
         was = self.stage
         self._blame(error)
         if was == WAITING and self._kept is not None:
@@ -285,15 +311,15 @@ class Flow:
             self.balancer.ended(self.client_ip, endpoint, monotonic())
         table.closed(self)
         if table.plane.records:
-            self._record(reason)
+            table.plane.reporter.record(final_record(self, reason))
 
     def _close(self) -> None:
         """Close the socket to the endpoint."""
         if self._sock is not None:
-            self._poller.close(self._sock)
-            self._sock = None
             assert self.endpoint is not None
             self.count()
+            self._poller.close(self._sock)
+            self._sock = None
             self._table.counters[self.endpoint.row + CLOSED] += 1
 
     def _blame(self, error: OSError) -> None:
@@ -308,9 +334,9 @@ class Flow:
         why = os.strerror(error.errno or 0)
         self._table.plane.reporter.trouble(f"endpoint {endpoint} of {self.balancer.name}: {why}")
 
-    def _drop(self, error: OSError) -> None:
-        """Count a datagram that could not be sent for want of something of our own."""
-        self._table.counters[self.balancer.row + DROPPED] += 1
+    def _drop(self, error: OSError, reason: int) -> None:
+        """Count a datagram that could not be sent; `reason`: one of the counters of dropped ones."""
+        self._table.counters[self.balancer.row + reason] += 1
         if error.errno == errno.EAGAIN and self._sock is not None:
             why = "the send buffer is full"
         else:
@@ -329,40 +355,20 @@ class Flow:
             if new > old:
                 for row in rows:
                     counters[row + field] += new - old
+        if (
+            self.stage == TALKING
+            and self._sock is not None
+            and (lost := overruns(self._sock)) != self._overruns
+        ):
+            counters[self.balancer.row + DROPPED_OVERRUN] += (lost - self._overruns) & _U32
+            self._overruns = lost
+            self._table.plane.reporter.trouble(
+                f"replies of {self.balancer.name} came faster than they could be sent on: some were dropped"
+            )
 
     def live(self, now: float) -> LiveConnection:
         """What it is and does at this moment."""
-        return LiveConnection(
-            client=_client(self.key),
-            frontend=self.listener.address,
-            service=self.balancer.name,
-            endpoint=str(self.endpoint or ""),
-            protocol="UDP",
-            seconds=now - self._started,
-            bytes_in=self.bytes_in,
-            bytes_out=self.bytes_out,
-            state="unanswered" if self.stage == WAITING else "answered",
-        )
-
-    def _record(self, reason: str) -> None:
-        record = Connection(
-            client=_client(self.key),
-            frontend=self.listener.address,
-            service=self.balancer.name,
-            endpoint=str(self.endpoint or ""),
-            attempts=self._attempts,
-            bytes_in=self.bytes_in,
-            bytes_out=self.bytes_out,
-            seconds=monotonic() - self._started,
-            reason=reason,
-            finished=time.time(),
-        )
-        self._table.plane.reporter.record(record)
-
-
-def _client(key: ClientKey) -> str:
-    ip, port = client_address(key)
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        return live_record(self, now)
 
 
 _COUNTED = (BYTES_IN, BYTES_OUT, DATAGRAMS_IN, DATAGRAMS_OUT)

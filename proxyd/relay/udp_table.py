@@ -14,7 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from proxyd.relay.plane import Plane
-from proxyd.relay.slots import DROPPED, EVICTED
+from proxyd.relay.slots import DROPPED_TO_CLIENT, EVICTED
 from proxyd.relay.udp_flow import ANSWERED, TALKING, WAITING, Flow
 from proxyd.relay.udp_vector import Vector
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from proxyd.relay.udp import UdpListener
 
 TICK_SECONDS = 0.5
+# For timeouts below 2 s a pass each quarter of them, but no more often than this.
+_MIN_TICK_SECONDS = 0.05
 # Until the first reply. Resolvers give up a query after 5 s, and some clients after 5 s more.
 WAIT_SECONDS = 10.0
 # After a single exchange; the usual DNS query is one, from a port that is never used again.
@@ -41,8 +43,8 @@ _LISTENER_SHARE = 0.75
 _HURRIED_SHARE = 0.5
 # This part of the table is ended at once when it is full, so that one pass over all flows serves many new ones.
 _EVICTED_SHARE = 1 / 32
-# Idle flows are ended so many at a time, about 3 ms of work, with a pause for the others between.
-_ENDED_AT_ONCE = 200
+# Idle flows are ended, and busy ones counted, so many at a time, at most 3 ms of work, with a pause for the others between.
+_DUE_AT_ONCE = 200
 _PAUSE_SECONDS = 0.005
 
 
@@ -68,8 +70,12 @@ class FlowTable:
         self._senders: dict[int, Vector] = {}
         self._sending: tuple[Vector, ...] = ()  # the same, as it is gone through after each batch
         self._timer: asyncio.TimerHandle | None = None
-        self._idle: deque[tuple[Flow, float]] = deque()  # to be ended, unless used since then
-        self._end_timer: asyncio.TimerHandle | None = None
+        self._tick_seconds = TICK_SECONDS
+        self._swept = 0.0  # the clock, when flows were last collected
+        self._due: deque[tuple[Flow, float]] = (
+            deque()
+        )  # to be ended, unless used since then; 0: to be counted
+        self._due_timer: asyncio.TimerHandle | None = None
         self.poller.before_end = self._flush
 
     @property
@@ -144,44 +150,54 @@ class FlowTable:
 
     def _tick(self) -> None:
         self._timer = None
-        last, self.clock = self.clock, monotonic()
-        collect = not self._idle  # else those of an earlier pass are still being ended
+        self.clock = now = monotonic()
         hurried = self.plane.flows > self.limit * _HURRIED_SHARE
+        collect = not self._due  # else those of an earlier pass are still gone through
+        shortest = self._idle_seconds
         for listener in list(self.listeners.values()):
             own = listener.balancer.udp_idle_seconds
             idle = own or self._idle_seconds
-            brief = HURRIED_SECONDS if hurried else (own or min(BRIEF_SECONDS, idle))
-            self._sweep(listener, last, (WAIT_SECONDS, brief, idle), collect)
-        for flow in [flow for flow, since in self.leaving.items() if self.clock - since >= LEAVE_SECONDS]:
+            shortest = min(shortest, idle)
+            if collect and listener.flows:
+                listener.count()
+                brief = HURRIED_SECONDS if hurried else (own or min(BRIEF_SECONDS, idle))
+                self._sweep(listener, (WAIT_SECONDS, brief, idle))
+        if collect:
+            self._swept = now
+        for flow in [flow for flow, since in self.leaving.items() if now - since >= LEAVE_SECONDS]:
             flow.finish("endpoint removed")
-        if self._end_timer is None:
-            self._end_idle()
+        if self._due_timer is None:
+            self._go_through()
+        self._tick_seconds = min(TICK_SECONDS, max(shortest / 4, _MIN_TICK_SECONDS))
         if self.plane.flows and self._timer is None:
-            self._timer = self.plane.loop.call_later(TICK_SECONDS, self._tick)
+            self._timer = self.plane.loop.call_later(self._tick_seconds, self._tick)
 
-    def _sweep(
-        self, listener: UdpListener, last: float, seconds: tuple[float, float, float], collect: bool
-    ) -> None:
-        """Count what moved since the last pass, and collect what has been idle for longer than its stage allows."""
+    def _sweep(self, listener: UdpListener, seconds: tuple[float, float, float]) -> None:
+        """Collect what moved since the last pass, and what has been idle for longer than its stage allows."""
+        swept = self._swept
+        # `used` may be a tick older than the flow's last datagram.
         limits = {
-            stage: self.clock - each - TICK_SECONDS
+            stage: self.clock - each - self._tick_seconds
             for stage, each in zip((WAITING, ANSWERED, TALKING), seconds, strict=True)
         }
         for flow in listener.flows.values():
             used = flow.used
-            if used == last:
-                flow.count()
-            elif collect and used < limits[flow.stage]:
-                self._idle.append((flow, used))
+            if used >= swept:
+                self._due.append((flow, 0.0))
+            elif used < limits[flow.stage]:
+                self._due.append((flow, used))
 
-    def _end_idle(self) -> None:
-        self._end_timer = None
-        for _ in range(min(_ENDED_AT_ONCE, len(self._idle))):
-            flow, used = self._idle.popleft()
-            if flow.used == used:
+    def _go_through(self) -> None:
+        """Count what moved, and end what is idle, some at a time."""
+        self._due_timer = None
+        for _ in range(min(_DUE_AT_ONCE, len(self._due))):
+            flow, used = self._due.popleft()
+            if not used:
+                flow.count()
+            elif flow.used == used:
                 flow.finish("idle")
-        if self._idle:
-            self._end_timer = self.plane.loop.call_later(_PAUSE_SECONDS, self._end_idle)
+        if self._due:
+            self._due_timer = self.plane.loop.call_later(_PAUSE_SECONDS, self._go_through)
 
     def _flush(self) -> None:
         """Send the replies of one batch."""
@@ -194,7 +210,7 @@ class FlowTable:
     def _note_dropped(self, vector: Vector) -> None:
         for listener in self.listeners.values():
             if listener.fd == vector.to:
-                self.counters[listener.balancer.row + DROPPED] += vector.dropped
+                self.counters[listener.balancer.row + DROPPED_TO_CLIENT] += vector.dropped
                 self.plane.reporter.trouble(
                     f"listener {listener.address}: replies to UDP clients were dropped: the kernel did not take them"
                 )
@@ -202,7 +218,7 @@ class FlowTable:
 
     def shut(self) -> None:
         """Stop the timer."""
-        for timer in (self._timer, self._end_timer):
+        for timer in (self._timer, self._due_timer):
             if timer is not None:
                 timer.cancel()
 

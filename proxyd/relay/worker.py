@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
@@ -34,7 +34,9 @@ from proxyd.relay.privileges import drop_privileges
 from proxyd.relay.registry import Listener, load
 from proxyd.relay.reporter import Reporter
 from proxyd.relay.slots import MAX_SLOTS, Slots
-from proxyd.relay.udp_flow import Flow
+
+if TYPE_CHECKING:
+    from proxyd.relay.udp_flow import Flow
 
 __all__ = ["Options", "Worker", "main"]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
+from typing import TypeAlias
 
 import msgspec
 
@@ -22,6 +24,8 @@ from proxyd.state.spec import (
     status_of,
 )
 from proxyd.state.wishes import ServiceWishes, service_wishes
+
+_Order: TypeAlias = tuple[bool, str, str, str]
 
 
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,9 +93,9 @@ class _Merged:
         listeners: dict[ListenerKey, ListenerSpec] = {}
         balancers: dict[BalancerKey, BalancerSpec] = {}
         steering: dict[ListenerKey, Steering] = {}
-        unopened: list[ListenerStatus] = []
+        self._unopened: dict[_Order, tuple[ListenerStatus, ...]] = {}  # of the Services that have any
         for wishes in sorted(all_wishes, key=attrgetter("order")):
-            unopened += wishes.unopened
+            unopened = list(wishes.unopened)
             for vip in wishes.vips:
                 self._vips[vip] = self._vips.get(vip, 0) + 1
             for listener in wishes.listeners:
@@ -111,25 +115,26 @@ class _Merged:
                     continue
                 listeners[key] = listener
                 balancers[listener.balancer] = balancer
+            if unopened:
+                self._unopened[wishes.order] = tuple(unopened)
         self.result = DesiredState(
             host=HostState(
                 balancers=balancers, listeners=listeners, vips=frozenset(self._vips), steering=steering
             ),
-            unopened=tuple(unopened),
+            unopened=tuple(chain.from_iterable(self._unopened.values())),
         )
 
     def patch(self, changes: Iterable[tuple[ServiceWishes, ServiceWishes]]) -> bool:
         """Put other wishes of some Services in place of their old ones; False where they must be merged anew.
 
-        That is where the order of Services or of statuses would matter: an address that is wanted twice, a listener
-        that is not to be opened.
+        That is where the order of Services would matter: an address that is wanted twice.
         """
         changes = list(changes)
         if not changes:
             return True
         for old, new in changes:
             keys = {listener.key for listener in new.listeners}
-            if not (_all_open(old) and _all_open(new)) or len(keys) < len(new.listeners):
+            if len(keys) < len(new.listeners):
                 return False
             mine = {listener.key for listener in old.listeners}
             if not self._contested.isdisjoint(keys | mine):
@@ -143,8 +148,15 @@ class _Merged:
         listeners, balancers = dict(host.listeners), dict(host.balancers)
         steering = dict(host.steering)
         before = dict(self._vips) if any(old.vips != new.vips for old, new in changes) else None
+        unopened = self._unopened
+        if any(_unopened(old) != _unopened(new) or old.order != new.order for old, new in changes):
+            unopened = dict(unopened)
         for old, new in changes:
             self._replace(old, new, listeners, balancers, steering)
+            if unopened is not self._unopened:
+                unopened.pop(old.order, None)
+                if statuses := _unopened(new):
+                    unopened[new.order] = statuses
         vips = host.vips if before is None or before.keys() == self._vips.keys() else frozenset(self._vips)
         self.result = DesiredState(
             host=HostState(
@@ -153,8 +165,11 @@ class _Merged:
                 vips=vips,
                 steering=steering,
             ),
-            unopened=self.result.unopened,
+            unopened=self.result.unopened
+            if unopened is self._unopened
+            else tuple(status for _, some in sorted(unopened.items()) for status in some),
         )
+        self._unopened = unopened
         return True
 
     def _replace(
@@ -168,16 +183,21 @@ class _Merged:
         keys = {listener.key for listener in new.listeners}
         for listener in old.listeners:
             if listener.key not in keys:
-                del self._holders[listener.key], listeners[listener.key]
+                del self._holders[listener.key]
+                listeners.pop(listener.key, None)
                 steering.pop(listener.key, None)
             if listener.balancer not in new.balancers:
                 balancers.pop(listener.balancer, None)
         for listener in new.listeners:
             self._holders[listener.key] = listener
-            listeners[listener.key] = listener
-            balancers[listener.balancer] = new.balancers[listener.balancer]
+            balancer = new.balancers.get(listener.balancer)
+            if balancer is None:
+                listeners.pop(listener.key, None)
+            else:
+                listeners[listener.key] = listener
+                balancers[listener.balancer] = balancer
             if listener.steered:
-                steering[listener.key] = Steering.LOCAL
+                steering[listener.key] = Steering.LOCAL if balancer else Steering.UNREACHABLE
             else:
                 steering.pop(listener.key, None)
         for vip in new.vips - old.vips:
@@ -188,8 +208,14 @@ class _Merged:
                 del self._vips[vip]
 
 
-def _all_open(wishes: ServiceWishes) -> bool:
-    return not wishes.unopened and all(listener.balancer in wishes.balancers for listener in wishes.listeners)
+def _unopened(wishes: ServiceWishes) -> tuple[ListenerStatus, ...]:
+    """What a Service is not to have open, where it has all that it wishes for to itself."""
+    without = (
+        status_of(listener, ListenerState.NO_ENDPOINTS)
+        for listener in wishes.listeners
+        if listener.balancer not in wishes.balancers
+    )
+    return (*wishes.unopened, *without)
 
 
 def _conflict(loser: ListenerSpec, holder: ListenerSpec) -> ListenerStatus:

@@ -40,8 +40,8 @@ NOTHING = Plan()
 def plan(observed: HostState, desired: HostState) -> Plan:
     """What turns `observed` into `desired`; empty (false) where they are equal.
 
-    A listener whose spec differs keeps its socket, unless the socket itself must be of another kind (steered or not):
-    then it is both closed and opened, and closing comes first.
+    A listener whose spec differs keeps its socket, unless the socket itself must be another one (steered or not, of
+    another SCTP endpoint): then it is both closed and opened, and closing comes first.
     """
     opened: list[ListenerSpec] = []
     changed: list[ListenerSpec] = []
@@ -49,7 +49,7 @@ def plan(observed: HostState, desired: HostState) -> Plan:
     for held, wanted in differing:
         if held is None:
             opened.append(wanted)
-        elif held.steered != wanted.steered:
+        elif held.steered != wanted.steered or held.home != wanted.home:
             closed.append(wanted.key)
             opened.append(wanted)
         else:

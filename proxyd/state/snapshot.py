@@ -32,6 +32,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     zone: str = ""
     addresses: tuple[NodeAddress, ...] = ()
+    pod_cidrs: tuple[str, ...] = ()  # of its Pods, as the API server has it
 
 
 class VipMode(msgspec.Struct, frozen=True):
@@ -48,6 +49,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     vip_mode: VipMode = VipMode(route=True)
     nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all
     bind_addresses: tuple[str, ...] = ()  # NodePorts are opened on these only; () = all
+    pod_cidrs: tuple[str, ...] = ()  # of the cluster's Pods; () = not known
+    pods_by_node: bool = False  # the Node's podCIDRs instead
     localhost_nodeports: bool = True  # NodePorts are opened on loopback addresses too
     steer_external_ips: bool = True  # policy rules for foreign addresses may be made
+    vip_ranges: tuple[str, ...] = ()  # CIDRs that clusterIPs come from
     protocols: frozenset[str] = frozenset({"TCP"})  # that this build relays with the gates given

@@ -60,6 +60,16 @@ class Role(enum.StrEnum):
     NODE_PORT = "NodePort"
     EXTERNAL_IP = "ExternalIP"
     LOAD_BALANCER = "LoadBalancer"
+    SCTP_ADDRESS = "SctpAddress"  # the annotation proxyd.io/sctp-addresses
+
+
+class Home(NamedTuple):
+    """Identity of a multi-homed SCTP endpoint: listeners of the same home are addresses of one socket."""
+
+    service_port: ServicePortName
+    port: int
+    role: Role  # of the first of its listeners
+    family: int  # of its socket: 6 where any address is
 
 
 class BalancerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +79,7 @@ class BalancerSpec(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: tuple[Endpoint, ...]  # in order of address; never empty in a host state
     affinity_seconds: int = 0  # ClientIP affinity: idle seconds until a client is forgotten; 0 = none
     udp_idle_seconds: float | None = None  # None: the daemon's default
+    further: Mapping[str, tuple[str, ...]] = {}  # SCTP: other addresses of endpoints, by ip
 
 
 class ListenerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +91,7 @@ class ListenerSpec(msgspec.Struct, frozen=True, kw_only=True):
     steered: bool = False  # the address is a foreign one: bound transparently, reached through a policy rule
     mapped_from: str = ""  # the address the Service asked for, where --vip-mode=loopback serves another
     source_ranges: tuple[str, ...] = ()  # CIDRs that may connect; () = everybody
+    home: Home | None = None  # SCTP: the endpoint that its address belongs to
 
     @property
     def service_port(self) -> ServicePortName:

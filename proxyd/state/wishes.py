@@ -7,10 +7,14 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
+from proxyd.api.addresses import parse_cidr, parse_ip
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.durations import parse_duration
+from proxyd.api.sctp import further_addresses, service_addresses
 from proxyd.api.service import UDP_IDLE_TIMEOUT, Protocol, Service, ServicePort, ServiceType, TrafficPolicy
 from proxyd.state.endpoints import candidates, select
+from proxyd.state.homes import at_home, with_further
+from proxyd.state.inside import admit_inside, inside_ranges
 from proxyd.state.snapshot import NodeView, Options
 from proxyd.state.spec import (
     BalancerKey,
@@ -61,28 +65,47 @@ def service_wishes(
     if spec.type is ServiceType.EXTERNAL_NAME or spec.headless:
         return ServiceWishes(order=order)
     local_ips = {address.ip for address in node.addresses}
+    inside = inside_ranges(node, options)
     listeners: list[ListenerSpec] = []
     unopened: list[ListenerStatus] = []
     balancers: dict[BalancerKey, BalancerSpec] = {}
     vips: set[str] = set()
     for port in spec.ports:
         name = ServicePortName(meta.namespace, meta.name, port.name, port.protocol)
+        admitted: list[ListenerSpec] = []
         for frontend in _frontends(service, port, node, options):
             listener, refusal = _listener(service, name, frontend, local_ips, options)
             if refusal is not None:
                 unopened.append(status_of(listener, *refusal))
                 continue
-            listeners.append(listener)
-            if listener.balancer not in balancers:
-                balancer = _balancer(service, port, slices, node, listener.balancer)
-                if balancer.endpoints:
-                    balancers[listener.balancer] = balancer
+            admitted.append(listener)
             if (
-                frontend.role is Role.CLUSTER_IP
-                and options.vip_mode.route
+                options.vip_mode.route
                 and not _is_loopback(listener.key.ip)
+                and (
+                    frontend.role is Role.CLUSTER_IP
+                    or (frontend.role is Role.SCTP_ADDRESS and _is_vip(listener.key.ip, local_ips, options))
+                )
             ):
                 vips.add(listener.key.ip)
+        chosen = {
+            key: _balancer(service, port, slices, node, key)
+            for key in dict.fromkeys(listener.balancer for listener in admitted)
+        }
+        admitted = admit_inside(
+            admitted,
+            chosen,
+            inside,
+            lambda key, port=port: _balancer(service, port, slices, node, key),  # type: ignore[misc]  # mypy takes no default of a lambda
+        )
+        if port.protocol is Protocol.SCTP:
+            admitted = at_home(admitted, {key for key, balancer in chosen.items() if balancer.endpoints})
+            further = _further(service, slices, options)
+            chosen = {key: with_further(balancer, further) for key, balancer in chosen.items()}
+        listeners += admitted
+        for listener in admitted:
+            if chosen[listener.balancer].endpoints:
+                balancers[listener.balancer] = chosen[listener.balancer]
     return ServiceWishes(
         order=order,
         listeners=tuple(listeners),
@@ -98,6 +121,10 @@ def _frontends(service: Service, port: ServicePort, node: NodeView, options: Opt
         yield Frontend(ip, port.port, Role.CLUSTER_IP)
     for ip in spec.external_ips:
         yield Frontend(ip, port.port, Role.EXTERNAL_IP)
+    if port.protocol is Protocol.SCTP:
+        for ip in service_addresses(service.metadata.annotations):
+            if ip not in spec.all_cluster_ips and ip not in spec.external_ips:
+                yield Frontend(ip, port.port, Role.SCTP_ADDRESS)
     if spec.type is ServiceType.LOAD_BALANCER:
         for ingress in service.status.load_balancer.ingress:
             if ingress.ip and ingress.ip_mode != "Proxy":
@@ -135,7 +162,7 @@ def _listener(
 ) -> tuple[ListenerSpec, tuple[ListenerState, str] | None]:
     """The wish for one frontend, and the reason it can't be granted, if there is one."""
     spec = service.spec
-    internal = frontend.role is Role.CLUSTER_IP
+    internal = frontend.role in (Role.CLUSTER_IP, Role.SCTP_ADDRESS)
     policy = spec.internal_traffic_policy if internal else spec.external_traffic_policy
     family = _family(frontend.ip)
     ip, mapped_from, refusal = frontend.ip, "", None
@@ -152,11 +179,16 @@ def _listener(
         key=ListenerKey(ip, frontend.port, name.protocol),
         balancer=BalancerKey(name, policy, family),
         role=frontend.role,
-        steered=not internal and not ours and not mapped_from and options.steer_external_ips,
+        # SCTP looks for its addresses in the kernel's table of local ones alone.
+        steered=not internal
+        and not ours
+        and not mapped_from
+        and options.steer_external_ips
+        and name.protocol is not Protocol.SCTP,
         mapped_from=mapped_from,
         source_ranges=_source_ranges(service, family) if frontend.role is Role.LOAD_BALANCER else (),
     )
-    if internal and not options.vip_mode.serve:
+    if frontend.role is Role.CLUSTER_IP and not options.vip_mode.serve:
         refusal = (ListenerState.DISABLED, "--vip-mode=none")
     if name.protocol not in options.protocols:
         gate = _GATES.get(name.protocol, f"{name.protocol} is not relayed by this version")
@@ -184,6 +216,16 @@ def _balancer(
     )
 
 
+def _further(
+    service: Service, slices: tuple[EndpointSlice, ...], options: Options
+) -> dict[str, tuple[str, ...]]:
+    """Other addresses of SCTP endpoints, by the first; a slice knows better than its Service."""
+    said: dict[str, tuple[str, ...]] = {}
+    for metadata in (service.metadata, *(one.metadata for one in slices)):
+        said.update(further_addresses(metadata.annotations, options.vip_ranges))
+    return said
+
+
 def _udp_idle_seconds(service: Service, port: ServicePort) -> float | None:
     """What the Service's annotation says; None where it says nothing, or nothing of use (a warning tells its author)."""
     text = service.metadata.annotations.get(UDP_IDLE_TIMEOUT)
@@ -207,6 +249,13 @@ def _families(service: Service) -> frozenset[int]:
     spec = service.spec
     given = frozenset(_family(ip) for ip in spec.all_cluster_ips)
     return given or frozenset(6 if f == "IPv6" else 4 for f in spec.ip_families) or frozenset({4})
+
+
+def _is_vip(ip: str, local_ips: set[str], options: Options) -> bool:
+    """Whether an address is for proxyd to make local: from the service range, and not the node's own."""
+    address = parse_ip(ip)
+    ranges = [network for cidr in options.vip_ranges if (network := parse_cidr(cidr)) is not None]
+    return ip not in local_ips and address is not None and any(address in network for network in ranges)
 
 
 def _family(ip: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import threading
 import time
@@ -16,6 +17,9 @@ from typing import Self, TypeVar
 from netlab import Namespace
 
 T = TypeVar("T")
+
+# Deadlines are this many times longer, for machines that are emulated.
+PATIENCE = float(os.environ.get("PROXYD_TEST_PATIENCE", "1"))
 
 _keys = itertools.count(1)
 
@@ -108,9 +112,9 @@ def wait_for(condition: Callable[[], T | None], what: str, timeout: float = 20, 
     """What `condition` gives, as soon as it is true.
 
     Raises:
-        AssertionError: not within `timeout` seconds.
+        AssertionError: not within `timeout` seconds, times PATIENCE.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * PATIENCE
     while True:
         value = condition()
         if value:

@@ -146,9 +146,12 @@ class OtherKubeProxy:
         assert self._process.stdout.readline() == b"ready\n"
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
         assert self._process.stdout is not None
         self._process.stdout.close()
 

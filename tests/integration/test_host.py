@@ -536,21 +536,21 @@ def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -
         from proxyd.host.steering import Steering
         from proxyd.state.spec import Steering as Action
         assert not VipRoutes().add({VIPS!r})
-        local, none = key({EXTERNAL_IP!r}, 80), key({EXTERNAL_IP6!r}, 80, "UDP")
+        local, none = key({EXTERNAL_IP!r}, 80, "UDP"), key({EXTERNAL_IP6!r}, 80, "UDP")
         assert not Steering().set({{local: Action.LOCAL, none: Action.UNREACHABLE}})
         assert VipGuard().sync(frozenset({VIPS!r}), frozenset()) is None
         os._exit(0)
         """),
     )
     found = space.call(cleanup.find_leftovers)
-    assert found == cleanup.Leftovers(vip_routes=2, rules=2, steering_routes=1, tables=2)
+    assert found == cleanup.Leftovers(vip_routes=2, rules=2, steering_routes=1, tables=3)
     left = routes_and_rules(space)
     dry = space.call(lambda: cleanup.remove_leftovers(dry_run=True))
     assert dry == [
         "would remove 2 policy rules for foreign addresses",
         "would remove 1 route of table 7112",
         "would remove 2 VIP routes",
-        "would remove 2 nft tables",
+        "would remove 3 nft tables",
     ]
     assert routes_and_rules(space) == left
     assert space.call(cleanup.remove_leftovers) == [line.replace("would remove", "removed") for line in dry]

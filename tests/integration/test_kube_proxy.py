@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from clients import ask, refused, wait_for
-from clusterlab import API_PORT, NODE_1, Cluster, pod, who
+from clusterlab import API_PORT, NODE_1, NODE_2, Cluster, pod, who
 from daemon import Proxyd
 from kubeproxylib import KubeProxy, OtherKubeProxy, run_once, userspace_rules
 from manifests import endpoints, service, write
 from netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
 
 from proxyd.control.neighbours import neighbour
+from proxyd.host.limits import capabilities
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"
@@ -136,6 +137,15 @@ def served(lab: Lab) -> None:
     assert who(lab.outside, NODE_IP, 30080, count=1) == {"pod-1"}
 
 
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def allowed(score: int) -> int:
+    """What a negative score becomes: lowering it needs CAP_SYS_RESOURCE, which root in a container often lacks."""
+    return score if "CAP_SYS_RESOURCE" in capabilities() else oom_score(os.getpid())
+
+
 def log_lines(daemon: Proxyd) -> list[dict]:
     return [json.loads(line) for line in daemon.log().splitlines() if line.startswith("{")]
 
@@ -159,7 +169,7 @@ def test_kubeadms_configmap_and_command_line_start_it_unchanged(
         assert answer is not None
         config = json.loads(answer[1])["kubeproxy.config.k8s.io"]
         assert (config["clusterCIDR"], config["hostnameOverride"]) == ("10.244.0.0/16", NODE_1)
-        assert Path(f"/proc/{daemon.pid}/oom_score_adj").read_text() == "-999\n"
+        assert oom_score(daemon.pid) == allowed(-999)
         # The ConfigMap changes: kube-proxy would exit, this goes on.
         (mounted / "config.conf").write_text(
             KUBEADM_CONFIG.replace("nodePortAddresses: null", "nodePortAddresses: [primary]")
@@ -191,7 +201,7 @@ def test_gces_command_line_starts_it_unchanged(lab: Lab, folder: Path, cluster: 
         served(lab)
         daemon.wait_healthy()
         for pid in (daemon.pid, *daemon.workers()):
-            assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "-998\n"
+            assert oom_score(pid) == allowed(-998)
         daemon.process.send_signal(signal.SIGTERM)
         assert daemon.process.wait(40) == 0
     assert "warning" not in daemon.log().split("{")[0]
@@ -200,13 +210,9 @@ def test_gces_command_line_starts_it_unchanged(lab: Lab, folder: Path, cluster: 
 # Effects of flags
 
 
-def web(lab: Lab, manifests: Path) -> None:
-    port = {"name": "http", "port": 80, "protocol": "TCP", "targetPort": POD_PORT, "nodePort": 30080}
-    write(
-        manifests / "web.yaml",
-        service("web", VIP, type="NodePort", ports=[port]),
-        endpoints("web", 1),
-    )
+def web(manifests: Path) -> None:
+    """A Service of pod 1, with the NodePort 30080."""
+    write(manifests / "web.yaml", service("web", VIP, node_port=30080), endpoints("web", 1))
 
 
 def test_qps_and_burst_limit_what_the_api_server_is_asked(lab: Lab, folder: Path, cluster: Cluster) -> None:
@@ -228,7 +234,7 @@ def test_qps_and_burst_limit_what_the_api_server_is_asked(lab: Lab, folder: Path
 
 def test_changes_are_spaced_and_the_last_one_counts(proxyd: Run, lab: Lab, manifests: Path) -> None:
     spacing = 0.5
-    web(lab, manifests)
+    web(manifests)
     daemon = proxyd(flags=("--iptables-min-sync-period", "500ms"))
     probe = KubeProxy(lab.node, daemon.folder)
     probe._process = daemon.process
@@ -254,14 +260,14 @@ def test_changes_are_spaced_and_the_last_one_counts(proxyd: Run, lab: Lab, manif
 
 
 def test_everything_is_planned_anew_now_and_then(proxyd: Run, lab: Lab, manifests: Path) -> None:
-    web(lab, manifests)
+    web(manifests)
     daemon = proxyd(flags=("--config-sync-period", "200ms", "--profiling", "-v4"))
     wait_for(lambda: daemon.log().count("planning everything anew") >= 3, "three renewals", 20, pause=0.1)
     assert ask(lab.node, VIP, 80) == "pod-1"
 
 
 def test_nodeports_stay_off_loopback_where_that_is_wanted(proxyd: Run, lab: Lab, manifests: Path) -> None:
-    web(lab, manifests)
+    web(manifests)
     daemon = proxyd(flags=("--iptables-localhost-nodeports=false",))
     daemon.wait_listener(NODE_IP, 30080)
     assert ask(lab.outside, NODE_IP, 30080) == "pod-1"
@@ -269,7 +275,7 @@ def test_nodeports_stay_off_loopback_where_that_is_wanted(proxyd: Run, lab: Lab,
 
 
 def test_profiles_are_there_only_where_asked_for(proxyd: Run, lab: Lab, manifests: Path) -> None:
-    web(lab, manifests)
+    web(manifests)
     daemon = proxyd(flags=("--profiling",))
     probe = KubeProxy(lab.node, daemon.folder)
     probe._process = daemon.process
@@ -293,7 +299,7 @@ def test_profiles_are_there_only_where_asked_for(proxyd: Run, lab: Lab, manifest
 def test_the_log_goes_to_a_file_that_can_be_rotated(
     proxyd: Run, lab: Lab, manifests: Path, folder: Path
 ) -> None:
-    web(lab, manifests)
+    web(manifests)
     log = folder / "kube-proxy.log"
     daemon = proxyd(flags=("--log-file", str(log), "--logging-format=json"))
     log.rename(folder / "old.log")
@@ -306,20 +312,30 @@ def test_the_log_goes_to_a_file_that_can_be_rotated(
 
 
 def test_one_part_alone_logs_more(proxyd: Run, lab: Lab, manifests: Path) -> None:
-    web(lab, manifests)
+    web(manifests)
     daemon = proxyd(flags=("--vmodule=none=9,proxy*=4", "--config-sync-period=200ms"))
     wait_for(lambda: "planning everything anew" in daemon.log(), "debug lines of that part", 20, pause=0.1)
     assert {line["room"] for line in log_lines(daemon) if line["level"] == "debug"} == {"proxyd"}
+    daemon.log_file.unlink()
     assert daemon.stop() == 0
-    others = proxyd(flags=("--vmodule=none=9", "--config-sync-period=200ms"))
-    assert ask(lab.node, VIP, 80) == "pod-1"
-    assert all(line["level"] != "debug" for line in log_lines(others)[-5:])
+    everything = proxyd(flags=("-v4",))
+    wait_for(lambda: '"room":"supervisor"' in everything.log(), "debug lines of other parts", 20, pause=0.1)
+
+
+def test_a_score_is_given_to_all_processes(proxyd: Run, manifests: Path) -> None:
+    web(manifests)
+    mine = oom_score(os.getpid())
+    daemon = proxyd(flags=(f"--oom-score-adj={mine + 1}",))
+    assert {oom_score(pid) for pid in (daemon.pid, *daemon.worker_pids())} == {mine + 1}
+    assert daemon.stop() == 0
+    # It is left alone where nobody asks, and there is no cluster.
+    assert oom_score(proxyd().pid) == mine
 
 
 def test_a_score_that_cannot_be_set_is_no_reason_not_to_serve(
     lab: Lab, folder: Path, manifests: Path
 ) -> None:
-    web(lab, manifests)
+    web(manifests)
     flags = ("--oom-score-adj=-1000", "--vip-mode=none")
     with Proxyd(lab.node, folder, manifests, flags=flags, unprivileged=True) as daemon:
         (line,) = [line for line in log_lines(daemon) if "oom_score_adj" in line["event"]]
@@ -369,7 +385,7 @@ def test_chains_that_are_not_to_be_removed_are_named(
 
 
 def test_leftovers_of_the_other_modes_are_named_and_stay(proxyd: Run, lab: Lab, manifests: Path) -> None:
-    web(lab, manifests)
+    web(manifests)
     lab.node.run(
         "sh",
         "-ec",
@@ -397,14 +413,14 @@ def test_leftovers_of_the_other_modes_are_named_and_stay(proxyd: Run, lab: Lab, 
 
 
 def test_without_a_cluster_chains_are_only_named(proxyd: Run, lab: Lab, manifests: Path) -> None:
-    web(lab, manifests)
+    web(manifests)
     lab.node.run("iptables-nft", "-t", "nat", "-N", "KUBE-PORTALS-HOST")
     daemon = proxyd()
     assert any(line.get("mode") == "userspace" for line in log_lines(daemon))
     assert "KUBE-PORTALS-HOST" in lab.node.run("iptables-nft-save", "-t", "nat")
 
 
-def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains(
+def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains_until_it_ends(
     lab: Lab, folder: Path, cluster: Cluster
 ) -> None:
     lab.node.run("iptables-nft", "-t", "nat", "-N", "KUBE-PORTALS-HOST")
@@ -419,14 +435,19 @@ def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains(
             held["metrics"] == f"kube-proxy in userspace mode (kube-proxy (pid {other.pid})) has it; {advice}"
         )
         assert held["health"] == f"kube-proxy (kube-proxy (pid {other.pid})) has it; {advice}"
-    assert "KUBE-PORTALS-HOST" in lab.node.run("iptables-nft-save", "-t", "nat")
+        assert "KUBE-PORTALS-HOST" in lab.node.run("iptables-nft-save", "-t", "nat")
+        # Only then: until it has ended its chains serve.
+        other.end()
+        wait_for(lambda: "removed chains of kube-proxy's" in daemon.log(), "the chains to go", 20, pause=0.1)
+        assert "KUBE-PORTALS-HOST" not in lab.node.run("iptables-nft-save", "-t", "nat")
+        daemon.wait_listener(VIP, 80)
 
 
 def test_who_holds_an_address_is_told(proxyd: Run, lab: Lab, manifests: Path) -> None:
     def who_has(port: int, node: Namespace = lab.node) -> str:
         return str(node.call(neighbour, ("0.0.0.0", port)))
 
-    web(lab, manifests)
+    web(manifests)
     daemon = proxyd()
     daemon.wait_listener(VIP, 80)
     for port in (HEALTH, METRICS):
@@ -443,7 +464,7 @@ def test_who_holds_an_address_is_told(proxyd: Run, lab: Lab, manifests: Path) ->
 def test_cleanup_removes_proxyds_state_and_the_userspace_modes_chains(
     lab: Lab, folder: Path, manifests: Path
 ) -> None:
-    web(lab, manifests)
+    web(manifests)
     with Proxyd(lab.node, folder, manifests) as daemon:
         daemon.wait_listener(VIP, 80)
         daemon.process.kill()
@@ -471,3 +492,37 @@ def test_init_only_does_what_needs_rights_and_ends(lab: Lab, folder: Path, clust
     assert done.returncode == 0, done.stdout
     assert "removed chains of kube-proxy's userspace mode" in done.stdout
     assert "KUBE-" not in lab.node.run("iptables-nft-save")
+
+
+# Whose traffic is the cluster's own
+
+BALANCER_IP = "203.0.113.77"  # nobody's
+
+
+@pytest.mark.parametrize("flag", ["--cluster-cidr=10.244.0.0/16", "--detect-local-mode=NodeCIDR"])
+def test_pods_reach_a_local_only_service_whose_endpoints_are_elsewhere(
+    lab: Lab, folder: Path, cluster: Cluster, flag: str
+) -> None:
+    node = cluster.request("GET", "/api/v1/nodes/" + NODE_1)
+    cluster.request("PUT", "/api/v1/nodes/" + NODE_1, {**node, "spec": {"podCIDRs": ["10.244.0.0/24"]}})
+    shut = {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
+    cluster.serve("far", "10.96.0.20", pod(2, node=NODE_2), ingress=[{"ip": BALANCER_IP}], **shut)
+    with cluster.proxyd(NODE_1, flag) as daemon:
+        daemon.wait_listener(BALANCER_IP, 80)
+        assert who(lab.client, BALANCER_IP, count=3) == {"pod-2"}
+        assert who(lab.node, BALANCER_IP, count=3) == {"pod-2"}
+        # From elsewhere it comes only while the load balancer has not noticed: it goes to another node.
+        lab.outside.ip(f"route add {BALANCER_IP}/32 via {NODE_IP}")
+        assert who(lab.outside, BALANCER_IP, count=3) == {""}
+        # An endpoint on this node: the policy as ever.
+        cluster.endpoints("far", pod(1), pod(2, node=NODE_2))
+        wait_for(lambda: who(lab.outside, BALANCER_IP, count=1) == {"pod-1"}, "pod-1", 20, pause=0.1)
+        assert who(lab.client, BALANCER_IP, count=4) == {"pod-1"}
+
+
+def test_without_the_pods_range_nobody_reaches_it(lab: Lab, folder: Path, cluster: Cluster) -> None:
+    shut = {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
+    cluster.serve("far", "10.96.0.20", pod(2, node=NODE_2), ingress=[{"ip": BALANCER_IP}], **shut)
+    with cluster.proxyd(NODE_1) as daemon:
+        daemon.wait_listener(BALANCER_IP, 80, "NoEndpoints")
+        assert who(lab.client, BALANCER_IP, count=2) == {""}

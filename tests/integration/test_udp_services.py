@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from clients import wait_for
 from daemon import Proxyd
-from manifests import Document, write
+from dnslib import (
+    DNS_PORT,
+    NODE_PORT,
+    VIP,
+    VIP6,
+    answers,
+    ask,
+    dns_endpoints,
+    dns_service,
+    echo,
+    programs,
+)
+from manifests import write
 from netlab import (
     BRIDGE_IP,
     EXTERNAL_IP,
@@ -24,68 +34,13 @@ from netlab import (
     OUTSIDE_IP,
     Lab,
     Namespace,
-    pod_ip,
-    pod_ip6,
+    routes_and_rules,
 )
 
-VIP = "10.96.0.53"
-VIP6 = "fd00:96::53"
-DNS_PORT = 5353
-NODE_PORT = 30053
+EXTERNAL_IP6 = "2001:db8:5::10"  # nobody's
 MORE_NODE_IPS = ("192.0.2.11", "192.0.2.12", "192.0.2.13")
 
 Run = Callable[..., Proxyd]
-
-# Gives everything back, under the name of its pod where it is asked "who".
-_ECHO = """
-import socket, sys
-sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-sock.bind(("::", int(sys.argv[1])))
-while True:
-    data, peer = sock.recvfrom(65536)
-    sock.sendto(sys.argv[2].encode() if data == b"who" else data, peer)
-"""
-
-
-def dns_service(**spec: object) -> Document:
-    """A Service that has the same port on UDP and TCP."""
-    ports = [
-        {"name": "dns", "port": 53, "targetPort": DNS_PORT, "protocol": "UDP", "nodePort": NODE_PORT},
-        {"name": "dns-tcp", "port": 53, "targetPort": DNS_PORT, "protocol": "TCP", "nodePort": NODE_PORT},
-    ]
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "dns"},
-        "spec": {"type": "NodePort", "clusterIP": VIP, "ports": ports, **spec},
-    }
-
-
-def dns_endpoints(*pods: int, v6: bool = False) -> Document:
-    ports = [
-        {"name": "dns", "port": DNS_PORT, "protocol": "UDP"},
-        {"name": "dns-tcp", "port": DNS_PORT, "protocol": "TCP"},
-    ]
-    return {
-        "apiVersion": "discovery.k8s.io/v1",
-        "kind": "EndpointSlice",
-        "metadata": {"name": f"dns-{6 if v6 else 4}", "labels": {"kubernetes.io/service-name": "dns"}},
-        "addressType": "IPv6" if v6 else "IPv4",
-        "endpoints": [{"addresses": [pod_ip6(pod) if v6 else pod_ip(pod)]} for pod in pods],
-        "ports": ports,
-    }
-
-
-@contextlib.contextmanager
-def programs(*started: subprocess.Popen[bytes]) -> Iterator[None]:
-    """These programs, until the end of the block."""
-    try:
-        yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def resolver(pod: Namespace) -> subprocess.Popen[bytes]:
@@ -103,27 +58,10 @@ def resolver(pod: Namespace) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-def echo(pod: Namespace) -> subprocess.Popen[bytes]:
-    return pod.popen([sys.executable, "-c", _ECHO, str(DNS_PORT), pod.name])
-
-
 def dig(host: Namespace, server: str, name: str, *options: str, port: int = 53) -> str:
     """The answer of `dig`; "" where there is none."""
     argv = ["dig", f"@{server}", "-p", str(port), name, "TXT", "+tries=1", "+time=2", *options]
     return host.call(subprocess.run, argv, capture_output=True, text=True, timeout=20, check=False).stdout
-
-
-def ask(host: Namespace, ip: str, port: int = 53, data: bytes = b"who", timeout: float = 2) -> bytes:
-    """The answer to one datagram from a new port; it must come from the address that was asked."""
-    with host.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(timeout)
-        sock.sendto(data, (ip, port))
-        try:
-            answer, peer = sock.recvfrom(1 << 16)
-        except TimeoutError:
-            raise TimeoutError(f"{host.name}: no answer from {ip}:{port} to {len(data)} bytes") from None
-        assert peer[:2] == (ip, port)
-        return answer
 
 
 def refused(host: Namespace, ip: str, port: int = 53) -> bool:
@@ -189,13 +127,14 @@ def test_large_datagrams_and_every_kind_of_address(lab: Lab, manifests: Path, pr
     with programs(echo(lab.pods[0])):
         daemon = proxyd()
         daemon.wait_listener(VIP, 53)
-        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+        wait_for(lambda: answers(lab.client, VIP), "an answer")
         for ip, port, host, most in (
             (VIP, 53, lab.client, 65_507),
             (VIP, 53, lab.node, 65_507),
             (NODE_IP, NODE_PORT, lab.outside, 65_507),
             ("127.0.0.1", NODE_PORT, lab.node, 65_507),
-            (EXTERNAL_IP, 53, lab.outside, 1472),  # fragments carry no port for the policy rule to see
+            (EXTERNAL_IP, 53, lab.outside, 65_507),
+            (EXTERNAL_IP, 53, lab.node, 65_507),
         ):
             for size in (0, 1, 1472, most // 7, most):
                 data = os.urandom(size)
@@ -205,10 +144,34 @@ def test_large_datagrams_and_every_kind_of_address(lab: Lab, manifests: Path, pr
         assert {entry["protocol"] for entry in listing} == {"UDP"}
 
 
-def _answers(host: Namespace, ip: str, port: int = 53) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(ask(host, ip, port, timeout=0.3))
-    return False
+def test_fragments_to_a_foreign_address(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    """The steered port gets whole datagrams; the foreign host still has its other ports; a stop undoes it."""
+    before = routes_and_rules(lab.node)
+    slices = manifests / "slices.yaml"
+    write(manifests / "dns.yaml", dns_service(externalIPs=[EXTERNAL_IP]))
+    write(slices, dns_endpoints(1))
+    data = os.urandom(20_000)
+    with programs(echo(lab.pods[0]), echo(lab.far, f"::ffff:{EXTERNAL_IP}")):
+        wait_for(lambda: answers(lab.outside, EXTERNAL_IP, DNS_PORT), "the foreign host")
+        daemon = proxyd()
+        daemon.wait_listener(EXTERNAL_IP, 53)
+        wait_for(lambda: answers(lab.outside, EXTERNAL_IP), "an answer")
+        for host in (lab.outside, lab.client, lab.node):
+            assert ask(host, EXTERNAL_IP, 53) == b"pod-1"
+            assert ask(host, EXTERNAL_IP, 53, data) == data
+            assert ask(host, EXTERNAL_IP, DNS_PORT) == b"far"
+            assert ask(host, EXTERNAL_IP, DNS_PORT, data) == data
+        assert "proxyd-fragments" in lab.node.run("nft", "list", "tables")
+        # Nothing is put together where nothing is steered.
+        write(slices, dns_endpoints())
+        daemon.wait_listener(EXTERNAL_IP, 53, "NoEndpoints")
+        wait_for(lambda: "proxyd-fragments" not in lab.node.run("nft", "list", "tables"), "its end")
+        write(slices, dns_endpoints(1))
+        daemon.wait_listener(EXTERNAL_IP, 53)
+        wait_for(lambda: answers(lab.outside, EXTERNAL_IP), "an answer")
+        assert ask(lab.outside, EXTERNAL_IP, 53, data) == data
+        daemon.stop()
+    assert routes_and_rules(lab.node) == before
 
 
 def test_endpoints_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
@@ -226,7 +189,7 @@ def test_endpoints_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
                 sock.send(b"who")
                 return sock.recv(100)
 
-            wait_for(lambda: _answers(lab.client, VIP), "an answer")
+            wait_for(lambda: answers(lab.client, VIP), "an answer")
             for pod in (2, 3, 1, 2):
                 write(slices, dns_endpoints(pod))
                 # One source port, no pause, no answer lost.
@@ -239,7 +202,7 @@ def test_endpoints_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
             assert refused(lab.outside, NODE_IP, NODE_PORT)
             write(slices, dns_endpoints(3))
             daemon.wait_listener(VIP, 53)
-            wait_for(lambda: _answers(lab.client, VIP), "an answer", 15)
+            wait_for(lambda: answers(lab.client, VIP), "an answer", 15)
             assert ask(lab.outside, NODE_IP, NODE_PORT) == b"pod-3"
 
 
@@ -248,7 +211,7 @@ def test_a_dead_pod_is_passed_over(lab: Lab, manifests: Path, proxyd: Run) -> No
     write(manifests / "dns.yaml", dns_service(), dns_endpoints(1, 2, 3))
     with programs(echo(lab.pods[1])):
         proxyd().wait_listener(VIP, 53)
-        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+        wait_for(lambda: answers(lab.client, VIP), "an answer")
         assert [ask(lab.client, VIP) for _ in range(20)] == [b"pod-2"] * 20
 
 
@@ -256,7 +219,7 @@ def test_affinity_is_by_address(lab: Lab, manifests: Path, proxyd: Run) -> None:
     write(manifests / "dns.yaml", dns_service(sessionAffinity="ClientIP"), dns_endpoints(1, 2, 3))
     with programs(*(echo(pod) for pod in lab.pods)):
         proxyd(workers=2).wait_listener(VIP, 53)
-        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+        wait_for(lambda: answers(lab.client, VIP), "an answer")
         hosts = (lab.client, lab.outside, lab.far)
         kept = {host.name: ask(host, VIP) for host in hosts[:2]}
         for host in hosts[:2]:
@@ -264,16 +227,26 @@ def test_affinity_is_by_address(lab: Lab, manifests: Path, proxyd: Run) -> None:
 
 
 def test_ipv6(lab6: Lab, folder: Path, manifests: Path) -> None:
-    spec = {"clusterIPs": [VIP, VIP6], "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack"}
+    spec = {
+        "clusterIPs": [VIP, VIP6],
+        "ipFamilies": ["IPv4", "IPv6"],
+        "ipFamilyPolicy": "RequireDualStack",
+        "externalIPs": [EXTERNAL_IP6],
+    }
     write(manifests / "dns.yaml", dns_service(**spec), dns_endpoints(1, 2), dns_endpoints(1, 2, v6=True))
     with (
         programs(*(echo(pod) for pod in lab6.pods)),
         Proxyd(lab6.node, folder, manifests) as daemon,
     ):
         daemon.wait_listener(VIP6, 53)
-        wait_for(lambda: _answers(lab6.client, VIP6), "an answer")
+        wait_for(lambda: answers(lab6.client, VIP6), "an answer")
         assert {ask(lab6.client, VIP6) for _ in range(4)} == {b"pod-1", b"pod-2"}
-        for ip, port, host in ((VIP6, 53, lab6.client), (NODE_IP6, NODE_PORT, lab6.outside)):
+        wait_for(lambda: answers(lab6.outside, EXTERNAL_IP6), "an answer")
+        for ip, port, host in (
+            (VIP6, 53, lab6.client),
+            (NODE_IP6, NODE_PORT, lab6.outside),
+            (EXTERNAL_IP6, 53, lab6.outside),  # fragments, too
+        ):
             for size in (0, 1, 1452, 65_507):
                 data = os.urandom(size)
                 assert ask(host, ip, port, data) == data
@@ -287,7 +260,7 @@ def test_the_annotation(lab: Lab, manifests: Path, proxyd: Run, text: str, ends:
     with programs(echo(lab.pods[0])):
         daemon = proxyd(flags=("--access-log", str(manifests.parent / "access")))
         daemon.wait_listener(VIP, 53)
-        wait_for(lambda: _answers(lab.client, VIP), "an answer")
+        wait_for(lambda: answers(lab.client, VIP), "an answer")
 
         def idle() -> bool:
             return '"reason":"idle"' in (manifests.parent / "access").read_text()
@@ -308,5 +281,5 @@ def test_a_client_outside_is_seen_by_its_address(lab: Lab, manifests: Path, prox
     with programs(echo(lab.pods[0])):
         daemon = proxyd(flags=("--access-log", str(access), "--udp-timeout", "500ms"))
         daemon.wait_listener(NODE_IP, NODE_PORT)
-        wait_for(lambda: _answers(lab.outside, NODE_IP, NODE_PORT), "an answer")
+        wait_for(lambda: answers(lab.outside, NODE_IP, NODE_PORT), "an answer")
         wait_for(lambda: f'"client":"{OUTSIDE_IP}:' in access.read_text(), "a record", 5)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "integration"), str(HERE.parent.parent)]
 
-from tests.vm.errors import has_sctp  # noqa: E402 the path is made above
+import probe  # noqa: E402 the paths are made above
+from netlab import become_root  # noqa: E402
+from probe import Association, Server  # noqa: E402
+from sctplab import SctpLab, pod_ip  # noqa: E402
+
+from tests.vm.errors import has_sctp  # noqa: E402
 from tests.vm.remote import RemoteTests  # noqa: E402
 
 # Minutes each, so only on demand: make test-sctp-long.
@@ -47,3 +58,43 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     remote = session.config.stash.get(_REMOTE, None)
     if remote is not None:
         remote.close()
+
+
+@pytest.fixture(scope="session")
+def sctp() -> Iterator[SctpLab]:
+    """The lab and the daemon of all tests."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    become_root()
+    folder = Path(tempfile.mkdtemp(prefix="sctp-"))
+    with SctpLab(folder) as lab:
+        yield lab
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["direct", "proxyd"])
+def via(request: pytest.FixtureRequest) -> str:
+    """Both ways to a server: what holds for peers that talk directly has to hold through proxyd."""
+    return str(request.param)
+
+
+@pytest.fixture
+def join(sctp: SctpLab) -> Iterator[Callable[..., tuple[Association, Association]]]:
+    """Makes a client and the server that it talks to, directly or through proxyd; closed with the test.
+
+    Options are those of `probe.connect`, and with `server_` before them those of `probe.Server`.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def make(via: str = "proxyd", **options: Any) -> tuple[Association, Association]:
+            for_server = {name[7:]: options.pop(name) for name in list(options) if name.startswith("server_")}
+            server = stack.enter_context(Server(sctp.lab.pods[0], pod_ip(1), **for_server))
+            if via == "direct":
+                client = probe.connect(sctp.lab.client, server.ip, server.port, **options)
+            else:
+                service = sctp.service(server)
+                stack.callback(service.remove)
+                client = service.connect(**options)
+            return stack.enter_context(client), stack.enter_context(server.accept())
+
+        yield make

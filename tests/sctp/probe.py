@@ -213,9 +213,7 @@ class Server:
         buffer: int = BUFFER,
     ) -> None:
         made: Callable[..., socket.socket] = new_socket
-        self.socket = namespace.call(
-            made, _family(ips), outgoing=outgoing, incoming=incoming, buffer=buffer
-        )
+        self.socket = namespace.call(made, _family(ips), outgoing=outgoing, incoming=incoming, buffer=buffer)
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.bind((ips[0], port))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,15 +51,9 @@ class SctpLab:
         self.manifests.mkdir()
         self.lab = Lab(pods=2, ipv6=True)
         self._numbers = itertools.count(1)
+        self._daemon: Proxyd | None = None
         try:
             self._add_second_path()
-            self.proxyd = Proxyd(
-                self.lab.node,
-                folder,
-                self.manifests,
-                flags=("--feature-gates=SCTPSupport=true", "--access-log", str(folder / "access.log")),
-            )
-            self.proxyd.start()
         except BaseException:
             self.lab.close()
             raise
@@ -66,7 +61,10 @@ class SctpLab:
     def _add_second_path(self) -> None:
         lab = self.lab
         script = ["link add name cbr1 type bridge", f"addr add {NODE_IP_2}/24 dev cbr1", "link set cbr1 up"]
-        hosts = [*((pod, second_ip(number)) for number, pod in enumerate(lab.pods, 1)), (lab.client, CLIENT_IP_2)]
+        hosts = [
+            *((pod, second_ip(number)) for number, pod in enumerate(lab.pods, 1)),
+            (lab.client, CLIENT_IP_2),
+        ]
         for number, (host, _) in enumerate(hosts):
             script += [
                 f"link add name second{number} type veth peer name eth1 netns {host.path}",
@@ -77,6 +75,14 @@ class SctpLab:
             host.ip(f"addr add {ip}/24 dev eth1\nlink set eth1 up")
         for host in (lab.node, lab.client, *lab.pods):
             host.sysctl(**{f"net__sctp__{name}": value for name, value in TIMERS.items()})
+
+    @cached_property
+    def proxyd(self) -> Proxyd:
+        """The daemon, from its first use on."""
+        access_log = str(self.folder / "access.log")
+        flags = ("--feature-gates=SCTPSupport=true", "--access-log", access_log)
+        self._daemon = Proxyd(self.lab.node, self.folder, self.manifests, flags=flags)
+        return self._daemon.start()
 
     # Services
 
@@ -105,7 +111,8 @@ class SctpLab:
 
     def close(self) -> None:
         """End everything."""
-        self.proxyd.__exit__()
+        if self._daemon is not None:
+            self._daemon.__exit__()
         self.lab.close()
 
     def __enter__(self) -> Self:
@@ -171,7 +178,9 @@ class Service:
         """Delete the manifest."""
         self._file.unlink(missing_ok=True)
 
-    def connect(self, namespace: Namespace | None = None, ip: str | None = None, **options: Any) -> Association:
+    def connect(
+        self, namespace: Namespace | None = None, ip: str | None = None, **options: Any
+    ) -> Association:
         """A client's association to it; `options` as those of `probe.connect`."""
         return probe.connect(namespace or self._lab.lab.client, ip or self.vip, PORT, **options)
 
@@ -194,7 +203,9 @@ class Service:
         lines = (self._lab.folder / "access.log").read_text().splitlines()
         return [entry for entry in map(json.loads, lines) if self.name in entry["service"]]
 
-    def wait_records(self, count: int, condition: Callable[[dict[str, Any]], bool] = bool) -> list[dict[str, Any]]:
+    def wait_records(
+        self, count: int, condition: Callable[[dict[str, Any]], bool] = bool
+    ) -> list[dict[str, Any]]:
         """Wait for that many lines of the access log, and return them."""
 
         def reached() -> list[dict[str, Any]] | None:
@@ -204,4 +215,14 @@ class Service:
         return wait_for(reached, f"{count} lines of the access log", 60)
 
 
-__all__ = ["CLIENT_IP", "CLIENT_IP_2", "NODE_IP_2", "PORT", "SctpLab", "Service", "pod_ip", "pod_ip6", "second_ip"]
+__all__ = [
+    "CLIENT_IP",
+    "CLIENT_IP_2",
+    "NODE_IP_2",
+    "PORT",
+    "SctpLab",
+    "Service",
+    "pod_ip",
+    "pod_ip6",
+    "second_ip",
+]

@@ -19,6 +19,7 @@ from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectMeta
 from proxyd.api.service import Protocol, TrafficPolicy
 from proxyd.control import exposition, health
+from proxyd.control.clustermetrics import ClusterFacts
 from proxyd.control.exposition import Chosen
 from proxyd.control.health import Health
 from proxyd.control.metrics import MAX_TROUBLES, Facts, Metrics, WorkerState
@@ -29,6 +30,13 @@ from proxyd.relay.slots import (
     BYTES_OUT,
     CLOSED,
     CONNECT_US,
+    DATAGRAMS_IN,
+    DATAGRAMS_OUT,
+    DROPPED,
+    DROPPED_OVERRUN,
+    DROPPED_TO_CLIENT,
+    DROPPED_TO_ENDPOINT,
+    EVICTED,
     FAILED,
     OPENED,
     REFUSED,
@@ -50,6 +58,7 @@ from proxyd.state.spec import (
 DASHBOARDS = Path(__file__).parents[2] / "config" / "grafana"
 RULES = Path(__file__).parents[2] / "config" / "prometheus"
 WEB = ServicePortName("prod", "web", "http", Protocol.TCP)
+DNS = ServicePortName("prod", "dns", "dns", Protocol.UDP)
 A, B = Endpoint("10.244.0.1", 8080), Endpoint("fd00::1", 8080)
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -74,7 +83,9 @@ def count(publication: Publication, owner: object, worker: int, **counters: int)
     row = slots.row(worker, publication._book.take(owner))
     names = {
         "opened": OPENED, "closed": CLOSED, "failed": FAILED, "attempts": ATTEMPTS, "bytes_in": BYTES_IN,
-        "bytes_out": BYTES_OUT, "connect_us": CONNECT_US, "refused": REFUSED,
+        "bytes_out": BYTES_OUT, "connect_us": CONNECT_US, "refused": REFUSED, "datagrams_in": DATAGRAMS_IN, "datagrams_out": DATAGRAMS_OUT,
+        "evicted": EVICTED, "dropped": DROPPED, "to_endpoint": DROPPED_TO_ENDPOINT, "to_client": DROPPED_TO_CLIENT,
+        "overrun": DROPPED_OVERRUN,
     }  # fmt: skip
     for name, value in counters.items():
         slots.view[row + names[name]] += value
@@ -138,6 +149,27 @@ def test_an_endpoint_is_the_sum_of_the_balancers_that_have_it(publication):
     ]  # fmt: skip
     assert values == [4, 2, 4, 1, 1.5, 4, 5, 6]
     assert of(got, "proxyd_endpoint_dial_failures_total", **WEB_LABELS, endpoint="[fd00::1]:8080") == 2
+
+
+def test_datagrams_of_udp_ports(publication):
+    both = balancer(), balancer(DNS)
+    for one in both:
+        publication.set_balancer(one)
+    figures = {"datagrams_in": 8, "datagrams_out": 7, "evicted": 6, "dropped": 5, "to_endpoint": 4}
+    count(publication, both[1].key, 0, refused=1, failed=2, to_client=3, **figures)
+    count(publication, both[1].key, 1, datagrams_in=100, overrun=9)
+    got = scrape(facts(publication, *both))
+    labels = {"namespace": "prod", "service": "dns", "port": "dns", "protocol": "UDP"}
+    assert of(got, "proxyd_received_datagrams_total", **labels) == 108
+    assert of(got, "proxyd_sent_datagrams_total", **labels) == 7
+    assert of(got, "proxyd_flows_evicted_total", **labels) == 6
+    reasons = {
+        "refused": 1, "no_endpoint": 2, "to_client": 3, "to_endpoint": 4, "shortage": 5, "overrun": 9,
+    }  # fmt: skip
+    for reason, value in reasons.items():
+        assert of(got, "proxyd_datagrams_dropped_total", reason=reason, **labels) == value
+    # A TCP port has none of these.
+    assert not [name for name, given in got if "datagrams" in name and ("service", "web") in given]
 
 
 def test_endpoints_can_be_left_out(publication):
@@ -256,7 +288,7 @@ def test_kinds_of_trouble_are_bounded():
 
 
 def names_in(expression: str) -> set[str]:
-    return set(re.findall(r"\b(?:kubeproxy|proxyd|process)_[a-z_]+", expression))
+    return set(re.findall(r"\b(?:kubeproxy|proxyd|process|rest_client|kubernetes_build)_[a-z_]+", expression))
 
 
 def expressions(value: object) -> Iterator[str]:
@@ -279,9 +311,39 @@ def exported(publication) -> set[str]:
     metrics.health("/healthz", 200)
     metrics.health("/livez", 200)
     metrics.trouble("x", 1)
-    publication.set_balancer(balancer())
+    both = balancer(), balancer(DNS)
+    for one in both:
+        publication.set_balancer(one)
     worker = WorkerState(index=0, pid=os.getpid(), ready=True, lag=0, restarts=0)
-    return {name for name, _ in scrape(facts(publication, balancer(), workers=(worker,)), metrics)}
+    cluster = ClusterFacts(
+        requests={("200", "GET", "api:6443"): 3},
+        durations={("GET", "api:6443"): ((1, 2, 0), 0.7)},
+        bounds=(0.1, 1.0),
+    )
+    return {
+        name for name, _ in scrape(facts(publication, *both, workers=(worker,), cluster=cluster), metrics)
+    }
+
+
+def test_requests_to_the_api_server():
+    cluster = ClusterFacts(
+        requests={("200", "GET", "api:6443"): 3, ("<error>", "GET", "api:6443"): 1},
+        durations={("GET", "api:6443"): ((1, 2, 1), 7.5)},
+        bounds=(0.1, 1.0),
+        lists=4,
+        synced=True,
+    )
+    got = scrape(Facts(phase="serving", healthy=True, cluster=cluster))
+    place = {"host": "api:6443"}
+    assert of(got, "rest_client_requests_total", code="200", method="GET", **place) == 3
+    assert of(got, "rest_client_requests_total", code="<error>", method="GET", **place) == 1
+    name = "rest_client_request_duration_seconds"
+    buckets = [of(got, f"{name}_bucket", verb="GET", le=le, **place) for le in ("0.1", "1.0", "+Inf")]
+    assert buckets == [1, 3, 4]
+    assert of(got, f"{name}_sum", verb="GET", **place) == 7.5
+    assert of(got, f"{name}_count", verb="GET", **place) == 4
+    assert of(got, "proxyd_cluster_lists_total") == 4
+    assert of(got, "proxyd_cluster_synced") == 1
 
 
 def test_every_metric_of_the_dashboards_is_exported(exported):

@@ -189,7 +189,10 @@ def test_completion_in_zsh(tmp_path):
 
 def test_every_command_has_a_page_with_all_its_flags():
     pages = manual.pages()
-    assert set(pages) == {"proxyd.1", *(f"proxyd-{name}.1" for name in COMMANDS)}
+    kube_proxy = pages["proxyd-kube-proxy.1"].replace("\\-", "-")
+    for name in ("cluster-cidr", "iptables-sync-period", "ipvs-scheduler", "windows-service", "cleanup"):
+        assert f"\\fB--{name}\\fR" in kube_proxy
+    assert set(pages) == {"proxyd.1", "proxyd-kube-proxy.1", *(f"proxyd-{name}.1" for name in COMMANDS)}
     for command in subcommands():
         page = pages[f"proxyd-{command.name}.1"].replace("\\-", "-")
         for argument in command.flags:

@@ -23,6 +23,8 @@ from tests.vm.machine import Machine, usable_accel
 # Above the test's own limit, which holds in the machine: the first one waits for pytest to come up there.
 _MARGIN = 120.0
 _MACHINES = 3
+# Deadlines of the tests' helpers are this many times longer: emulated, everything takes about ten times as long.
+_PATIENCE = "6"
 # Reports go to the standard output of the machine, what pytest says to the other.
 _SHELL = ["sh", "-c", 'exec 3>&1 >&2; exec "$@"', "sh"]
 
@@ -81,7 +83,7 @@ class RemoteTests:
             self._machine = Machine(
                 command,
                 accel=usable_accel(),
-                environment={**os.environ, DESCRIPTOR: "3"},
+                environment={**os.environ, DESCRIPTOR: "3", "PROXYD_TEST_PATIENCE": _PATIENCE},
                 folder=self._config.rootpath,
             )
         except VmError as error:

@@ -243,6 +243,8 @@ def _slice_fault(thing: EndpointSlice) -> tuple[Path, str] | None:
         return None  # host names, or something newer: no such endpoint is ever chosen
     for i, endpoint in enumerate(thing.endpoints):
         for j, text in enumerate(endpoint.addresses):
+            if version == 4 and _plain(text):
+                continue
             address = parse_ip(text)
             if address is None or address.version != version:
                 return (

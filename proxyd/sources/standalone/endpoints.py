@@ -18,7 +18,8 @@ from proxyd.api.discovery import (
 )
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.pod import Pod, PodPhase
-from proxyd.api.service import Service
+from proxyd.api.sctp import service_addresses, written
+from proxyd.api.service import SCTP_ADDRESSES, SCTP_ENDPOINT_ADDRESSES, Service
 
 MANAGED_BY_LABEL = "endpointslice.kubernetes.io/managed-by"
 SKIP_MIRROR_LABEL = "endpointslice.kubernetes.io/skip-mirror"
@@ -76,6 +77,7 @@ def slices_from_pods(service: Service, pods: PodIndex) -> Selected:
     """
     matched = pods.select(service.metadata.namespace, service.spec.selector)
     groups: dict[tuple[str, _Ports], list[SliceEndpoint]] = {}
+    further: dict[str, tuple[str, ...]] = {}
     left_out: list[ObjectName] = []
     unresolved: dict[str, ObjectName] = {}
     by_number = not any(isinstance(port.target, str) for port in service.spec.ports)
@@ -90,6 +92,10 @@ def slices_from_pods(service: Service, pods: PodIndex) -> Selected:
             continue
         conditions = _conditions(pod, publish_not_ready=service.spec.publish_not_ready_addresses)
         target = ObjectReference(kind="Pod", namespace=pod.metadata.namespace, name=pod.metadata.name)
+        if SCTP_ADDRESSES in pod.metadata.annotations and (
+            others := service_addresses(pod.metadata.annotations)
+        ):
+            further |= dict.fromkeys(addresses.values(), others)
         for family, address in addresses.items():
             groups.setdefault((family, ports), []).append(
                 SliceEndpoint(
@@ -99,7 +105,8 @@ def slices_from_pods(service: Service, pods: PodIndex) -> Selected:
                     target_ref=target,
                 )
             )
-    slices = _build(service, groups, "endpointslice-controller.k8s.io")
+    annotations = {SCTP_ENDPOINT_ADDRESSES: written(further)} if further else {}
+    slices = _build(service, groups, "endpointslice-controller.k8s.io", annotations)
     return Selected(slices, len(matched), tuple(left_out), tuple(unresolved.items()))
 
 
@@ -119,7 +126,9 @@ def slices_from_endpoints(service: Service, endpoints: Endpoints) -> tuple[Endpo
                 groups.setdefault((_family(address.ip), subset.ports), []).append(
                     _mirrored(address, conditions)
                 )
-    return _build(service, groups, "endpointslicemirroring-controller.k8s.io")
+    given = endpoints.metadata.annotations.get(SCTP_ENDPOINT_ADDRESSES)
+    annotations = {SCTP_ENDPOINT_ADDRESSES: given} if given is not None else {}
+    return _build(service, groups, "endpointslicemirroring-controller.k8s.io", annotations)
 
 
 def _mirrored(address: EndpointAddress, conditions: EndpointConditions) -> SliceEndpoint:
@@ -132,7 +141,10 @@ def _mirrored(address: EndpointAddress, conditions: EndpointConditions) -> Slice
 
 
 def _build(
-    service: Service, groups: Mapping[tuple[str, _Ports], list[SliceEndpoint]], manager: str
+    service: Service,
+    groups: Mapping[tuple[str, _Ports], list[SliceEndpoint]],
+    manager: str,
+    annotations: dict[str, str],
 ) -> tuple[EndpointSlice, ...]:
     if not groups:
         return ()
@@ -149,7 +161,9 @@ def _build(
             name = f"{meta.name}-{zlib.crc32(seed.encode()):08x}"
             slices.append(
                 EndpointSlice(
-                    metadata=ObjectMeta(name=name, namespace=meta.namespace, labels=labels),
+                    metadata=ObjectMeta(
+                        name=name, namespace=meta.namespace, labels=labels, annotations=annotations
+                    ),
                     address_type=family,
                     endpoints=tuple(members[start : start + MAX_ENDPOINTS]),
                     ports=ports,

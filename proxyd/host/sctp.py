@@ -1,0 +1,156 @@
+"""SCTP endpoints to listen with: sockets bound to one address or several, with every option that relays are to inherit.
+
+Imported with the first SCTP listener that is to be opened, and so only where the feature gate SCTPSupport is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from proxyd.host.routes import is_local
+from proxyd.host.sockets import BindFailed, explained, leave_spare
+from proxyd.state.sctpsocket import (
+    BINDX_ADD,
+    BINDX_REM,
+    EVENTS,
+    EVENTS_WANTED,
+    INITMSG,
+    NODELAY,
+    RECVRCVINFO,
+    SOL_SCTP,
+    addresses,
+    initmsg,
+)
+from proxyd.state.spec import ListenerKey, ListenerSpec, Role
+
+_IPV6_FREEBIND = 78  # linux/in6.h
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
+_BUFFERS = ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF))
+_MIN_BUFFER = 1024 * 1024
+
+
+class Tuning(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator decided of SCTP."""
+
+    max_message: int = 256 * 1024  # bytes
+    max_streams: int = 1024  # in each direction
+
+
+def open_endpoint(
+    specs: Sequence[ListenerSpec], tuning: Tuning, backlog: int
+) -> tuple[socket.socket | None, dict[ListenerKey, BindFailed]]:
+    """Open one socket, bind it to all addresses that can be bound, and listen.
+
+    Args:
+        specs: of one home, or a single one.
+        tuning: see there.
+        backlog: of the listening socket.
+
+    Returns:
+        The socket, or None where nothing could be bound, and what failed.
+    """
+    failed: dict[ListenerKey, BindFailed] = {}
+    try:
+        opened = _socket(specs, tuning)
+    except OSError as error:
+        return None, {spec.key: _why(error, spec) for spec in specs}
+    for spec in specs:
+        try:
+            add_address(opened, spec)
+        except BindFailed as error:
+            failed[spec.key] = error
+    if len(failed) < len(specs):
+        try:
+            # Last: an association gets the addresses that were bound when it began.
+            opened.listen(backlog)
+        except OSError as error:
+            failed |= {spec.key: _why(error, spec) for spec in specs if spec.key not in failed}
+    if len(failed) == len(specs):
+        opened.close()
+        return None, failed
+    return opened, failed
+
+
+def add_address(opened: socket.socket, spec: ListenerSpec) -> None:
+    """Bind one more address, also of a socket that listens: new associations learn of it.
+
+    Raises:
+        BindFailed: with what to do.
+    """
+    key = spec.key
+    if ":" in key.ip and opened.family == socket.AF_INET:
+        raise _why(OSError(errno.EAFNOSUPPORT, "IPv4 only"), spec)
+    value = addresses([key.ip], key.port)
+    try:
+        try:
+            opened.setsockopt(SOL_SCTP, BINDX_ADD, value)
+        except OSError as error:
+            # As with TCP: for IPv6 the kernel looks for an address, not for a route.
+            if error.errno != errno.EADDRNOTAVAIL or ":" not in key.ip or not is_local(key.ip):
+                raise
+            opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+            try:
+                opened.setsockopt(SOL_SCTP, BINDX_ADD, value)
+            finally:
+                opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 0)
+    except OSError as error:
+        raise _why(error, spec) from error
+
+
+def remove_address(opened: socket.socket, key: ListenerKey) -> None:
+    """Give one of several addresses up. Associations that have it keep it.
+
+    Raises:
+        OSError: it is the last one, or not bound.
+    """
+    opened.setsockopt(SOL_SCTP, BINDX_REM, addresses([key.ip], key.port))
+
+
+def _socket(specs: Iterable[ListenerSpec], tuning: Tuning) -> socket.socket:
+    flags = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    ips = [spec.key.ip for spec in specs]
+    family = max(spec.home.family if spec.home else 6 if ":" in spec.key.ip else 4 for spec in specs)
+    try:
+        opened = socket.socket(socket.AF_INET6 if family == 6 else socket.AF_INET, flags, SOL_SCTP)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT or all(":" in ip for ip in ips):
+            raise
+        # A node without IPv6 serves the IPv4 addresses.
+        opened = socket.socket(socket.AF_INET, flags, SOL_SCTP)
+    try:
+        leave_spare(opened)
+        if opened.family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.setsockopt(SOL_SCTP, INITMSG, initmsg(tuning.max_streams, tuning.max_streams))
+        opened.setsockopt(SOL_SCTP, EVENTS, EVENTS_WANTED)
+        opened.setsockopt(SOL_SCTP, RECVRCVINFO, 1)
+        opened.setsockopt(SOL_SCTP, NODELAY, 1)
+        _set_buffers(opened, max(4 * tuning.max_message, _MIN_BUFFER))
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+def _set_buffers(opened: socket.socket, size: int) -> None:
+    for force, plain in _BUFFERS:
+        with contextlib.suppress(PermissionError):
+            opened.setsockopt(socket.SOL_SOCKET, force, size)
+            continue
+        # As large as net.core.rmem_max and wmem_max allow.
+        opened.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+def _why(error: OSError, spec: ListenerSpec) -> BindFailed:
+    if error.errno == errno.EADDRNOTAVAIL and spec.role is not Role.CLUSTER_IP:
+        return BindFailed(
+            f"{spec.key.ip} is not an address of this node, and SCTP can't take single ports of others: "
+            "add it to an interface, or leave it out"
+        )
+    return explained(error, spec.key)
