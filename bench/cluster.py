@@ -151,10 +151,15 @@ def quantiles(values: list[float]) -> str:
     return f"p50 {statistics.median(ordered):.1f} ms, p99 {p99:.1f} ms, most {ordered[-1]:.1f} ms ({len(ordered)})"
 
 
-def change(place: Namespace, api: Api, ip: str) -> float:
-    """Milliseconds from the PATCH to the first connection that gets to the new endpoint."""
+def change(place: Namespace, api: Api, ip: str, answered: list[float] | None = None) -> float:
+    """Milliseconds from the PATCH to the first connection that gets to the new endpoint.
+
+    `answered` gets those until the API server's answer.
+    """
     began = time.perf_counter()
     api.point("web", ip)
+    if answered is not None:
+        answered.append((time.perf_counter() - began) * 1000)
     place.call(_until, ip)
     return (time.perf_counter() - began) * 1000
 
@@ -212,7 +217,7 @@ def measure(args: argparse.Namespace, place: Namespace, folder: Path) -> None:
         stack.callback(daemon.__exit__)
         start(args, daemon)
         changes(place, api)
-        storm(args, place, api, daemon)
+        storm(args, place, api, daemon, process.pid)
         relist(args, place, api, daemon)
 
 
@@ -237,14 +242,20 @@ def start(args: argparse.Namespace, daemon: Proxyd) -> None:
 
 
 def changes(place: Namespace, api: Api) -> None:
-    found = []
+    found, answered, asked = [], [], []
     for number in range(200):
         time.sleep(0.02)
-        found.append(change(place, api, BACKENDS[1 - number % 2]))
-    print(f"change: {quantiles(found)}")
+        began = time.perf_counter()
+        request(place.call, STEADY_VIP)
+        asked.append((time.perf_counter() - began) * 1000)
+        found.append(change(place, api, BACKENDS[1 - number % 2], answered))
+    print(
+        f"change: {quantiles(found)}\n  of which the API server's answer: {quantiles(answered)}\n"
+        f"  for comparison, one request through the worker: {quantiles(asked)}"
+    )
 
 
-def storm(args: argparse.Namespace, place: Namespace, api: Api, daemon: Proxyd) -> None:
+def storm(args: argparse.Namespace, place: Namespace, api: Api, daemon: Proxyd, server: int) -> None:
     ended = threading.Event()
     before = programming(place)
     other = Api(extra := Namespace.__new__(Namespace))
@@ -258,7 +269,7 @@ def storm(args: argparse.Namespace, place: Namespace, api: Api, daemon: Proxyd) 
         spent.append(time.perf_counter() - began)
         ended.set()
 
-    used, began = cpu(daemon.pid), time.perf_counter()
+    used, used_there, began = cpu(daemon.pid), cpu(server), time.perf_counter()
     thread = threading.Thread(target=run)
     thread.start()
     found, number = [], 0
@@ -270,12 +281,13 @@ def storm(args: argparse.Namespace, place: Namespace, api: Api, daemon: Proxyd) 
     behind = change(place, api, BACKENDS[1 - number % 2])
     after = programming(place)
     count, seconds, quick = (now - then for now, then in zip(after, before, strict=True))
-    share = (cpu(daemon.pid) - used) / (time.perf_counter() - began)
+    whole = time.perf_counter() - began
+    share, share_there = (cpu(daemon.pid) - used) / whole, (cpu(server) - used_there) / whole
     total = args.rate * args.seconds
     print(
         f"storm: {total} changes in {spent[0]:.1f} s ({total / spent[0]:.0f}/s); a change meanwhile: {quantiles(found)};"
         f" in the last second {statistics.median(found[-10:]):.1f} ms; one after it {behind:.1f} ms;"
-        f" control took {share * 100:.0f} % of a processor\n"
+        f" control took {share * 100:.0f} % of a processor, the API server {share_there * 100:.0f} %\n"
         f"  {count:.0f} changes took {seconds / max(count, 1) * 1000:.0f} ms each until the worker had them,"
         f" {quick / max(count, 1) * 100:.1f} % within 250 ms"
     )

@@ -91,9 +91,11 @@ def _listener(item: ListenerView, headings: list[str]) -> Cells:
     return [item.address, item.port, item.protocol, item.role, *mapped, item.service, item.status]
 
 
-def _connections_headings(_items: Sequence[ConnectionView], wide: bool) -> list[str]:
+def _connections_headings(items: Sequence[ConnectionView], wide: bool) -> list[str]:
     headings = ["SERVICE", "CLIENT", "FRONTEND", "ENDPOINT", "PROTOCOL", "AGE", "IN", "OUT", "STATE"]
-    return [*headings, *(["WORKER"] if wide else [])]
+    # What only SCTP has is there where there is SCTP.
+    streams = ["STREAMS", "PATHS"] if wide and any(item.protocol == "SCTP" for item in items) else []
+    return [*headings, *streams, *(["WORKER"] if wide else [])]
 
 
 def _connection(item: ConnectionView, headings: list[str]) -> Cells:
@@ -107,8 +109,20 @@ def _connection(item: ConnectionView, headings: list[str]) -> Cells:
         size(item.bytes_in),
         size(item.bytes_out),
         item.state,
+        *([_streams(item), _paths(item)] if "STREAMS" in headings else []),
         *([item.worker] if "WORKER" in headings else []),
     ]
+
+
+def _streams(item: ConnectionView) -> str:
+    return f"{item.streams_in}/{item.streams_out}" if item.streams_in else NONE
+
+
+def _paths(item: ConnectionView) -> str:
+    """The addresses in use at both ends."""
+    if not item.client_path:
+        return NONE
+    return f"{item.client_path},{item.endpoint_path or NONE}"
 
 
 NOUNS = {

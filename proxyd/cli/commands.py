@@ -179,6 +179,10 @@ def _add_drain(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> N
     _add_socket(parser, environ)
 
 
+def _add_upgrade(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    _add_socket(parser, environ)
+
+
 def _add_log_level(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
     levels = ("debug", "info", "warning", "error")
     parser.add_argument(
@@ -257,6 +261,11 @@ COMMANDS = {
     ),
     "drain": Command(
         _run("orders", "drain"), "have the daemon stop accepting, finish its connections, and end", _add_drain
+    ),
+    "upgrade": Command(
+        _run("orders", "upgrade"),
+        "have the installed program take the place of the running one; no connection is refused or lost",
+        _add_upgrade,
     ),
     "log-level": Command(
         _run("orders", "log_level"), "show or set what the running daemon logs", _add_log_level

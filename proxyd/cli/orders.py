@@ -12,13 +12,14 @@ from proxyd.cli.client import Client, UnreachableError
 from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
 from proxyd.cli.output import pretty
 from proxyd.cli.tables import clean, count
-from proxyd.control.answers import DrainView, LogLevelView, ReloadView, StatusView, VersionView
+from proxyd.control.answers import DrainView, LogLevelView, ReloadView, StatusView, UpgradeView, VersionView
 from proxyd.control.durations import format_duration, parse_duration
 
 _POLL = 0.2
 _SAY_EVERY = 5.0
 # What the daemon needs beyond the drain time to take everything back.
 _GRACE = 15.0
+_UPGRADE_SECONDS = 90.0
 
 
 def reload(args: argparse.Namespace, env: Env) -> int:
@@ -76,6 +77,33 @@ def drain(args: argparse.Namespace, env: Env) -> int:
     else:
         raise UnreachableError("the daemon has not ended in time; see its log")
     env.stdout.write("it has ended\n")
+    return OK
+
+
+def upgrade(args: argparse.Namespace, env: Env) -> int:
+    """`proxyd upgrade`: the installed program takes the place of the running one; waits until it serves."""
+    client = Client(args.admin_socket)
+    began = time.monotonic()
+    before = client.order("POST", "/v1/upgrade", UpgradeView)
+    while time.monotonic() < began + _UPGRADE_SECONDS:
+        try:
+            status = client.get("/v1/status", StatusView)
+        except CommandError:
+            status = None  # one program makes way for the other
+        if status is not None and status.started != before.started and status.phase == "serving":
+            break
+        time.sleep(_POLL)
+    else:
+        raise UnreachableError("the new program does not serve; see the log")
+    left = (
+        f", {count(len(status.leaving_workers), 'worker')} of before still relay"
+        if status.leaving_workers
+        else ""
+    )
+    env.stdout.write(
+        f"proxyd {before.version} made way for {status.version}, pid {status.pid}, "
+        f"in {time.monotonic() - began:.1f} s{left}\n"
+    )
     return OK
 
 

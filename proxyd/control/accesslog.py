@@ -243,6 +243,11 @@ class _Sink:
 def as_json(record: Connection) -> dict[str, object]:
     """A record as it is written: camelCase, times in RFC 3339."""
     finished = datetime.fromtimestamp(record.finished, UTC).isoformat(timespec="milliseconds")
+    # TCP, of which there may be thousands a second, is said by its absence.
+    more: dict[str, object] = {"protocol": record.protocol} if record.protocol else {}
+    if record.streams[0]:
+        more |= {"streamsIn": record.streams[0], "streamsOut": record.streams[1]}
+        more |= {"messagesIn": record.messages[0], "messagesOut": record.messages[1]}
     return {
         "time": finished.replace("+00:00", "Z"),
         "client": record.client,
@@ -254,6 +259,7 @@ def as_json(record: Connection) -> dict[str, object]:
         "bytesOut": record.bytes_out,
         "seconds": round(record.seconds, 6),
         "reason": record.reason,
+        **more,
     }
 
 

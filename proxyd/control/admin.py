@@ -18,8 +18,16 @@ from aiohttp import web
 from proxyd import __version__
 from proxyd.control import description, logs, views
 from proxyd.control.adminsocket import BACKLOG, AdminError, listen
-from proxyd.control.answers import ConnectionsView, DrainView, LogLevelView, ReloadView, VersionView
+from proxyd.control.answers import (
+    ConnectionsView,
+    DrainView,
+    LogLevelView,
+    ReloadView,
+    UpgradeView,
+    VersionView,
+)
 from proxyd.control.collection import paused
+from proxyd.control.handover import UpgradeError
 from proxyd.control.history import History
 from proxyd.control.logs import get_logger
 from proxyd.control.roundup import MAX_RECORDS
@@ -52,6 +60,9 @@ class Operations(Protocol):
 
     async def reload(self) -> ReloadView:
         """Read everything again."""
+
+    async def upgrade(self) -> UpgradeView:
+        """Have the installed program take over."""
 
     def drain(self, seconds: float | None) -> DrainView:
         """Stop after so many seconds, or the daemon's own drain timeout."""
@@ -108,14 +119,18 @@ class AdminServer:
             listening.close()
             raise
 
-    async def stop(self) -> None:
-        """Close the socket, and remove its file if it is still ours."""
+    async def stop(self, *, leave: bool = False) -> None:
+        """Close the socket, and remove its file if it is still ours.
+
+        Args:
+            leave: the file stays, for who has another descriptor of the socket.
+        """
         if self._runner is None:
             return
         runner, self._runner = self._runner, None
         with contextlib.suppress(OSError):
             about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, at exit
-            if (about.st_dev, about.st_ino) == self._identity:
+            if not leave and (about.st_dev, about.st_ino) == self._identity:
                 os.unlink(self.path)  # noqa: PTH108 - as above
         if self._server is not None:
             self._server.close()
@@ -143,6 +158,7 @@ class AdminServer:
             ("GET", "/v1/version", _version),
             ("POST", "/v1/reload", self._reload),
             ("POST", "/v1/drain", self._drain),
+            ("POST", "/v1/upgrade", self._upgrade),
             ("GET", "/v1/log-level", _log_level),
             ("PUT", "/v1/log-level", _set_log_level),
         )
@@ -261,6 +277,13 @@ class AdminServer:
         query = _query(request, "timeout")
         seconds = _seconds(query, "timeout", 0.0) if "timeout" in query else None
         return _answer(self._able().drain(seconds), status=202)
+
+    async def _upgrade(self, request: web.Request) -> web.Response:
+        _query(request)
+        try:
+            return _answer(await self._able().upgrade(), status=202)
+        except UpgradeError as error:
+            raise web.HTTPConflict(text=str(error)) from None
 
     def _able(self) -> Operations:
         if self._operations is None or self._picture().phase == "starting":

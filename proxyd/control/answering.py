@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from typing import TYPE_CHECKING
 
 from proxyd.control.adminsocket import listen
@@ -33,7 +34,8 @@ class Answering:
         self.begun = False
         self._daemon = daemon
         self._path = daemon.settings.admin_socket
-        self._listening = listen(self._path)
+        left = daemon.succession.admin
+        self._listening = socket.socket(fileno=left) if left >= 0 else listen(self._path)
         self._admin: AdminServer | None = None
         self._starting: asyncio.Task[None] | None = None
 
@@ -58,6 +60,16 @@ class Answering:
             self._listening.close()
             with contextlib.suppress(OSError):
                 os.unlink(self._path)  # noqa: PTH108 - one call on a local path, at exit
+
+    async def leave(self) -> int:
+        """End the servers, but leave the admin socket for the next program. Returns its descriptor."""
+        kept = os.dup(self._listening.fileno())
+        if self._starting is not None:
+            await cancel(self._starting)
+        await self._daemon.observation.stop()
+        if self._admin is not None:
+            await self._admin.stop(leave=True)
+        return kept
 
     async def _start(self) -> None:
         # Imported late: aiohttp takes a third of a second, which nobody who waits for a listener should wait for.

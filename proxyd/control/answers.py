@@ -167,6 +167,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     counters: Counters
     failing: tuple[ListenerView, ...]  # failed and in conflict
     problems: tuple[Problem, ...]
+    leaving_workers: tuple[int, ...] = ()  # processes of earlier programs that still relay, uncounted
 
 
 class ConnectionView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -179,10 +180,14 @@ class ConnectionView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     client: str  # ip:port
     frontend: str  # ip:port
     endpoint: str = ""  # ip:port; "" while there is none
-    state: str  # connecting, established, half-closed; of a UDP flow: unanswered, answered
+    state: str  # connecting, established, half-closed; SCTP: closing; of a UDP flow: unanswered, answered
     age: float  # seconds
     bytes_in: int = 0
     bytes_out: int = 0
+    streams_in: int = 0  # SCTP: from client to endpoint
+    streams_out: int = 0  # SCTP: from endpoint to client
+    client_path: str = ""  # SCTP: the client's address in use
+    endpoint_path: str = ""  # SCTP: the endpoint's address in use
     worker: int = 0  # its process
 
     @property
@@ -258,6 +263,14 @@ class DrainView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     phase: str
     timeout_seconds: float
     connections: int
+
+
+class UpgradeView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A daemon that makes way for the program that is installed now. The next one has another `started`."""
+
+    pid: int
+    version: str  # of the program that makes way
+    started: float  # Unix time; as in StatusView
 
 
 class LogLevelView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -17,6 +17,7 @@ from proxyd.control.answering import Answering
 from proxyd.control.collection import uncollected
 from proxyd.control.configfile import Configuration
 from proxyd.control.duties import Duties
+from proxyd.control.handover import Handover, checking, take
 from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.notify import Notifier
 from proxyd.control.observation import Observation
@@ -34,6 +35,7 @@ from proxyd.control.startup import (
     read_first,
     set_oom_score,
 )
+from proxyd.control.succession import Succession
 from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
 from proxyd.control.takeover import look as take_over
 from proxyd.control.takeover import when_it_ends
@@ -53,6 +55,7 @@ __all__ = ["Daemon", "StartError", "run"]
 log = get_logger("proxyd")
 # The admin API and health answer after so many seconds at the latest, also where a worker is slow to start.
 ANSWER_SECONDS = 2.0
+_ANSWER_GIVEN_SECONDS = 0.05
 
 
 def run(
@@ -73,15 +76,18 @@ def run(
     Raises:
         StartError: it can't start.
     """
-    return uvloop.run(_run(settings, on_serving, configuration))
+    if checking():
+        return 0
+    return uvloop.run(_run(settings, on_serving, configuration, take()))
 
 
 async def _run(
     settings: Settings,
     on_serving: Callable[[Picture], None] | None,
     configuration: Configuration | None,
+    left: Handover | None,
 ) -> int:
-    daemon = Daemon(settings, on_serving, configuration)
+    daemon = Daemon(settings, on_serving, configuration, left)
     return await daemon.run()
 
 
@@ -93,8 +99,10 @@ class Daemon:
         settings: Settings,
         on_serving: Callable[[Picture], None] | None = None,
         configuration: Configuration | None = None,
+        left: Handover | None = None,
     ) -> None:
         self.settings = settings
+        self.replaceable = configuration is not None
         self.started = time.time()
         self._on_serving = on_serving
         self.phase = "starting"
@@ -113,6 +121,7 @@ class Daemon:
         self.operations = Operations(self)
         self.duties = Duties(self)
         self.faces = Faces()
+        self.succession = Succession(self, left)
         self._reloading = Reloading(self.reload)
 
     async def run(self) -> int:
@@ -130,6 +139,7 @@ class Daemon:
                 self._start_data_plane()
                 # They come up while manifests are read.
                 self.supervisor.start()
+                self.succession.begin()
                 taking_over = spawn(asyncio.to_thread(take_over, self.settings), name="takeover")
                 self._start_feed()
                 found = await taking_over
@@ -137,6 +147,8 @@ class Daemon:
                 if found.running is not None:
                     spawn(when_it_ends(self.settings), name="takeover")
                 await self._serve()
+                if self.succession.due:
+                    await self._make_way()
             finally:
                 await self._end()
         if self._fatal:
@@ -173,7 +185,12 @@ class Daemon:
             settings.workers,
             slots,
             self.publication,
-            WorkerOptions(settings.tcp_idle_timeout, settings.udp_timeout, records=bool(settings.access_log)),
+            WorkerOptions(
+                settings.tcp_idle_timeout,
+                settings.udp_timeout,
+                records=bool(settings.access_log),
+                sctp_max_message=settings.sctp_max_message,
+            ),
             Events(
                 acknowledged=self.acknowledged,
                 drained=self._drained,
@@ -197,6 +214,7 @@ class Daemon:
         loop = self._loop
         loop.add_signal_handler(signal.SIGTERM, lambda: self._stop_after(self.settings.drain_timeout))
         loop.add_signal_handler(signal.SIGINT, self._stop_after, 0.0)
+        loop.add_signal_handler(signal.SIGUSR2, self.succession.ask)
         loop.add_signal_handler(signal.SIGHUP, self._hung_up if has_terminal() else self._reloading.ask)
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
         self.watchdog.start()
@@ -287,6 +305,7 @@ class Daemon:
         if not self._answering.begun or self.supervisor.lagging():
             return
         self.watchdog.in_force()
+        self.succession.in_force()
         if self._on_serving is None:
             return
         on_serving, self._on_serving = self._on_serving, None
@@ -311,6 +330,10 @@ class Daemon:
     def _node_changed(self) -> None:
         self.node = self.feed.node_view(self._addresses)
         self.duties.node_changed()
+        self._dirty.set()
+
+    def look_again(self) -> None:
+        """Have a reconcile: an address may be free."""
         self._dirty.set()
 
     def _drained(self, worker: int, numbers: list[int]) -> None:
@@ -372,12 +395,27 @@ class Daemon:
         if self._stop.is_set():
             log.warning("stopping at once")
             self.supervisor.kill()
+            if self.succession.workers is not None:
+                self.succession.workers.kill()
             return
         log.info("stopping", drain_seconds=drain)
         self.watchdog.stopping(drain)
         self._drain = drain
         self.phase = "draining"
         self._stop.set()
+
+    def make_way(self) -> None:
+        """End serving in this program, in a moment: an answer under way is given."""
+        self.watchdog.reloading()
+        self._loop.call_later(_ANSWER_GIVEN_SECONDS, self._stop.set)
+
+    async def _make_way(self) -> None:
+        """Have the next program take over; where that fails, stop as if told to."""
+        await self.duties.stop()
+        admin = await self._answering.leave()
+        self.access.close()
+        self.succession.hand_over(admin)
+        self._fatal = "stopped: the next program could not be executed"
 
     def failed(self, error: BaseException) -> None:
         """A task ended that the daemon can't go on without."""
@@ -393,7 +431,10 @@ class Daemon:
         if hasattr(self, "reconciler"):
             self.reconciler.close_listeners()
             await self.duties.stop()
-            await self.supervisor.stop(self._drain)
+            leaving = self.succession.workers
+            await asyncio.gather(
+                self.supervisor.stop(self._drain), *([leaving.stop(self._drain)] if leaving else ())
+            )
             self.reconciler.remove_addresses()
         await self._answering.stop()
 

@@ -8,11 +8,14 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Protocol
 from proxyd.control.healthports import HealthPorts
+from proxyd.control.logs import get_logger
 from proxyd.state.desired import DesiredState
 from proxyd.state.spec import ListenerKey, ListenerState, ServicePortName
 
 if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon
+
+log = get_logger("proxyd")
 
 PORT_CONFLICT, SCTP_DISABLED = "PortConflict", "SCTPDisabled"
 
@@ -33,6 +36,7 @@ class Duties:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._sctp_said = False
         self._told: dict[_Trouble, str] = {}
         self._seen: tuple[object, object] = ((), ())
         self.health_ports = HealthPorts(self._healthy, self._port_failed)
@@ -48,9 +52,27 @@ class Duties:
     def reconciled(self, desired: DesiredState) -> None:
         """A state was carried out as far as it can be."""
         daemon = self._daemon
+        self._say_sctp_is_off(desired)
         self.health_ports.update(daemon.snapshot, daemon.node, daemon.options)
         if daemon.feed.cluster is not None:
             self._tell(desired)
+
+    def _say_sctp_is_off(self, desired: DesiredState) -> None:
+        """Once: what their status says of each Service."""
+        if self._sctp_said or self._daemon.settings.sctp:
+            return
+        services = {
+            f"{status.service_port.namespace}/{status.service_port.name}"
+            for status in desired.unopened
+            if status.key.protocol is Protocol.SCTP and status.state is ListenerState.DISABLED
+        }
+        if services:
+            self._sctp_said = True
+            log.warning(
+                "SCTP is off: --feature-gates=SCTPSupport=true serves these Services",
+                count=len(services),
+                first=min(services),
+            )
 
     def node_changed(self) -> None:
         """What is known of this node's Node has changed."""

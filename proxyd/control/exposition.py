@@ -123,6 +123,31 @@ UDP_FAMILIES = (
     ),
 )
 
+# Of SCTP ports only. Their connections, in the families above, are associations.
+SCTP_FAMILIES = (
+    _family(
+        "proxyd_received_messages_total",
+        "counter",
+        "Messages relayed from clients to endpoints.",
+        lambda r: r[DATAGRAMS_IN],
+    ),
+    _family(
+        "proxyd_sent_messages_total",
+        "counter",
+        "Messages relayed from endpoints to clients.",
+        lambda r: r[DATAGRAMS_OUT],
+    ),
+    Family(
+        "proxyd_messages_dropped_total",
+        "counter",
+        "Messages that were not relayed, by where they were to go.",
+        (
+            ('reason="to_endpoint",', lambda r: r[DROPPED_TO_ENDPOINT]),
+            ('reason="to_client",', lambda r: r[DROPPED_TO_CLIENT]),
+        ),
+    ),
+)
+
 ENDPOINT_FAMILIES = (
     _family(
         "proxyd_endpoint_connections_total",

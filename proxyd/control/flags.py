@@ -97,6 +97,20 @@ FLAGS: tuple[Flag, ...] = (
         "annotation proxyd.io/udp-idle-timeout says otherwise for one Service",
     ),
     Flag(
+        name="sctp-max-message",
+        metavar="BYTES",
+        parse=values.message_size,
+        default="256Ki",
+        help="largest SCTP message that is relayed; a larger one ends its association",
+    ),
+    Flag(
+        name="sctp-max-streams",
+        metavar="N",
+        parse=values.integer(1, 65535),
+        default="1024",
+        help="streams that an SCTP association may have in each direction; 65535 of them take 1.5 MB of the kernel",
+    ),
+    Flag(
         name="access-log",
         metavar="PATH",
         parse=values.access_log,

@@ -223,6 +223,15 @@ def port(text: str) -> int:
     return int(text)
 
 
+def message_size(text: str) -> int:
+    """Bytes of an SCTP message, with Ki or Mi behind the number or nothing."""
+    match = re.fullmatch(r"([0-9]{1,9})(Ki|Mi)?", text.strip())
+    size = int(match[1]) * {None: 1, "Ki": 1 << 10, "Mi": 1 << 20}[match[2]] if match else 0
+    if not 1024 <= size <= 16 << 20:
+        raise ValueError(f'expected bytes from 1Ki to 16Mi, such as 256Ki, got "{text}"')
+    return size
+
+
 def period(text: str) -> float:
     """A duration that is not zero."""
     seconds = parse_duration(text)

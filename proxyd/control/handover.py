@@ -35,18 +35,24 @@ class UpgradeError(Exception):
 
 
 class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
-    """A listening socket. `steered` as in a listener spec."""
+    """A listening socket. `steered` as in a listener spec; `further` are the other addresses of an SCTP endpoint."""
 
     ip: str
     port: int
     protocol: Protocol
     steered: bool
     descriptor: int
+    further: list[str] = []
 
     @property
     def key(self) -> ListenerKey:
         """What it is bound to."""
         return ListenerKey(self.ip, self.port, self.protocol)
+
+    @property
+    def keys(self) -> tuple[ListenerKey, ...]:
+        """Everything it is bound to."""
+        return tuple(ListenerKey(ip, self.port, self.protocol) for ip in (self.ip, *self.further))
 
 
 class Leaving(msgspec.Struct, frozen=True, array_like=True):

@@ -112,6 +112,11 @@ class LeavingWorkers:
         for worker in list(self._workers.values()):
             self._remove(worker)
 
+    def end(self, pid: int) -> None:
+        """End one of them at once."""
+        if (worker := self._workers.get(pid)) is not None:
+            self._remove(worker)
+
     def hand_over(self) -> list[Leaving]:
         """Leave them to the next program; those that have been here for the longest time first."""
         return [

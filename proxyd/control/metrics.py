@@ -28,7 +28,14 @@ from proxyd import __version__
 from proxyd.api.service import Protocol
 from proxyd.control import clustermetrics, exposition
 from proxyd.control.clustermetrics import ClusterFacts
-from proxyd.control.exposition import ENDPOINT_FAMILIES, PORT_FAMILIES, UDP_FAMILIES, Chosen, Row
+from proxyd.control.exposition import (
+    ENDPOINT_FAMILIES,
+    PORT_FAMILIES,
+    SCTP_FAMILIES,
+    UDP_FAMILIES,
+    Chosen,
+    Row,
+)
 from proxyd.control.programming import Programming
 from proxyd.control.publication import Publication
 from proxyd.state.changes import touched
@@ -208,7 +215,10 @@ class _Traffic:
     def render(self, facts: Facts) -> list[bytes]:
         """Their text, in parts."""
         table, endpoints = exposition.Table(PORT_FAMILIES), exposition.Table(ENDPOINT_FAMILIES)
-        datagrams = exposition.Table(UDP_FAMILIES)
+        special = {
+            Protocol.UDP: exposition.Table(UDP_FAMILIES),
+            Protocol.SCTP: exposition.Table(SCTP_FAMILIES),
+        }
         balancers: dict[ServicePortName, list[BalancerSpec]] = {
             status.service_port: [] for status in facts.unopened
         }
@@ -226,12 +236,13 @@ class _Traffic:
                 keys = publication.balancer_keys(port)
                 row = exposition.add([publication.row(key) for key in keys])
                 table.add(labels, row)
-                if port.protocol is Protocol.UDP:
-                    datagrams.add(labels, row)
+                if port.protocol in special:
+                    special[port.protocol].add(labels, row)
                 if port in detailed:
                     for endpoint, row in _rows(publication, balancers[port]):
                         endpoints.add(exposition.endpoint_labels(labels, endpoint), row)
-        return [*table.chunks(), *datagrams.chunks(), *(endpoints.chunks() if facts.endpoints else ())]
+        more = [chunk for one in special.values() for chunk in one.chunks()]
+        return [*table.chunks(), *more, *(endpoints.chunks() if facts.endpoints else ())]
 
 
 def _size(balancers: Sequence[BalancerSpec]) -> int:

@@ -63,6 +63,11 @@ class Notifier:
         self._state = "READY=1"
         self.status(text)
 
+    def starting(self, text: str, within: float) -> None:
+        """The start goes on, and takes `within` seconds more at most, whatever TimeoutStartSec says."""
+        self._state = f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}"
+        self.status(text)
+
     def reloading(self) -> None:
         """A reload begins; `ready` ends it."""
         self._state = f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"

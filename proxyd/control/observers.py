@@ -173,18 +173,12 @@ class _Site:
         try:
             await self._listen()
         except OSError as error:
-            why = await asyncio.to_thread(_why, error, self._address)
             if self._hard_fail:
+                why = await asyncio.to_thread(_why, error, self._address)
                 raise BusyError(
                     f"the {self._name} address {self._shown()} can't be opened: {why} (--bind-address-hard-fail)"
                 ) from None
-            log.warning(
-                "an address of proxyd's own can't be opened: tried again every 5 s",
-                what=self._name,
-                address=self._shown(),
-                error=why,
-            )
-            self._retrying = spawn(self._retry(), name=f"{self._name}:retry")
+            self._retrying = spawn(self._retry(error), name=f"{self._name}:retry")
 
     async def stop(self) -> None:
         """Close it."""
@@ -194,7 +188,13 @@ class _Site:
             self._server.close()
         await self._runner.cleanup()
 
-    async def _retry(self) -> None:
+    async def _retry(self, error: OSError) -> None:
+        log.warning(
+            "an address of proxyd's own can't be opened: tried again every 5 s",
+            what=self._name,
+            address=self._shown(),
+            error=await asyncio.to_thread(_why, error, self._address),
+        )
         while self._server is None:
             await asyncio.sleep(RETRY_SECONDS)
             with contextlib.suppress(OSError):

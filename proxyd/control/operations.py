@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from proxyd import __version__
 from proxyd.api.meta import ObjectName
 from proxyd.control import views
-from proxyd.control.answers import ConnectionsView, ConnectionView, DrainView, ReloadView
+from proxyd.control.answers import ConnectionsView, ConnectionView, DrainView, ReloadView, UpgradeView
 from proxyd.control.history import History
 from proxyd.control.roundup import MAX_RECORDS
 from proxyd.control.selector import Selector
@@ -40,6 +42,8 @@ class Operations:
         """
         supervisor = self._daemon.supervisor
         pids = {index: worker.pid for index, worker in supervisor.workers.items()}
+        if (leaving := self._daemon.succession.workers) is not None:
+            pids |= {pid: pid for pid in leaving.pids}
         # What a selector leaves out must not use up the limit.
         asked = MAX_RECORDS if selector else limit
         found = await supervisor.roundups.ask(namespace=namespace, name=name, limit=asked)
@@ -64,6 +68,16 @@ class Operations:
             problems=daemon.feed.problems,
             configuration=daemon.observation.refused,
         )
+
+    async def upgrade(self) -> UpgradeView:
+        """Have the program that is installed now take over.
+
+        Raises:
+            UpgradeError: it would not start, or this one can't be replaced now.
+        """
+        daemon = self._daemon
+        await daemon.succession.upgrade()
+        return UpgradeView(pid=os.getpid(), version=__version__, started=daemon.started)
 
     def drain(self, seconds: float | None) -> DrainView:
         """Stop accepting, let relays finish for so long, exit. A daemon that is stopping keeps to what it was told."""
@@ -90,5 +104,9 @@ def _view(record: LiveConnection, pid: int) -> ConnectionView:
         age=record.seconds,
         bytes_in=record.bytes_in,
         bytes_out=record.bytes_out,
+        streams_in=record.streams[0],
+        streams_out=record.streams[1],
+        client_path=record.paths[0],
+        endpoint_path=record.paths[1],
         worker=pid,
     )

@@ -45,6 +45,7 @@ def draw(daemon: Daemon) -> Picture:
         statuses=reconciler.statuses(),
         balancers=reconciler.desired.host.balancers,
         faces=daemon.faces,
+        leaving=daemon.succession.workers.pids if daemon.succession.workers else (),
         problems=(*feed.problems, *daemon.duties.problems),
         counters=counters,
         endpoint_counters=endpoint_counters,

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from proxyd.api.service import Protocol
 from proxyd.control.guarding import Guarding
 from proxyd.control.handover import ListeningSocket
 from proxyd.control.inheritance import Inheritance
 from proxyd.control.leaving import LeavingWorkers
 from proxyd.control.logs import get_logger
-from proxyd.control.publication import Publication, Retired, Update
+from proxyd.control.publication import Held, Publication, Retired, Update
 from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
@@ -21,6 +22,7 @@ from proxyd.host.steering import Steering as SteeringRules
 from proxyd.state.changes import same_keys
 from proxyd.state.desired import DesiredState
 from proxyd.state.plan import Plan, plan
+from proxyd.state.sctpsocket import SctpOptions
 from proxyd.state.spec import (
     BalancerKey,
     BalancerSpec,
@@ -82,6 +84,7 @@ class Reconciler:
         guard: VipGuard | None,
         drain_seconds: float,
         note: Callable[[ServicePortName, str], None] = lambda _service_port, _what: None,
+        sctp: SctpOptions = SctpOptions(),  # noqa: B008 - it is immutable
     ) -> None:
         self.desired = DesiredState()
         self.failures: dict[ListenerKey, Failure] = {}
@@ -90,6 +93,7 @@ class Reconciler:
         self._rules = rules
         self._guarding = Guarding(guard)
         self._drain = drain_seconds
+        self._sctp = sctp
         self._note = note  # what became of a service port's listener, for people
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
         self._listeners: dict[ListenerKey, ListenerSpec] = {}
@@ -138,8 +142,9 @@ class Reconciler:
             self._balancers[spec.key] = spec
             if number % _PUBLISHED_AT_ONCE == 0:
                 publish(self._publication.take_update())
+        gone = frozenset(todo.close)
         for key in todo.close:
-            self._close(key)
+            self._close(key, gone)
         self._open_all(todo.open, publish)
         self._inheritance.close()
         for wish in todo.change:
@@ -288,41 +293,61 @@ class Reconciler:
 
     def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
         said = any(failure.exhausted for failure in self.failures.values())
-        for number, spec in enumerate(specs, 1):
-            self._open(spec)
+        of_sctp: list[ListenerSpec] = []
+        for number, spec in enumerate(filter(self._due, specs), 1):
+            if spec.key.protocol is Protocol.SCTP:
+                of_sctp.append(spec)
+            else:
+                self._open(spec)
             if number % _PUBLISHED_AT_ONCE == 0 and (update := self._publication.take_update()):
                 publish(update)
+        if of_sctp:
+            self._open_sctp(of_sctp)
         if not said and (new := [failure for failure in self.failures.values() if failure.exhausted]):
             log.warning("listeners failed", count=len(new), error=new[0].message)
 
-    def _open(self, spec: ListenerSpec) -> None:
+    def _due(self, spec: ListenerSpec) -> bool:
+        """Whether to try to open a listener now: not so soon after it has failed."""
         failure = self.failures.get(spec.key)
-        now = time.monotonic()
-        if failure and failure.spec == spec and now < failure.retry_at:
-            return
-        attempts = failure.attempts + 1 if failure and failure.spec == spec else 1
+        return not (failure and failure.spec == spec and time.monotonic() < failure.retry_at)
+
+    def _open(self, spec: ListenerSpec) -> None:
         try:
             sock = self._inheritance.take(spec) or open_listener(spec, backlog=_BACKLOG)
         except BindFailed as error:
-            message = self._vip_errors.get(spec.key.ip) or str(error)
-            if failure is None or failure.message != message:
-                if not error.exhausted:
-                    log.warning(
-                        "listener failed",
-                        listener=str(spec.key),
-                        service=str(spec.service_port),
-                        error=message,
-                    )
-                self._note(spec.service_port, f"Failed {spec.key}: {message}")
-            pause = min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
-            self.failures[spec.key] = Failure(
-                spec, message, attempts, now + pause, error.exhausted, error.taken
-            )
+            self._failed(spec, error)
             return
+        self._publication.open(spec, sock)
+        self._opened(spec)
+
+    def _open_sctp(self, specs: list[ListenerSpec]) -> None:
+        from proxyd.control.homes import Homes  # noqa: PLC0415 - for those alone who have SCTP turned on
+
+        homes = Homes(self._publication, self._inheritance, self._sctp)
+        failed = homes.open(specs, _BACKLOG)
+        for spec in specs:
+            if spec.key in failed:
+                self._failed(spec, failed[spec.key])
+            else:
+                self._opened(spec)
+
+    def _failed(self, spec: ListenerSpec, error: BindFailed) -> None:
+        failure = self.failures.get(spec.key)
+        attempts = failure.attempts + 1 if failure and failure.spec == spec else 1
+        message = self._vip_errors.get(spec.key.ip) or str(error)
+        if failure is None or failure.message != message:
+            if not error.exhausted:
+                log.warning(
+                    "listener failed", listener=str(spec.key), service=str(spec.service_port), error=message
+                )
+            self._note(spec.service_port, f"Failed {spec.key}: {message}")
+        retry_at = time.monotonic() + min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
+        self.failures[spec.key] = Failure(spec, message, attempts, retry_at, error.exhausted, error.taken)
+
+    def _opened(self, spec: ListenerSpec) -> None:
         if self.failures.pop(spec.key, None):
             log.info("listener opened after failures", listener=str(spec.key), service=str(spec.service_port))
         self._note(spec.service_port, f"Opened {spec.key}")
-        self._publication.open(spec, sock)
         self._listeners[spec.key] = spec
 
     def _change(self, spec: ListenerSpec) -> None:
@@ -331,23 +356,36 @@ class Reconciler:
         self._publication.change(spec, None if same else self._drain)
         self._listeners[spec.key] = spec
 
-    def _close(self, key: ListenerKey) -> None:
-        self._note(self._listeners[key].service_port, f"Closed {key}")
+    def _close(self, key: ListenerKey, gone: frozenset[ListenerKey]) -> None:
+        """Close a listener, one of those that are to go."""
+        service_port = self._listeners.pop(key).service_port
+        self._note(service_port, f"Closed {key}")
+        held = self._publication.held.get(key)
+        if held is None:
+            return  # it was closed with another one of its socket
+        if not gone.issuperset(held.specs):
+            self._leave_home(held, key)
+            return
         # Where the Service still wants the address, only its endpoints have gone: its relays stay.
-        stay = self._wants(key, self._listeners[key].service_port)
+        stay = any(self._wants(one, service_port) for one in held.specs)
         self._publication.close(key, None if stay else self._drain)
-        del self._listeners[key]
+
+    def _leave_home(self, held: Held, key: ListenerKey) -> None:
+        from proxyd.control.homes import leave  # noqa: PLC0415 - as above
+
+        self._publication.leave(key)
+        if error := leave(held, key):
+            log.warning("SCTP address can't be given up", listener=str(key), error=error)
 
     def _keep_relays(self, crew: set[int]) -> None:
         """Keep account of closed listeners, and drain those that their Service does not want any more."""
         for retired in self._publication.take_retired():
-            key = retired.spec.key
             workers = crew if retired.owner is None else crew & {retired.owner}
             if workers:
-                holds = key.ip in self._vips or key in self._steering
+                holds = any(key.ip in self._vips or key in self._steering for key in retired.keys)
                 self._ending[retired.id] = Ending(retired, set(workers), holds)
         for retired in [ending.retired for ending in self._ending.values() if not ending.retired.drains]:
-            if not self._wants(retired.spec.key, retired.spec.service_port):
+            if not any(self._wants(key, retired.spec.service_port) for key in retired.keys):
                 self._publication.drain(retired, self._drain)
         if self._leaving:
             wanted = self.desired.host.listeners.keys() | {one.key for one in self.desired.unopened}
@@ -373,7 +411,7 @@ class Reconciler:
         return ending.holds
 
     def _held_keys(self) -> set[ListenerKey]:
-        held = {ending.retired.spec.key for ending in self._ending.values() if ending.holds}
+        held = {key for ending in self._ending.values() if ending.holds for key in ending.retired.keys}
         return held | self._leaving.keys() if self._leaving else held
 
     def _forget(self, todo: Plan) -> None:

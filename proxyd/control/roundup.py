@@ -41,10 +41,14 @@ class Roundups:
     """
 
     def __init__(self, tell: Callable[[ListConnections], set[int]]) -> None:
-        self._tell = tell
+        self._tell = [tell]
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
         self._lock = asyncio.Lock()
+
+    def also(self, tell: Callable[[ListConnections], set[int]]) -> None:
+        """Others to ask too, whose numbers are none of the workers'."""
+        self._tell.append(tell)
 
     async def ask(
         self, *, namespace: str = "", name: str = "", limit: int = MAX_RECORDS, seconds: float = TIMEOUT
@@ -61,7 +65,8 @@ class Roundups:
             number = next(self._numbers)
             question = self._questions[number] = _Question(limit, set())
             try:
-                question.waiting = self._tell(ListConnections(number, limit, namespace, name))
+                message = ListConnections(number, limit, namespace, name)
+                question.waiting = set().union(*(tell(message) for tell in self._tell))
                 if question.waiting:
                     async with asyncio.timeout(seconds):
                         await question.done.wait()

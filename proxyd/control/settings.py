@@ -61,6 +61,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout: float = 25.0
     tcp_idle_timeout: float = 0.0  # 0 = off
     udp_timeout: float = 60.0
+    sctp_max_message: int = 256 * 1024  # bytes
+    sctp_max_streams: int = 1024  # of an association, in each direction
     access_log: str = ""  # "" = none, "-" = standard output, else a file
     admin_socket: str = "/run/proxyd/admin.sock"
     state_file: str = "/var/lib/proxyd/state.json"

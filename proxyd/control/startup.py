@@ -15,6 +15,7 @@ from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
+from proxyd.state.sctpsocket import SctpOptions
 from proxyd.state.snapshot import Options, Snapshot, VipMode
 from proxyd.state.spec import ServicePortName
 
@@ -107,6 +108,7 @@ def make_reconciler(
         guard=guard,
         drain_seconds=settings.drain_timeout,
         note=note,
+        sctp=SctpOptions(settings.sctp_max_message, settings.sctp_max_streams),
     )
 
 

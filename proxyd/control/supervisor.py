@@ -53,12 +53,14 @@ class WorkerOptions:
     tcp_idle_timeout: float = 0.0
     udp_timeout: float = 60.0
     records: bool = False
+    sctp_max_message: int = 256 * 1024
 
     def arguments(self) -> list[str]:
         """As command-line arguments."""
         return [
             f"--tcp-idle-timeout={self.tcp_idle_timeout}",
             f"--udp-timeout={self.udp_timeout}",
+            f"--sctp-max-message={self.sctp_max_message}",
             *(["--records"] if self.records else []),
         ]
 
@@ -224,6 +226,7 @@ class Supervisor:
             tcp_idle_timeout=self._options.tcp_idle_timeout,
             udp_timeout=self._options.udp_timeout,
             records=self._options.records,
+            sctp_max_message=self._options.sctp_max_message,
         )
         data_plane.Worker(self._loop, Channel(theirs), self._slots, index, chosen).start()
         return Worker(index, None, -1, Channel(ours), time.monotonic())
@@ -307,16 +310,24 @@ class Supervisor:
                 self._events.acknowledged()
             case Drained(listeners=listeners):
                 self._events.drained(worker.index, listeners)
+            case _:
+                self.heard(worker.index, message)
+
+    def heard(self, number: int, message: object) -> None:
+        """What a worker reports of its relays, be it one of an earlier program."""
+        match message:
             case Connections():
                 self._events.connections(message)
             case LiveConnections():
-                self.roundups.heard(worker.index, message)
+                self.roundups.heard(number, message)
             case Failures():
                 self._events.failures(message)
             case Trouble(counts=counts):
-                self._events.trouble(worker.index, counts)
+                self._events.trouble(number, counts)
+            case Acknowledged():
+                pass  # of an update that an earlier program told it
             case _:
-                log.error("unexpected message from a worker", worker=worker.index)
+                log.error("unexpected message from a worker", worker=number)
 
     def _exited(self, worker: Worker) -> None:
         assert worker.process is not None

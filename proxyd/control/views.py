@@ -101,6 +101,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     workers: tuple[WorkerFacts, ...] = ()
     sources: tuple[SourceFacts, ...] = ()
+    leaving: tuple[int, ...] = ()  # workers of earlier programs
     faces: Faces = msgspec.field(default_factory=Faces)
 
 
@@ -182,6 +183,7 @@ def status(picture: Picture, *, now: float) -> StatusView:
         counters=counters,
         failing=tuple(sorted(failing, key=_listener_order)),
         problems=picture.problems,
+        leaving_workers=picture.leaving,
     )
 
 

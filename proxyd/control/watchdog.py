@@ -20,6 +20,8 @@ log = get_logger("watchdog")
 TICK_SECONDS = 2.0
 # A turn of the reconcile loop that is due for so many ticks does not come.
 _MAX_WAITED = 7
+# How much longer a start may take that waits for somebody else; said at each tick.
+_WAIT_SECONDS = 60.0
 # What an end takes beyond the drain: the workers' own margin, netlink, nft.
 _END_SECONDS = 15.0
 
@@ -124,6 +126,10 @@ class Watchdog:
             wrong = self._reconcile_waits() or self._daemon.supervisor.probe()
             if not self._ready:
                 wrong = ""  # a start takes its time; the manager has a limit of its own for it
+                if self._daemon.phase == "starting":
+                    # But not for an API server that is away: starting anew would not bring it back.
+                    missing = ", ".join(fact.name for fact in self._daemon.feed.facts if not fact.synced)
+                    self._notifier.starting(f"waiting for the first list of {missing}", _WAIT_SECONDS)
             if wrong and wrong != self.wrong:
                 log.warning("not healthy", why=wrong)
             self.wrong = wrong

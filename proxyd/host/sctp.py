@@ -10,8 +10,6 @@ import errno
 import socket
 from collections.abc import Iterable, Sequence
 
-import msgspec
-
 from proxyd.host.routes import is_local
 from proxyd.host.sockets import BindFailed, explained, leave_spare
 from proxyd.state.sctpsocket import (
@@ -23,8 +21,10 @@ from proxyd.state.sctpsocket import (
     NODELAY,
     RECVRCVINFO,
     SOL_SCTP,
+    SctpOptions,
     addresses,
     initmsg,
+    unmapped,
 )
 from proxyd.state.spec import ListenerKey, ListenerSpec, Role
 
@@ -34,21 +34,14 @@ _BUFFERS = ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCV
 _MIN_BUFFER = 1024 * 1024
 
 
-class Tuning(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator decided of SCTP."""
-
-    max_message: int = 256 * 1024  # bytes
-    max_streams: int = 1024  # in each direction
-
-
 def open_endpoint(
-    specs: Sequence[ListenerSpec], tuning: Tuning, backlog: int
+    specs: Sequence[ListenerSpec], options: SctpOptions, backlog: int
 ) -> tuple[socket.socket | None, dict[ListenerKey, BindFailed]]:
     """Open one socket, bind it to all addresses that can be bound, and listen.
 
     Args:
         specs: of one home, or a single one.
-        tuning: see there.
+        options: of all SCTP sockets.
         backlog: of the listening socket.
 
     Returns:
@@ -56,7 +49,7 @@ def open_endpoint(
     """
     failed: dict[ListenerKey, BindFailed] = {}
     try:
-        opened = _socket(specs, tuning)
+        opened = _socket(specs, options)
     except OSError as error:
         return None, {spec.key: _why(error, spec) for spec in specs}
     for spec in specs:
@@ -111,7 +104,20 @@ def remove_address(opened: socket.socket, key: ListenerKey) -> None:
     opened.setsockopt(SOL_SCTP, BINDX_REM, addresses([key.ip], key.port))
 
 
-def _socket(specs: Iterable[ListenerSpec], tuning: Tuning) -> socket.socket:
+def bound_to(opened: socket.socket) -> frozenset[str] | None:
+    """The addresses that a listening socket is bound to; None where pysctp, which alone can ask, is not installed."""
+    try:
+        import _sctp  # noqa: PLC0415 - the extra `sctp`; its Python layer makes sockets of its own
+    except ImportError:
+        return None
+    try:
+        found = _sctp.getladdrs(opened.fileno(), 0)
+    except OSError:
+        return None
+    return frozenset(unmapped(ip) for ip, _ in found)
+
+
+def _socket(specs: Iterable[ListenerSpec], options: SctpOptions) -> socket.socket:
     flags = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     ips = [spec.key.ip for spec in specs]
     family = max(spec.home.family if spec.home else 6 if ":" in spec.key.ip else 4 for spec in specs)
@@ -127,11 +133,11 @@ def _socket(specs: Iterable[ListenerSpec], tuning: Tuning) -> socket.socket:
         if opened.family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.setsockopt(SOL_SCTP, INITMSG, initmsg(tuning.max_streams, tuning.max_streams))
+        opened.setsockopt(SOL_SCTP, INITMSG, initmsg(options.max_streams, options.max_streams))
         opened.setsockopt(SOL_SCTP, EVENTS, EVENTS_WANTED)
         opened.setsockopt(SOL_SCTP, RECVRCVINFO, 1)
         opened.setsockopt(SOL_SCTP, NODELAY, 1)
-        _set_buffers(opened, max(4 * tuning.max_message, _MIN_BUFFER))
+        _set_buffers(opened, max(4 * options.max_message, _MIN_BUFFER))
     except OSError:
         opened.close()
         raise

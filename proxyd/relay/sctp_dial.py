@@ -8,6 +8,7 @@ from _socket import socket as Socket  # noqa: N812 a class; without the Python l
 from typing import TYPE_CHECKING
 
 from proxyd.relay.relay import SHORTAGES
+from proxyd.relay.sctp_side import SO_RCVBUFFORCE, SO_SNDBUFFORCE
 from proxyd.state.sctpsocket import (
     CONNECTX,
     EVENTS,
@@ -30,11 +31,7 @@ if TYPE_CHECKING:
 
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 _INITMSG_BYTES = 8
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
-_BUFFERS = (
-    (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
-    (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
-)
+_BUFFERS = ((SO_SNDBUFFORCE, socket.SO_SNDBUF), (SO_RCVBUFFORCE, socket.SO_RCVBUF))
 # An association takes a local port for itself; by chance the one that it connects to.
 _PORTS_TRIED = 3
 
@@ -114,13 +111,6 @@ def _prepare(sock: Socket, streams: tuple[int, int], shared: Shared) -> None:
     sock.setsockopt(SOL_SCTP, NODELAY, 1)
     sock.setsockopt(SOL_SCTP, RECVRCVINFO, 1)
     sock.setsockopt(SOL_SCTP, EVENTS, EVENTS_WANTED)
-    if shared.may_force:
-        try:
-            for force, _ in _BUFFERS:
-                sock.setsockopt(socket.SOL_SOCKET, force, shared.buffer)
-            return
-        except PermissionError:
-            shared.may_force = False
-    # As large as net.core.wmem_max and rmem_max allow; the kernel doubles what it is given.
-    for _, plain in _BUFFERS:
-        sock.setsockopt(socket.SOL_SOCKET, plain, shared.buffer)
+    # The kernel doubles what it is given.
+    for force, plain in _BUFFERS:
+        sock.setsockopt(socket.SOL_SOCKET, force if shared.may_force else plain, shared.buffer)

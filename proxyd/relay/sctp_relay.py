@@ -25,7 +25,8 @@ from proxyd.relay.slots import (
     CONNECT_US,
     DATAGRAMS_IN,
     DATAGRAMS_OUT,
-    DROPPED,
+    DROPPED_TO_CLIENT,
+    DROPPED_TO_ENDPOINT,
     FAILED,
     OPENED,
 )
@@ -247,23 +248,23 @@ class SctpRelay:
 
     def restarted(self, side: Side) -> None:
         """A peer has lost its association and set it up anew: what the other one knows of it is of no use any more."""
-        who = "client" if side is self.client else "endpoint"
-        self.finish(f"restarted by {who}", reset_client=True, reset_upstream=True)
+        self.finish(f"restarted by {self._name(side)}", reset_client=True, reset_upstream=True)
 
     def send_failed(self, side: Side, error: OSError, stream: int, size: int) -> bool:
         """A message can't be sent to `side`; whether the relay goes on without it."""
         if error.errno == errno.EPIPE:
             # It shuts down, or was aborted: its own events tell.
             side.deaf = True
-            self.count_dropped(1)
+            self.count_dropped(side)
             return True
         if error.errno == errno.EINVAL:
-            who = "client" if side is self.client else "endpoint"
-            self.count_dropped(1)
-            self._trouble(f"stream {stream} was used, which the {who} has not: association aborted")
+            self.count_dropped(side)
+            self._trouble(
+                f"stream {stream} was used, which the {self._name(side)} does not have: association aborted"
+            )
             self.abort("stream not granted")
         elif error.errno == errno.EMSGSIZE:
-            self.count_dropped(1)
+            self.count_dropped(side)
             self._trouble(
                 f"a message of {size} bytes is larger than the send buffer: association aborted; "
                 "raise net.core.wmem_max"
@@ -273,14 +274,17 @@ class SctpRelay:
             self.reset_by(side)
         return False
 
-    def too_long(self, _side: Side) -> None:
-        """A message is longer than those that are relayed."""
-        self.count_dropped(1)
+    def too_long(self, side: Side) -> None:
+        """A message from `side` is longer than those that are relayed."""
+        self.count_dropped(side.peer)
         self._trouble(
-            f"a message of more than {self.listener.shared.max_message} bytes came: association aborted; "
-            "--sctp-max-message says how long they may be"
+            f"the {self._name(side)} sent a message of more than {self.listener.shared.max_message} bytes: "
+            "association aborted; --sctp-max-message says how long they may be"
         )
         self.abort("message too long")
+
+    def _name(self, side: Side) -> str:
+        return "client" if side is self.client else "endpoint"
 
     def closing(self) -> None:
         """One direction has ended: the rest must follow within SHUTDOWN_SECONDS."""
@@ -355,11 +359,12 @@ class SctpRelay:
             if self._deadline and now >= self._deadline:
                 self.abort("shutdown not answered")
 
-    def count_dropped(self, messages: int) -> None:
-        """Count messages that could not be sent on."""
-        self.plane.counters[self._balancer.row + DROPPED] += messages
+    def count_dropped(self, side: Side) -> None:
+        """Count a message that could not be sent on to `side`."""
+        field = DROPPED_TO_CLIENT if side is self.client else DROPPED_TO_ENDPOINT
+        self.plane.counters[self._balancer.row + field] += 1
         if self._endpoint is not None:
-            self.plane.counters[self._endpoint.row + DROPPED] += messages
+            self.plane.counters[self._endpoint.row + field] += 1
 
     def _count(self) -> None:
         """Add what was moved since the last call."""

@@ -14,6 +14,7 @@ SCTP knows no half-close. A side that has *ended* sends nothing more (its SHUTDO
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
@@ -49,6 +50,7 @@ MAX_CONTROLS = 4096
 # Bytes. What the kernel gives without privileges (net.core.wmem_max) is enough for 256 KiB messages, as it doubles that.
 MIN_BUFFER = 1024 * 1024
 _NOWAIT = socket.MSG_DONTWAIT
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 _EOR = socket.MSG_EOR
 
 Control = list[tuple[int, int, bytes]]
@@ -68,7 +70,18 @@ class Shared:
         self.view = memoryview(bytearray(max(max_message + 1, 4096)))
         self.buffers = [self.view]
         self.controls: dict[tuple[int, int, int], Control] = {}
-        self.may_force = True  # buffers beyond the system's limit, until that was refused
+        self.may_force = True  # buffers beyond the system's limit
+
+    def measure(self) -> int:
+        """Find out how large buffers may be. Returns the size of the largest message that can be sent."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.buffer)
+            except PermissionError:
+                self.may_force = False
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer)
+            return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        return self.max_message
 
     def control(self, key: tuple[int, int, int]) -> Control:
         """What makes a message like another: see `message_key`."""
@@ -85,6 +98,12 @@ def shared(plane: Plane) -> Shared:
     found = plane.extensions.get("SCTP")
     if not isinstance(found, Shared):
         found = plane.extensions["SCTP"] = Shared(plane.options.sctp_max_message)
+        room = found.measure()
+        if room < found.max_message:
+            plane.reporter.trouble(
+                f"the kernel lets this process send SCTP messages of {room} bytes at most, not "
+                f"{found.max_message} (--sctp-max-message): set net.core.wmem_max to {found.max_message // 2}"
+            )
     return found
 
 
@@ -157,7 +176,7 @@ class Side:
         if self.pending is not None:
             self.plane.keep(-len(self.pending[0]))
             self.pending = None
-            self.relay.count_dropped(1)
+            self.relay.count_dropped(self)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -194,7 +213,7 @@ class Side:
             self.messages += 1
             self.bytes += size
             if peer.deaf:
-                self.relay.count_dropped(1)
+                self.relay.count_dropped(peer)
                 continue
             key = message_key(control[0][2])
             how = controls.get(key) or shared.control(key)

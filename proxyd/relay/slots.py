@@ -32,8 +32,8 @@ REFUSED = 7  # balancer: turned away (source range, no endpoint left)
 DATAGRAMS_IN = 8  # UDP datagrams, SCTP messages: client to endpoint
 DATAGRAMS_OUT = 9  # UDP datagrams, SCTP messages: endpoint to client
 EVICTED = 10  # UDP: flows ended to make room for others
-DROPPED = 11  # SCTP: messages that could not be sent on; UDP: datagrams, for want of descriptors, local ports or memory
-# UDP: datagrams dropped ...
+DROPPED = 11  # UDP: datagrams, for want of descriptors, local ports or memory
+# UDP datagrams, SCTP messages (12, 13) dropped ...
 DROPPED_TO_ENDPOINT = (
     12  # because the kernel did not take them for the endpoint: its queue is full, they are too large
 )

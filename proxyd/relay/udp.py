@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from collections import deque
 from time import monotonic
 
 from proxyd.relay.balancer import Balancer
@@ -20,7 +21,7 @@ from proxyd.relay.poller import IN
 from proxyd.relay.slots import DROPPED_OVERRUN, OPENED, REFUSED
 from proxyd.relay.udp_figures import overruns
 from proxyd.relay.udp_flow import TALKING, Flow
-from proxyd.relay.udp_table import LEAVE_SECONDS, FlowTable
+from proxyd.relay.udp_table import LEAVE_SECONDS, FlowTable, Victim
 from proxyd.relay.udp_vector import ClientKey, ClientName, client_address, client_key
 
 # Batches of a single datagram after which datagrams are taken singly, which costs less as long as they come singly.
@@ -61,6 +62,7 @@ class UdpListener:
                 f"listener {self.address}: source range {self._ranges.unreadable[0]!r} is not a CIDR: it admits nobody"
             )
         self._until: float | None = None  # while only replies under way are waited for
+        self.victims: deque[Victim] = deque()  # of its flows those that make room for others next
         self._last_turn = 0
         self._batches = 0  # to be tried yet, of which none has had two datagrams
         self._socket = Socket(fileno=fd)

@@ -109,7 +109,7 @@ class Flow:
         table = self._table
         ip = self.client_ip if balancer.affinity_seconds else ""
         while self.attempts < MAX_ATTEMPTS:
-            endpoint = balancer.pick(ip, monotonic(), self._tried)
+            endpoint = balancer.pick(ip, monotonic() if self.attempts else self.started, self._tried)
             if endpoint is None:
                 break
             self.endpoint = endpoint
@@ -347,14 +347,18 @@ class Flow:
 
     def count(self) -> None:
         """Bring the shared counters up to date."""
-        now = (self.bytes_in, self.bytes_out, self.datagrams_in, self.datagrams_out)
-        before, self._counted = self._counted, now
+        bytes_in, bytes_out, datagrams_in, datagrams_out = self._counted
+        self._counted = (self.bytes_in, self.bytes_out, self.datagrams_in, self.datagrams_out)
+        more_in, more_out = self.datagrams_in - datagrams_in, self.datagrams_out - datagrams_out
         counters = self._table.counters
         rows = (self.balancer.row, self.endpoint.row) if self.endpoint is not None else (self.balancer.row,)
-        for field, new, old in zip(_COUNTED, now, before, strict=True):
-            if new > old:
-                for row in rows:
-                    counters[row + field] += new - old
+        for row in rows:
+            if more_in:
+                counters[row + DATAGRAMS_IN] += more_in
+                counters[row + BYTES_IN] += self.bytes_in - bytes_in
+            if more_out:
+                counters[row + DATAGRAMS_OUT] += more_out
+                counters[row + BYTES_OUT] += self.bytes_out - bytes_out
         if (
             self.stage == TALKING
             and self._sock is not None
@@ -369,6 +373,3 @@ class Flow:
     def live(self, now: float) -> LiveConnection:
         """What it is and does at this moment."""
         return live_record(self, now)
-
-
-_COUNTED = (BYTES_IN, BYTES_OUT, DATAGRAMS_IN, DATAGRAMS_OUT)

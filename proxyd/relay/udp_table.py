@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -41,11 +42,16 @@ _PORT_SHARE = 0.75
 _LISTENER_SHARE = 0.75
 # How full the table is when single exchanges are forgotten sooner.
 _HURRIED_SHARE = 0.5
-# This part of the table is ended at once when it is full, so that one pass over all flows serves many new ones.
-_EVICTED_SHARE = 1 / 32
+# One pass over a full table chooses this part of it as those that make room next.
+_VICTIMS_PART = 8
+# And this part is ended where something else ran out before the table was full.
+_SHORT_PART = 32
 # Idle flows are ended, and busy ones counted, so many at a time, at most 3 ms of work, with a pause for the others between.
 _DUE_AT_ONCE = 200
 _PAUSE_SECONDS = 0.005
+
+# A flow, and when it had been used and its stage when it was chosen.
+Victim = tuple[Flow, float, int]
 
 
 class FlowTable:
@@ -72,16 +78,15 @@ class FlowTable:
         self._timer: asyncio.TimerHandle | None = None
         self._tick_seconds = TICK_SECONDS
         self._swept = 0.0  # the clock, when flows were last collected
-        self._due: deque[tuple[Flow, float]] = (
-            deque()
-        )  # to be ended, unless used since then; 0: to be counted
+        # To be ended unless used since then; 0: to be counted.
+        self._due: deque[tuple[Flow, float]] = deque()
         self._due_timer: asyncio.TimerHandle | None = None
+        self._victims: deque[Victim] = deque()  # the flows that make room for others next
+        # How many flows there may be: half of the descriptors, and no more than memory and local ports allow; and how many
+        # of one listener.
+        self.limit = self._listener_limit = self._measured = 0
+        self._measure()
         self.poller.before_end = self._flush
-
-    @property
-    def limit(self) -> int:
-        """How many flows there may be: half of the descriptors, and no more than memory and local ports allow."""
-        return min(self.plane.max_relays, MAX_FLOWS, self._ports)
 
     def receiver(self, family: int) -> Vector:
         """What listeners of a family receive into."""
@@ -116,22 +121,48 @@ class FlowTable:
             yield from listener.flows.values()
 
     def make_room(self, listener: UdpListener) -> None:
-        """End some flows where there is none left for one more, of this listener or of all."""
-        limit = self.limit
-        if len(listener.flows) >= max(int(limit * _LISTENER_SHARE), 1):
-            self._evict([listener], limit)
-        elif self.plane.flows >= limit:
-            self._evict(list(self.listeners.values()), limit)
+        """End a flow where there is none left for one more, of this listener or of all."""
+        if self.plane.max_relays != self._measured:
+            self._measure()
+        if len(listener.flows) >= self._listener_limit:
+            self._evict(listener.victims, [listener])
+        elif self.plane.flows >= self.limit:
+            self._evict(self._victims, self.listeners.values())
 
     def short(self) -> None:
         """End some flows because descriptors, memory or ports ran out before the limit was reached."""
-        self._evict(list(self.listeners.values()), self.plane.flows)
+        for _ in range(max(self.plane.flows // _SHORT_PART, 1)):
+            self._evict(self._victims, self.listeners.values())
 
-    def _evict(self, listeners: list[UdpListener], limit: int) -> None:
-        """End the longest idle of what fills the table: unanswered flows, or single exchanges if these are more.
+    def _measure(self) -> None:
+        self._measured = self.plane.max_relays
+        self.limit = min(self._measured, MAX_FLOWS, self._ports)
+        self._listener_limit = max(int(self.limit * _LISTENER_SHARE), 1)
+
+    def _evict(self, victims: deque[Victim], listeners: Iterable[UdpListener]) -> None:
+        """End the next of the victims that has not been used since it was chosen.
+
+        Flows that only wait for a last reply go first where they are most of what there is.
+        """
+        if len(self.leaving) > self.plane.flows // 2:
+            flow = next(iter(self.leaving))  # the first that was left
+            self.counters[flow.balancer.row + EVICTED] += 1
+            flow.finish("evicted")
+            return
+        for _ in range(2):
+            while victims:
+                flow, used, stage = victims.popleft()
+                if flow.used == used and flow.stage == stage and flow.listener.flows.get(flow.key) is flow:
+                    self.counters[flow.balancer.row + EVICTED] += 1
+                    flow.finish("evicted")
+                    return
+            victims.extend(self._choose(listeners))
+
+    def _choose(self, listeners: Iterable[UdpListener]) -> list[Victim]:
+        """The longest idle of what fills the table: unanswered flows, or single exchanges if these are more.
 
         Either is what a flood of one-packet clients leaves; the fewer of the two are the real ones. Conversations go
-        only when there is nothing else.
+        only when there is nothing else. So many are chosen that one pass over all flows serves many new ones.
         """
         stages: tuple[list[Flow], ...] = ([], [], [])
         for listener in listeners:
@@ -140,17 +171,16 @@ class FlowTable:
         waiting, answered, talking = stages
         chosen = max(waiting, answered, key=len) or talking
         chosen.sort(key=_used)
-        for flow in chosen[: max(int(limit * _EVICTED_SHARE), 1)]:
-            self.counters[flow.balancer.row + EVICTED] += 1
-            flow.finish("evicted")
-        advice = "; raise the limit of open files" if limit == self.plane.max_relays else ""
+        advice = "; raise the limit of open files" if self.limit == self.plane.max_relays else ""
         self.plane.reporter.trouble(f"as many UDP flows as there may be: the longest idle are ended{advice}")
+        return [(flow, flow.used, flow.stage) for flow in chosen[: len(chosen) // _VICTIMS_PART + 1]]
 
     # -- time -----------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self._timer = None
         self.clock = now = monotonic()
+        self._measure()
         hurried = self.plane.flows > self.limit * _HURRIED_SHARE
         collect = not self._due  # else those of an earlier pass are still gone through
         shortest = self._idle_seconds
@@ -223,8 +253,7 @@ class FlowTable:
                 timer.cancel()
 
 
-def _used(flow: Flow) -> float:
-    return flow.used
+_used = attrgetter("used")
 
 
 def _local_ports() -> int:

@@ -33,6 +33,16 @@ class Document:
         self._text, self._start, self._end, self._line, self._json = text, start, end, line, is_json
 
     @property
+    def all_text(self) -> str:
+        """That of the whole file."""
+        return self._text
+
+    @property
+    def start(self) -> int:
+        """Where it begins in the file's text."""
+        return self._start
+
+    @property
     def text(self) -> str:
         """What it was read from."""
         return self._text[self._start : self._end]
@@ -49,7 +59,7 @@ class Document:
 
 
 def read_documents(
-    data: bytes,
+    data: bytes | str,
     *,
     is_json: bool = False,
     known: Container[str] = (),
@@ -60,13 +70,13 @@ def read_documents(
     YAML is that of version 1.2 (core schema), with merge keys. It is UTF-8, or UTF-16 with a byte order mark.
 
     Args:
-        data: the file's content.
+        data: the file's content, or its text as `text_of` gives it.
         is_json: whether it is JSON.
         known: texts of YAML documents whose value the caller has: they come with None for it.
         repeated: given for lenient reading of YAML: the last of several equal keys counts, and this gets the others.
     """
     try:
-        text = _text(data)
+        text = text_of(data) if isinstance(data, bytes) else data
     except Unreadable as error:
         yield error
         return
@@ -98,8 +108,12 @@ def read_documents(
                 yield Document(value, text, start, end, line, is_json=False)
 
 
-def _text(data: bytes) -> str:
-    """The text of a file, with line feeds only."""
+def text_of(data: bytes) -> str:
+    """The text of a file, with line feeds only.
+
+    Raises:
+        Unreadable: it is none, or too large.
+    """
     if len(data) > MAX_BYTES:
         raise Unreadable(f"the file has more than {MAX_BYTES >> 20} MiB: split it", 0, 0)
     encoding = "utf-16" if data.startswith(_UTF16) else "utf-8"

@@ -16,11 +16,13 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service
+from proxyd.sources.edits import Layout
 from proxyd.sources.files import MAX_FILES, FileEntry, Stamp, Survey, display, reason, survey
 from proxyd.sources.halves import SecondHalf, second_half
 from proxyd.sources.parse import parse_file
 from proxyd.sources.regular import read_regular
 from proxyd.sources.watch import Change
+from proxyd.state.changes import touched
 
 # Of all files together; those that would pass it are not read.
 MAX_TOTAL_BYTES = 512 << 20
@@ -60,6 +62,7 @@ class _FileState(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[Problem, ...] = ()
     complete: bool = True
     known: Mapping[str, Decoded] = {}  # see ParsedFile
+    layout: Layout | None = None  # likewise
 
 
 class ManifestSource:
@@ -200,14 +203,14 @@ class ManifestSource:
             old = earlier[path]
             if not (_plain(old) and _plain(state)):
                 return False
-            before = old.objects if old else {}
             after = state.objects if state else {}
-            gone.update((key, path) for key in before if key not in after)
-            for key, thing in after.items():
-                if before.get(key) is not thing:
-                    if key in new:
-                        return False
-                    new[key] = (path, thing)
+            for key in touched(old.objects if old else {}, after):
+                if key not in after:
+                    gone[key] = path
+                elif key in new:
+                    return False
+                else:
+                    new[key] = (path, after[key])
         if not self._several.isdisjoint(gone) or not self._several.isdisjoint(new):
             return False
         if any(
@@ -265,7 +268,8 @@ class ManifestSource:
             )
         if earlier:
             known = earlier.known
-        return self._parse(entry.path, data, stamp, digest, in_force, known=known)
+        layout = earlier.layout if earlier else None
+        return self._parse(entry.path, data, stamp, digest, in_force, known=known, layout=layout)
 
     def _parse(
         self,
@@ -276,15 +280,21 @@ class ManifestSource:
         in_force: Mapping[Key, KubeObject],
         *,
         known: Mapping[str, Decoded] | None,
+        layout: Layout | None,
     ) -> _FileState:
         label = display(path)
-        parsed = parse_file(label, data, self._rules, known)
+        parsed = parse_file(label, data, self._rules, known, layout)
         problems = list(parsed.problems)
         objects: dict[Key, KubeObject] = {}
-        for item in parsed.objects:
-            key = (type(item).__name__, item.metadata.key)
-            earlier = in_force.get(key)
-            objects[key] = earlier if earlier is not None and earlier == item else item
+        if parsed.swapped is None:
+            _take(objects, parsed.objects, in_force)
+        else:
+            old, new = parsed.swapped
+            # Keys stay the same objects in the same order, where nothing else has changed than what they stand for.
+            objects.update(in_force)
+            for key in {*map(_key, old)}.difference(map(_key, new)):
+                del objects[key]
+            _take(objects, new, in_force)
         rejected = frozenset(parsed.rejected)
         doubtful = rejected if parsed.complete else rejected | (in_force.keys() - objects.keys())
         kept = {}
@@ -306,6 +316,7 @@ class ManifestSource:
             problems=tuple(problems),
             complete=parsed.complete,
             known=parsed.known,
+            layout=parsed.layout,
         )
 
     def _merge(self, seen: Survey) -> ManifestSet:
@@ -346,6 +357,20 @@ class ManifestSource:
             files=len(seen.files),
             complete=all(state.complete for state in self._states.values()),
         )
+
+
+def _key(item: KubeObject) -> Key:
+    return type(item).__name__, item.metadata.key
+
+
+def _take(
+    objects: dict[Key, KubeObject], items: Iterable[KubeObject], in_force: Mapping[Key, KubeObject]
+) -> None:
+    """Add objects; one that is as it was is the very object of before."""
+    for item in items:
+        key = _key(item)
+        earlier = in_force.get(key)
+        objects[key] = earlier if earlier is not None and earlier == item else item
 
 
 def _unread(path: str, earlier: _FileState | None, why: str, *, holds: bool = False) -> _FileState:

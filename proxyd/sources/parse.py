@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 from msgspec.structs import replace
@@ -12,7 +13,8 @@ from proxyd.api.findings import Path
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem
 from proxyd.api.rules import Rules
-from proxyd.sources.documents import Document, Unreadable, read_documents
+from proxyd.sources.documents import MAX_DOCUMENTS, Document, Unreadable, read_documents, text_of
+from proxyd.sources.edits import Layout, compare
 
 # Problems of one file that are told one by one, each with its place.
 MAX_PROBLEMS = 10_000
@@ -33,10 +35,17 @@ class ParsedFile(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool = True
     # What a large file's documents held, by their text, for when the file is read again; those without problems.
     known: Mapping[str, Decoded] = {}
+    layout: Layout | None = None  # of a large file without problems
+    # Where a layout was of use: the objects of it that are not there any more, and those that are there instead.
+    swapped: tuple[Sequence[KubeObject], Sequence[KubeObject]] | None = None
 
 
 def parse_file(
-    label: str, data: bytes, rules: Rules, known: Mapping[str, Decoded] | None = None
+    label: str,
+    data: bytes,
+    rules: Rules,
+    known: Mapping[str, Decoded] | None = None,
+    layout: Layout | None = None,
 ) -> ParsedFile:
     """Read a file of YAML documents, or of JSON values if its name ends in ".json".
 
@@ -45,12 +54,17 @@ def parse_file(
         data: its content.
         rules: what is valid.
         known: as this function said the last time, for the same rules: what has not changed is not read again.
+        layout: likewise.
     """
+    if layout is not None and (edited := _edited(layout, data, rules, known or {})) is not None:
+        return edited
     reading = _Reading(label)
     is_json = label.lower().endswith(".json")
     remembers = len(data) >= _LARGE and not is_json
     before = {} if known is None else known
     after: dict[str, Decoded] = {}
+    starts: list[int] = []
+    text = ""
     for document in read_documents(data, is_json=is_json, known=before):
         if isinstance(document, Unreadable):
             reading.unreadable(document)
@@ -63,13 +77,62 @@ def parse_file(
             reading.add(document, decoded)
             if remembers and decoded.complete and not decoded.problems:
                 after[document.text] = decoded
+        if remembers and isinstance(document, Document):
+            starts.append(document.start)
+            text = document.all_text
+    problems = reading.all_problems()
+    plain = len(after) == len(starts) == len(reading.objects) and not problems
     return ParsedFile(
         objects=tuple(reading.objects),
-        problems=reading.all_problems(),
+        problems=problems,
         rejected=tuple(reading.rejected),
         complete=reading.complete,
         known=after,
+        layout=Layout(text, starts, tuple(reading.objects)) if remembers and plain else None,
     )
+
+
+def _edited(layout: Layout, data: bytes, rules: Rules, known: Mapping[str, Decoded]) -> ParsedFile | None:
+    """What an edited file holds; None where there is more to it than documents with an object each."""
+    try:
+        text = text_of(data)
+    except Unreadable:
+        return None
+    edit = compare(layout, text)
+    if edit is None:
+        return None
+    beyond = len(layout.starts) - edit.last
+    old = layout.objects[edit.first : beyond]
+    after = dict(known)
+    for start, end in pairwise([*layout.starts[edit.first : beyond], edit.end - edit.shift]):
+        if after.pop(layout.text[start:end], None) is None:
+            return None
+    new: list[KubeObject] = []
+    starts: list[int] = []
+    for document in read_documents(text[edit.start : edit.end], known=known):
+        if isinstance(document, Unreadable):
+            return None
+        decoded = known[document.text] if document.value is None else decode(document.value, rules)
+        if len(decoded.objects) != 1 or decoded.problems or decoded.rejected or not decoded.complete:
+            return None
+        after[document.text] = decoded
+        new.append(decoded.objects[0])
+        starts.append(edit.start + document.start)
+    objects = (*layout.objects[: edit.first], *new, *layout.objects[beyond:])
+    if len(objects) > MAX_DOCUMENTS or len({*map(_key, new)}) < len(new):
+        return None
+    if not {*map(_key, new)} <= {*map(_key, old)} and len({*map(_key, objects)}) < len(objects):
+        return None
+    starts = [
+        *layout.starts[: edit.first],
+        *starts,
+        *(start + edit.shift for start in layout.starts[beyond:]),
+    ]
+    return ParsedFile(objects=objects, known=after, layout=Layout(text, starts, objects), swapped=(old, new))
+
+
+def _key(thing: KubeObject) -> tuple[str, ObjectName]:
+    return type(thing).__name__, thing.metadata.key
 
 
 class _Reading:

@@ -218,6 +218,7 @@ def wait_who(place: Namespace, ip: str, expected: set[str], port: int = 80) -> N
 
     seen: set[str] = set()
     try:
-        wait_for(reached, "")
+        # After an outage the pause before the next try may be half a minute.
+        wait_for(reached, "", 60)
     except AssertionError:
         raise AssertionError(f"{ip}:{port} from {place.name}: {seen}, not {expected}") from None

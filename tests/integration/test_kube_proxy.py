@@ -499,6 +499,14 @@ def test_init_only_does_what_needs_rights_and_ends(lab: Lab, folder: Path, clust
 BALANCER_IP = "203.0.113.77"  # nobody's
 
 
+def answer(place: Namespace) -> str:
+    """Who answers at the load balancer's address; "" where the connection is refused or reset."""
+    try:
+        return ask(place, BALANCER_IP, 80, timeout=5)
+    except ConnectionError:
+        return ""
+
+
 @pytest.mark.parametrize("flag", ["--cluster-cidr=10.244.0.0/16", "--detect-local-mode=NodeCIDR"])
 def test_pods_reach_a_local_only_service_whose_endpoints_are_elsewhere(
     lab: Lab, folder: Path, cluster: Cluster, flag: str
@@ -513,10 +521,10 @@ def test_pods_reach_a_local_only_service_whose_endpoints_are_elsewhere(
         assert who(lab.node, BALANCER_IP, count=3) == {"pod-2"}
         # From elsewhere it comes only while the load balancer has not noticed: it goes to another node.
         lab.outside.ip(f"route add {BALANCER_IP}/32 via {NODE_IP}")
-        assert who(lab.outside, BALANCER_IP, count=3) == {""}
+        assert answer(lab.outside) == ""
         # An endpoint on this node: the policy as ever.
         cluster.endpoints("far", pod(1), pod(2, node=NODE_2))
-        wait_for(lambda: who(lab.outside, BALANCER_IP, count=1) == {"pod-1"}, "pod-1", 20, pause=0.1)
+        wait_for(lambda: answer(lab.outside) == "pod-1", "pod-1", 20, pause=0.1)
         assert who(lab.client, BALANCER_IP, count=4) == {"pod-1"}
 
 

@@ -176,13 +176,18 @@ def test_a_taken_address_is_tried_again(lab: Lab, proxyd: Run) -> None:
     with taken:
         daemon = proxyd()
         daemon.wait_listener(VIP, 80)
-        (line,) = [
-            line for line in events(daemon, "warning") if "an address of proxyd's own" in line["event"]
-        ]
+
+        def told() -> list[dict]:
+            return [
+                line for line in events(daemon, "warning") if "an address of proxyd's own" in line["event"]
+            ]
+
+        # Who has it is asked first, over HTTP too.
+        (line,) = wait_for(told, "a warning", 20, pause=0.1)
         assert (line["what"], line["address"]) == ("health", "0.0.0.0:10256")
         assert line["error"].endswith(f"(pid {os.getpid()}) has it")
         assert Answer(lab.node, METRICS, "/healthz").body == b"ok"
-    wait_for(lambda: not refused(lab.node, "127.0.0.1", HEALTH), "the health server", 8, pause=0.2)
+    wait_for(lambda: not refused(lab.node, "127.0.0.1", HEALTH), "the health server", 20, pause=0.2)
     assert Answer(lab.node, HEALTH, "/healthz").code == 200
 
 

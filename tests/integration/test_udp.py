@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -337,6 +338,112 @@ def test_a_flood_leaves_conversations_alone(answered: bool) -> None:
             assert worker.rss() - before < 2 << 20
             worker.wait(lambda: any("as many UDP flows" in text for text in worker.trouble))
             assert worker.trouble_messages < 60  # once a second at most
+
+
+def test_what_came_too_fast_is_counted(worker: WorkerDriver) -> None:
+    """Every datagram has either reached the endpoint or is counted as dropped."""
+    with serving(lambda _: []) as servers:
+        servers[0].socket.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        with front.client() as client:
+            client.send(b"first")
+            wait_for(lambda: servers[0].seen)
+            os.kill(worker.pid, signal.SIGSTOP)
+            for _ in range(20_000):
+                client.send(b"more")
+            os.kill(worker.pid, signal.SIGCONT)
+            wait_for(lambda: worker.total(number, s.DROPPED_OVERRUN))
+            wait_for(lambda: len(servers[0].seen) + worker.total(number, s.DROPPED_OVERRUN) == 20_001)
+        worker.wait(lambda: any("came faster" in text for text in worker.trouble))
+
+
+def test_what_is_too_large_for_the_other_side_is_counted(worker: WorkerDriver) -> None:
+    """Over IPv6 a datagram may be 20 bytes larger. It harms neither the endpoint's name nor the flow."""
+    with serving(lambda data: [data if data != b"large" else bytes(65_520)], host="127.0.0.1") as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number, host="::1")
+        with front.client() as client, front.client() as other:
+            other.send(bytes(65_520))  # the first of its flow
+            wait_for(lambda: worker.total(number, s.DROPPED_TO_ENDPOINT) == 1)
+            for _ in range(2):
+                assert query(client) == b"?"
+            client.send(bytes(65_520))
+            wait_for(lambda: worker.total(number, s.DROPPED_TO_ENDPOINT) == 2)
+            assert query(client) == query(other) == b"?"
+        assert worker.total(1000, s.FAILED) == 0
+
+
+def test_replies_that_are_too_large_are_counted(worker: WorkerDriver) -> None:
+    answers = {b"large": bytes(65_520)}
+    with serving(lambda data: [answers.get(data, data)], host="::1") as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        with front.client() as client:
+            for count in (1, 2, 3):
+                client.send(b"large")
+                wait_for(lambda count=count: worker.total(number, s.DROPPED_TO_CLIENT) == count)
+                assert query(client) == b"?"
+
+
+def test_descriptors_that_run_out() -> None:
+    """More flows are wished for than there are descriptors: the oldest go, and nothing stops."""
+    with running("--max-relays=5000", files=120) as worker, serving(echo) as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        with front.client() as client:
+            for _ in range(2):
+                assert query(client) == b"?"
+            with contextlib.ExitStack() as stack:
+                for i in range(300):
+                    stranger = stack.enter_context(_from(i, front.address))
+                    stranger.send(b"hello")
+                    if i % 20 == 0:
+                        assert query(client) == b"?"
+                wait_for(lambda: worker.total(number, s.DROPPED) > 0)
+                assert query(client) == b"?"
+            assert front.ask(b"new") == b"new"
+        assert worker.total(number, s.EVICTED) > 0
+        worker.wait(lambda: any("Too many open files" in text for text in worker.trouble))
+
+
+def test_endpoints_change_while_a_client_talks(worker: WorkerDriver) -> None:
+    """With each query under way the endpoint is replaced; every query is answered, and the next goes to the new one."""
+    with serving(named(b"a"), named(b"b")) as servers:
+        number = balancer(worker, servers[:1])
+        front = listen(worker, number)
+        with front.client() as client:
+            for i in range(300):
+                client.send(b"%d" % i)
+                which = (i + 1) % 2
+                balancer(worker, servers[which : which + 1], number=number, first=1000 + which)
+                assert client.recv(100).split()[1] == b"%d" % i
+                assert query(client) == (b"a ?" if which == 0 else b"b ?")
+        wait_for(lambda: active(worker, number) == 1)
+        assert worker.total(number, s.FAILED) == 0
+
+
+def test_a_client_port_that_is_used_again(worker: WorkerDriver) -> None:
+    """A new client at an old one's address goes on with its flow, and gets what it asks for."""
+    with serving(named(b"a")) as servers:
+        number = balancer(worker, servers)
+        front = listen(worker, number)
+        for i in range(5):
+            with bound("127.0.0.9", 4242) as client:
+                client.settimeout(5)
+                client.connect(front.address)
+                assert query(client, b"%d" % i) == b"a %d" % i
+        assert worker.total(number, s.OPENED) == 1
+
+
+def test_one_slow_client_holds_up_nobody(worker: WorkerDriver) -> None:
+    """A client that reads nothing loses its own replies only."""
+    with serving(lambda data: [bytes(8000)] * 100 if data == b"much" else [data]) as servers:
+        front = listen(worker, balancer(worker, servers))
+        with front.client() as deaf, front.client() as client:
+            for _ in range(50):
+                deaf.send(b"much")
+                assert query(client) == b"?"
 
 
 def test_shutdown_waits_for_a_reply_under_way() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from clients import wait_for
-from daemon import Proxyd
+from daemon import Proxyd, is_alive
 from dnslib import (
     DNS_PORT,
     NODE_PORT,
@@ -22,6 +24,8 @@ from dnslib import (
     dns_endpoints,
     dns_service,
     echo,
+    figures,
+    port_figures,
     programs,
 )
 from manifests import write
@@ -34,6 +38,7 @@ from netlab import (
     OUTSIDE_IP,
     Lab,
     Namespace,
+    pod_ip,
     routes_and_rules,
 )
 
@@ -283,3 +288,105 @@ def test_a_client_outside_is_seen_by_its_address(lab: Lab, manifests: Path, prox
         daemon.wait_listener(NODE_IP, NODE_PORT)
         wait_for(lambda: answers(lab.outside, NODE_IP, NODE_PORT), "an answer")
         wait_for(lambda: f'"client":"{OUTSIDE_IP}:' in access.read_text(), "a record", 5)
+
+
+def test_metrics(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "dns.yaml", dns_service(), dns_endpoints(1))
+    with programs(echo(lab.pods[0])), lab.client.socket(kind=socket.SOCK_DGRAM) as client:
+        daemon = proxyd(workers=2)
+        daemon.wait_listener(VIP, 53)
+        wait_for(lambda: answers(lab.client, pod_ip(1), DNS_PORT), "the server")
+        client.settimeout(10)
+        client.connect((VIP, 53))
+        for _ in range(50):
+            client.send(b"x" * 200)
+            assert len(client.recv(500)) == 200
+        client.send(b"hush")
+
+        wait_for(lambda: port_figures(lab.node)["proxyd_received_datagrams_total"] >= 51, "the figures")
+        got = port_figures(lab.node)
+        assert got["proxyd_received_datagrams_total"] == 51
+        assert got["proxyd_received_bytes_total"] == 50 * 200 + 4
+        assert got["proxyd_sent_datagrams_total"] == 50
+        assert got["proxyd_sent_bytes_total"] == 50 * 200
+        assert got["proxyd_connections_total"] == 1
+        assert got["proxyd_connections_active"] == 1
+        assert got["proxyd_flows_evicted_total"] == 0
+        # All endpoints refuse: nobody can be told, as the port is open; it is counted.
+        write(manifests / "dns.yaml", dns_service(), dns_endpoints(2))
+        dropped = "proxyd_datagrams_dropped_total:no_endpoint"
+
+        def refused_by_all() -> bool:
+            return not answers(lab.client, VIP) and port_figures(lab.node)[dropped] > 0
+
+        wait_for(refused_by_all, "a datagram that nobody took")
+        got = port_figures(lab.node)
+        assert not any(value for name, value in got.items() if "dropped" in name and name != dropped)
+
+
+@pytest.mark.parametrize("how", ["flag", "file"])
+def test_the_idle_timeout_of_kube_proxy(
+    lab: Lab, folder: Path, manifests: Path, proxyd: Run, how: str
+) -> None:
+    """250 ms, given explicitly, is what an answered flow gets: far less than what proxyd would choose, 10 s."""
+    write(manifests / "dns.yaml", dns_service(), dns_endpoints(1))
+    access = folder / "access"
+    flags = ("--udp-timeout", "250ms")
+    if how == "file":
+        config = folder / "config.yaml"
+        config.write_text(
+            "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nudpIdleTimeout: 250ms\n"
+        )
+        flags = ("--config", str(config))
+    with programs(echo(lab.pods[0])):
+        proxyd(flags=("--access-log", str(access), *flags)).wait_listener(VIP, 53)
+        wait_for(lambda: answers(lab.client, VIP), "an answer")
+        wait_for(lambda: '"reason":"idle"' in access.read_text(), "the end of the flow")
+        ended = next(
+            line for line in map(json.loads, access.read_text().splitlines()) if line["reason"] == "idle"
+        )
+        assert 0.25 <= ended["seconds"] < 8
+
+
+def test_a_worker_that_dies(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    """Datagrams wait in the listener's socket for the next worker; a client goes on from the same port."""
+    write(manifests / "dns.yaml", dns_service(), dns_endpoints(1))
+    with programs(echo(lab.pods[0])), lab.client.socket(kind=socket.SOCK_DGRAM) as client:
+        daemon = proxyd(workers=2)
+        daemon.wait_listener(VIP, 53)
+        wait_for(lambda: answers(lab.client, VIP), "an answer")
+        client.settimeout(20)
+        client.connect((VIP, 53))
+        for i in range(2):
+            client.send(b"before %d" % i)
+            assert client.recv(100) == b"before %d" % i
+            killed = daemon.worker_pids()
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+            # None is alive from here on until control starts others: they take what is sent meanwhile.
+            wait_for(lambda pids=killed: not any(map(is_alive, pids)), "the end of the workers")
+            client.send(b"meanwhile %d" % i)
+            assert client.recv(100) == b"meanwhile %d" % i
+
+
+def test_a_narrow_link_to_the_endpoint(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    """A router tells that a datagram is too large for the next link: it goes again in fragments, and no endpoint is blamed."""
+    with Namespace("behind") as behind:
+        lab.far.sysctl(net__ipv4__ip_forward="1")
+        lab.far.ip(
+            f"link add name narrow type veth peer name eth0 netns {behind.path}\n"
+            "link set narrow mtu 600\naddr add 10.77.0.1/24 dev narrow\nlink set narrow up"
+        )
+        behind.ip("addr add 10.77.0.2/24 dev eth0\nlink set eth0 mtu 600 up\nroute add default via 10.77.0.1")
+        slice_ = dns_endpoints(1)
+        slice_["endpoints"] = [{"addresses": ["10.77.0.2"]}]
+        write(manifests / "dns.yaml", dns_service(), slice_)
+        with programs(echo(behind)):
+            proxyd().wait_listener(VIP, 53)
+            wait_for(lambda: answers(lab.client, VIP), "an answer")
+            data = os.urandom(1200)
+            # Nobody knows yet how narrow the link is.
+            assert ask(lab.client, VIP, data=data, timeout=10) == data
+            assert ask(lab.client, VIP, data=data * 10, timeout=10) == data * 10
+            got = figures(lab.node, "proxyd_endpoint_dial_failures_total")
+            assert sum(got.values()) == 0

@@ -23,7 +23,7 @@ SNDINFO, RCVINFO = 2, 3
 UNORDERED = 1
 NOTIFICATION = 0x8000
 ASSOC_CHANGE, SHUTDOWN_EVENT = 0x8001, 0x8005
-COMM_LOST = 1
+COMM_LOST, SHUTDOWN_COMPLETE = 1, 3
 
 TIMEOUT = 60.0  # of each call, on a machine that is emulated and busy
 BUFFER = 1 << 20
@@ -103,6 +103,9 @@ class Association:
         self.events.append(kind)
         if kind == ASSOC_CHANGE and state == COMM_LOST:
             self._ended = End.ABORT
+        elif kind == ASSOC_CHANGE and state == SHUTDOWN_COMPLETE:
+            # Whoever began it is not told in any other way.
+            self._ended = End.SHUTDOWN
 
     def receive_all(self, count: int) -> list[Message]:
         """That many messages.

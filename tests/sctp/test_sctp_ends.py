@@ -87,20 +87,17 @@ def _narrow(join: Join, via: str, who: str) -> tuple[Association, Association]:
 def test_end_before_the_server_accepts(sctp: SctpLab, via: str, how: End) -> None:
     sent = [Message(b"%d" % number, number) for number in range(3)]
     with Server(sctp.lab.pods[0], pod_ip(1)) as server:
-        service = sctp.service(server)
-        client = (
-            service.connect() if via == "proxyd" else probe.connect(sctp.lab.client, server.ip, server.port)
-        )
-        with client:
+        service = sctp.service(server) if via == "proxyd" else None
+        with (
+            service.connect() if service else probe.connect(sctp.lab.client, server.ip, server.port) as client
+        ):
             client.send(*sent)
-            if via == "proxyd":
+            if service:
                 wait_for(
-                    lambda: [one["bytesIn"] for one in service.connections()] == [3],
-                    "the messages sent on",
-                    60,
+                    lambda: [one["bytesIn"] for one in service.connections()] == [3], "the messages sent on"
                 )
             ENDS[how](client)
-            if via == "proxyd" and how is End.ABORT:
+            if service and how is End.ABORT:
                 service.wait_ended()
             with server.accept() as accepted:
                 received, end = accepted.rest()
@@ -110,7 +107,8 @@ def test_end_before_the_server_accepts(sctp: SctpLab, via: str, how: End) -> Non
         else:
             # The kernel keeps what came, and forgets how it ended: that is not told apart here.
             assert set(received) <= set(sent)
-        service.remove()
+        if service:
+            service.remove()
 
 
 @contextlib.contextmanager
@@ -190,7 +188,9 @@ def test_removed_endpoint_keeps_its_associations_and_a_removed_service_lets_them
             assert accepted.receive() == Message(b"still")
             service.remove()
             wait_for(lambda: not service.listeners(), "the listener closed", 60)
-            with pytest.raises(ConnectionRefusedError):
+            with pytest.raises(
+                OSError, match="refused|not available"
+            ):  # by the kernel, or by the guard of the VIP
                 service.connect()
             accepted.send(Message(b"and again"))
             assert client.receive() == Message(b"and again")

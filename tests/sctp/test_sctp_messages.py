@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from clients import wait_for
 from probe import Association, End, Message, Streams
 from sctplab import SctpLab, Server, pod_ip
 
@@ -85,7 +86,7 @@ def test_message_above_the_limit_aborts_both_ends_and_says_so(sctp: SctpLab, joi
     client.send(Message(bytes(256 * KIB + 1)))
     assert client.receive() is End.ABORT
     assert server.receive() is End.ABORT
-    assert "--sctp-max-message" in sctp.proxyd.log()
+    wait_for(lambda: "--sctp-max-message" in sctp.proxyd.log(), "a word about it in the log")
 
 
 class Flow:

@@ -100,7 +100,14 @@ class Machine:
         kernel = "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on rdinit=/init"
         argv = [
             *(setup.QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-nic", "none"),
-            *("-machine", "q35", "-accel", self.accel, "-cpu", "host" if self.accel == "kvm" else _EMULATED_CPU),
+            *(
+                "-machine",
+                "q35",
+                "-accel",
+                self.accel,
+                "-cpu",
+                "host" if self.accel == "kvm" else _EMULATED_CPU,
+            ),
             *("-smp", str(processors), "-m", str(memory)),
             *(
                 "-kernel",

@@ -23,6 +23,7 @@ from tests.vm.machine import Machine, usable_accel
 # Above the test's own limit, which holds in the machine: the first one waits for pytest to come up there.
 _MARGIN = 120.0
 _MACHINES = 3
+_LIMIT = 360.0  # seconds that a test may take that does not say it itself
 # Deadlines of the tests' helpers are this many times longer: emulated, everything takes about ten times as long.
 _PATIENCE = "6"
 # Reports go to the standard output of the machine, what pytest says to the other.
@@ -76,7 +77,13 @@ class RemoteTests:
         option = self._config.option
         command = [
             *(*_SHELL, sys.executable, "-m", "pytest", "-p", "tests.vm.forwarding", "-p", "no:cacheprovider"),
-            *("-q", f"--tb={option.tbstyle}", *["-v"] * (option.verbose + 1), *["-l"] * option.showlocals),
+            *(
+                f"--timeout={_LIMIT}",
+                "-q",
+                f"--tb={option.tbstyle}",
+                *["-v"] * (option.verbose + 1),
+                *["-l"] * option.showlocals,
+            ),
             *self._left,
         ]
         try:
@@ -142,7 +149,7 @@ def _limit(item: pytest.Item) -> float:
     marker = item.get_closest_marker("timeout")
     if marker is not None and marker.args:
         return float(marker.args[0])
-    return float(item.config.getini("timeout") or 600)
+    return _LIMIT
 
 
 def _failure(item: pytest.Item, text: str) -> pytest.TestReport:
