@@ -336,7 +336,9 @@ def compile_modules(folder: Path) -> None:
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
     modules = "proxyd.cli.run, proxyd.cli.get, proxyd.control.daemon, proxyd.control.admin, proxyd.control.observers"
     everything = f"import proxyd.cli.entry, proxyd.cli.main, proxyd.relay.worker, {modules}"
-    subprocess.run([sys.executable, "-m", "proxyd", "version"], stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "proxyd", "version"], stdout=subprocess.DEVNULL, cwd=ROOT, check=True
+    )
     subprocess.run([sys.executable, "-c", everything], cwd=ROOT, check=True)
 
 

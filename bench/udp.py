@@ -31,6 +31,8 @@ from workerlib import WorkerDriver, wait_for
 QUERY = b"q" * 100
 FLOWS = 64
 BUFFER_FORCE = 33  # SO_RCVBUFFORCE
+UDP_SEGMENT = 103
+TRAIN, BULK_BYTES = 32, 1200  # datagrams that the client gives the kernel at once, and the size of each
 NGINX = """
 load_module /usr/lib/nginx/modules/ngx_stream_module.so;
 daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
@@ -120,6 +122,37 @@ class Load:
                 break
         return got, got / (last - begin)
 
+    def alone(self, count: int) -> tuple[int, float]:
+        """Ask `count` times, one question after the other: each datagram wakes the proxy by itself."""
+        client = self.client()
+        client.setblocking(True)
+        client.settimeout(1)
+        begin = time.monotonic()
+        got = 0
+        for _ in range(count):
+            with contextlib.suppress(TimeoutError):
+                client.send(QUERY)
+                client.recv(2048)
+                got += 1
+        return got, got / (time.monotonic() - begin)
+
+    def bulk(self, count: int) -> tuple[int, float]:
+        """Send `count` datagrams in trains, as QUIC does; how many came back."""
+        client = self.client()
+        client.setblocking(True)
+        client.settimeout(0.5)
+        client.setsockopt(socket.SOL_SOCKET, BUFFER_FORCE, 8 << 20)
+        client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, BULK_BYTES)
+        begin = time.monotonic()
+        got = 0
+        for _ in range(count // TRAIN):
+            client.send(bytes(TRAIN * BULK_BYTES))
+            with contextlib.suppress(TimeoutError):
+                for _ in range(TRAIN):
+                    client.recv(2048)
+                    got += 1
+        return got, got / (time.monotonic() - begin)
+
     def fresh(self, count: int) -> tuple[int, float]:
         """Ask `count` times, each from a new port, FLOWS at a time."""
         begin = time.monotonic()
@@ -178,6 +211,14 @@ def memory(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def server_port_number() -> int:
+    """A port below those that the kernel gives out, as pods have."""
+    for port in range(20_000, 30_000):
+        with contextlib.suppress(OSError), bound(port=port):
+            return port
+    raise OSError("no free port")
+
+
 def free_port() -> int:
     with bound() as sock:
         return int(sock.getsockname()[1])
@@ -230,7 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--envoy", default=shutil.which("envoy"), help="the binary")
     given = parser.parse_args()
-    server_socket = bound()
+    server_socket = bound(port=server_port_number())
     server_port = server_socket.getsockname()[1]
     server = os.fork()
     if not server:
@@ -249,7 +290,9 @@ def main() -> None:
             loads = {
                 "us/query, live flows, saturated": ("live", 1, (60_000,)),
                 "us/query, live flows, 10,000/s": ("live", 1, (30_000, 10_000.0)),
+                "us/query, one after the other": ("alone", 1, (10_000,)),
                 "us/query, each on a new flow": ("fresh", 2, (6400,)),
+                "us/datagram of 1,200 bytes, bulk": ("bulk", 1, (32_000,)),
             }
             highest = 0.0
             for name, (what, which, arguments) in loads.items():

@@ -137,6 +137,30 @@ class AdminServer:
         self._changed.set()  # nobody waits for a change any more
         await runner.cleanup()
 
+    async def renew(self) -> socket.socket | None:
+        """Open the socket anew, where somebody removed its file.
+
+        Returns:
+            The new one; None where nothing was to be done, or could be.
+        """
+        if self._runner is None:
+            return None
+        try:
+            listening = listen(self.path)
+        except AdminError as error:
+            log.warning("the admin socket was removed, and can't be opened again", error=str(error))
+            return None
+        log.warning("the admin socket was removed: it is opened again", path=self.path)
+        about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, once in a long while
+        self._identity = (about.st_dev, about.st_ino)
+        before = self._server
+        self._server = await asyncio.get_running_loop().create_unix_server(
+            self._protocol, sock=listening, backlog=BACKLOG
+        )
+        if before is not None:
+            before.close()
+        return listening
+
     def changed(self) -> None:
         """What is shown may have changed: those who wait for that are answered."""
         self._changes += 1

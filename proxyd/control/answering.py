@@ -49,6 +49,15 @@ class Answering:
         if self._admin is not None:
             self._admin.changed()
 
+    def look(self) -> None:
+        """See whether the admin socket is still there, and open it again where it is not."""
+        if self.begun and not os.path.lexists(self._path):
+            spawn(self._look(), name="admin socket")
+
+    async def _look(self) -> None:
+        assert self._admin is not None
+        self._listening = await self._admin.renew() or self._listening
+
     async def stop(self) -> None:
         """End the servers, and take the admin socket away."""
         if self._starting is not None:

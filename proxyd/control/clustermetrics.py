@@ -24,6 +24,7 @@ class ClusterFacts(msgspec.Struct, frozen=True, kw_only=True):
     bounds: Sequence[float] = ()  # upper ones of the buckets; a last one without bound follows
     events_dropped: int = 0
     lists: int = 0
+    problems: int = 0  # that last
     synced: bool = False
     last_event: float = 0.0  # Unix time; 0 = none yet
 
@@ -53,6 +54,11 @@ def families(facts: ClusterFacts) -> Iterator[Metric]:
         "proxyd_cluster_lists",
         "Full lists that were taken in: one of each kind, and then relists.",
         value=facts.lists,
+    )
+    yield GaugeMetricFamily(
+        "proxyd_cluster_problems",
+        "What is wrong with the API server or its objects: watches that fail, objects that cannot be used.",
+        value=facts.problems,
     )
     yield GaugeMetricFamily(
         "proxyd_cluster_synced", "Whether the API server's objects have been listed.", value=facts.synced

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-import signal
 import time
 from collections.abc import Callable
 
@@ -18,25 +16,28 @@ from proxyd.control.collection import uncollected
 from proxyd.control.configfile import Configuration
 from proxyd.control.duties import Duties
 from proxyd.control.handover import Handover, checking, take
+from proxyd.control.hearing import Hearing
 from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.notify import Notifier
 from proxyd.control.observation import Observation
 from proxyd.control.operations import Operations
 from proxyd.control.picture import draw
 from proxyd.control.publication import Publication, Update
-from proxyd.control.reloading import Reloading, has_terminal
+from proxyd.control.reloading import Reloading
 from proxyd.control.settings import Settings
+from proxyd.control.signals import handle_signals
 from proxyd.control.startup import (
     StartError,
     claim,
     decide_options,
+    interruptible,
     make_feeds,
     make_reconciler,
     read_first,
     set_oom_score,
 )
 from proxyd.control.succession import Succession
-from proxyd.control.supervisor import Events, Supervisor, WorkerOptions
+from proxyd.control.supervisor import Supervisor, WorkerOptions
 from proxyd.control.takeover import look as take_over
 from proxyd.control.takeover import when_it_ends
 from proxyd.control.tasks import cancel, describe, spawn
@@ -44,7 +45,7 @@ from proxyd.control.views import Faces, Picture
 from proxyd.control.watchdog import Watchdog
 from proxyd.host import limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
-from proxyd.relay.messages import Connections
+from proxyd.relay import registry
 from proxyd.relay.slots import Slots
 from proxyd.state.desired import Planner
 from proxyd.state.snapshot import NodeView, Snapshot
@@ -122,7 +123,8 @@ class Daemon:
         self.duties = Duties(self)
         self.faces = Faces()
         self.succession = Succession(self, left)
-        self._reloading = Reloading(self.reload)
+        self.reloading = Reloading(self.reload)
+        self._hearing = Hearing(self)
 
     async def run(self) -> int:
         """Start, serve until told to stop, take everything back."""
@@ -132,6 +134,7 @@ class Daemon:
             set_oom_score(self.settings)
             self.watchdog = Watchdog(self, Notifier.here())
             self._resources.callback(self.watchdog.close)
+            handle_signals(self)
             self.options = decide_options(self.settings)
             self._resources.enter_context(claim(self.options))
             self._answering = Answering(self)
@@ -139,6 +142,8 @@ class Daemon:
                 self._start_data_plane()
                 # They come up while manifests are read.
                 self.supervisor.start()
+                for note in registry.find().notes:
+                    log.info(note)
                 self.succession.begin()
                 taking_over = spawn(asyncio.to_thread(take_over, self.settings), name="takeover")
                 self._start_feed()
@@ -191,14 +196,7 @@ class Daemon:
                 records=bool(settings.access_log),
                 sctp_max_message=settings.sctp_max_message,
             ),
-            Events(
-                acknowledged=self.acknowledged,
-                drained=self._drained,
-                died=self._died,
-                connections=self._connections,
-                trouble=self._trouble,
-                failures=lambda message: self.operations.history.failed(message.records),
-            ),
+            self._hearing.events(),
         )
 
     def _start_feed(self) -> None:
@@ -206,16 +204,13 @@ class Daemon:
         self._resources.callback(self._monitor.close)
         self.feed = make_feeds(self.settings, self._snapshot_changed, self._node_changed)
         self._read_addresses()
-        read_first(self.feed)
+        with interruptible():
+            read_first(self.feed)
 
     # Serve
 
     async def _serve(self) -> None:
         loop = self._loop
-        loop.add_signal_handler(signal.SIGTERM, lambda: self._stop_after(self.settings.drain_timeout))
-        loop.add_signal_handler(signal.SIGINT, self._stop_after, 0.0)
-        loop.add_signal_handler(signal.SIGUSR2, self.succession.ask)
-        loop.add_signal_handler(signal.SIGHUP, self._hung_up if has_terminal() else self._reloading.ask)
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
         self.watchdog.start()
         loop.call_later(ANSWER_SECONDS, self._answering.begin)
@@ -264,7 +259,9 @@ class Daemon:
                     renewal = time.monotonic() + self.settings.config_sync_period
                 if time.monotonic() >= resync:
                     self.reconciler.observe()
+                    self._answering.look()
                     self._said.flush()
+                    self._hearing.flush()
                     resync = time.monotonic() + self.settings.sync_period
         finally:
             stopped.cancel()
@@ -336,34 +333,10 @@ class Daemon:
         """Have a reconcile: an address may be free."""
         self._dirty.set()
 
-    def _drained(self, worker: int, numbers: list[int]) -> None:
-        if self.reconciler.drained(worker, numbers):
-            self._dirty.set()
-
-    def _died(self, worker: int) -> None:
-        self.observation.published()
-        if self.reconciler.worker_died(worker):
-            self._dirty.set()
-
-    def _connections(self, message: Connections) -> None:
-        self.access.write(message.records, message.dropped)
-
-    def _trouble(self, worker: int, counts: dict[str, int]) -> None:
-        for text, count in counts.items():
-            # One line for each Service and reason, however many endpoints it has.
-            kind = re.sub(r"^endpoint \S+ of ", "", text)
-            self._said.warning(kind, text, count=count, worker=worker)
-            self.observation.metrics.trouble(text, count)
-
-    def _hung_up(self) -> None:
-        """A hang-up: of the terminal that it was started from, or else an order to reload."""
-        if has_terminal():
-            self._reloading.ask()
-        else:
-            self._stop_after(0.0)
-
     async def reload(self) -> None:
-        """Read the configuration and the manifests again."""
+        """Read the configuration and the manifests again; not any more when the end has begun."""
+        if self.phase == "draining":
+            return
         log.info("reloading")
         self.watchdog.reloading()
         self.access.reopen()
@@ -388,13 +361,15 @@ class Daemon:
     def drain(self, seconds: float) -> float:
         """Stop after so many seconds at most, unless that was begun before. Returns how long it takes at most."""
         if not self._stop.is_set():
-            self._stop_after(seconds)
+            self.stop_after(seconds)
         return self._drain
 
-    def _stop_after(self, drain: float) -> None:
+    def stop_after(self, drain: float) -> None:
+        """Begin the end: relays have so many seconds. The second time: end at once."""
         if self._stop.is_set():
             log.warning("stopping at once")
-            self.supervisor.kill()
+            if hasattr(self, "supervisor"):
+                self.supervisor.kill()
             if self.succession.workers is not None:
                 self.succession.workers.kill()
             return
@@ -424,10 +399,11 @@ class Daemon:
     def give_up(self, why: str) -> None:
         """Stop at once, and fail with a line that says why."""
         self._fatal = why
-        self._stop_after(0.0)
+        self.stop_after(0.0)
 
     async def _end(self) -> None:
         """Take back what was done to the node, also when the start failed half-way."""
+        self.phase = "draining"
         if hasattr(self, "reconciler"):
             self.reconciler.close_listeners()
             await self.duties.stop()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,6 +14,7 @@ from proxyd.api.problems import Problem, Severity
 from proxyd.control.collection import uncollected
 from proxyd.control.logs import get_logger
 from proxyd.control.settings import Settings
+from proxyd.sources.locate import located
 from proxyd.sources.manifests import ManifestSet, ManifestSource
 from proxyd.sources.standalone.allocation import NOTHING_TAKEN, Taken
 from proxyd.sources.standalone.assemble import Assembled, Assembler, AssemblySettings
@@ -23,6 +26,8 @@ log = get_logger("manifests")
 
 # Problems of one scan that are logged one by one; `proxyd check` shows them all.
 _MAX_LOGGED = 20
+# The largest file that is read once more to say where in it something is.
+_LOCATED_BYTES = 64 << 10
 
 
 class Feed:
@@ -76,7 +81,7 @@ class Feed:
             manifests = self._source.scan(None)
         self.synced_at = time.time()
         self.files, self.missing = manifests.files, manifests.missing
-        self._log(manifests.problems)
+        self._log(manifests.problems, self._new(manifests.problems))
         self.problems = manifests.problems
         return self.problems
 
@@ -102,12 +107,19 @@ class Feed:
         async for change in watch(self._settings.manifests, warn=log.warning):
             await self.rescan(change)
 
-    def _read(self, change: Change | None) -> tuple[ManifestSet, Assembled]:
+    def _read(self, change: Change | None) -> tuple[ManifestSet, Assembled, list[Problem]]:
+        """What there is now, and the new problems that are to be logged."""
         manifests = self._source.scan(change)
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        return manifests, self._assembler.assemble(manifests, self._allocations, now, self._elsewhere)
+        assembled = self._assembler.assemble(manifests, self._allocations, now, self._elsewhere)
+        return manifests, assembled, self._new(assembled.problems)
 
-    def _take(self, manifests: ManifestSet, assembled: Assembled) -> None:
+    def _new(self, problems: tuple[Problem, ...]) -> list[Problem]:
+        known = set(self.problems)
+        new = [problem for problem in problems if problem not in known]
+        return [*_placed(new[:_MAX_LOGGED]), *new[_MAX_LOGGED:]]
+
+    def _take(self, manifests: ManifestSet, assembled: Assembled, new: list[Problem]) -> None:
         self.synced_at = time.time()
         self.files, self.missing = manifests.files, manifests.missing
         if assembled is self._assembled:
@@ -119,20 +131,26 @@ class Feed:
             if error and error != self._save_error:
                 log.warning(error)
             self._save_error = error
-        self._log(assembled.problems)
+        self._log(assembled.problems, new)
         self.problems = assembled.problems
         self._changed(assembled.snapshot)
 
-    def _log(self, problems: tuple[Problem, ...]) -> None:
-        if problems == self.problems:
-            return
-        known = set(self.problems)
-        new = [problem for problem in problems if problem not in known]
+    def _log(self, problems: tuple[Problem, ...], new: list[Problem]) -> None:
         for problem in new[:_MAX_LOGGED]:
             say = log.error if problem.severity is Severity.ERROR else log.warning
             say(str(problem))
         if len(new) > _MAX_LOGGED:
             log.warning("more problems; `proxyd check` shows them all", count=len(new) - _MAX_LOGGED)
-        solved = len(known.difference(problems))
+        solved = len(set(self.problems).difference(problems))
         if solved:
             log.info("problems solved", count=solved)
+
+
+def _placed(problems: list[Problem]) -> list[Problem]:
+    """The problems with line and column, those of files that are read again in no time."""
+    small = set()
+    for path in {problem.file for problem in problems if problem.file and not problem.line}:
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_size <= _LOCATED_BYTES:  # noqa: PTH116 - the path is a text everywhere here
+                small.add(path)
+    return located(problems, tuple(small)) if small else problems

@@ -97,6 +97,7 @@ class ClusterFeed:
             bounds=DURATION_BOUNDS,
             events_dropped=self._source.events_dropped,
             lists=self._source.lists,
+            problems=len(self._source.problems),
             synced=self._synced,
             last_event=self._source.last_event_at,
         )

@@ -8,7 +8,7 @@ from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectName
 from proxyd.api.service import Service
 from proxyd.sources.standalone.allocation import Taken
-from proxyd.state.changes import touched
+from proxyd.state.changes import Derived, touched
 from proxyd.state.snapshot import Snapshot
 
 _Slices = Mapping[ObjectName, tuple[EndpointSlice, ...]]
@@ -28,7 +28,9 @@ class Merger:
         self.hidden: tuple[ObjectName, ...] = ()
         self._manifests = Snapshot()
         self._cluster = Snapshot()
-        self._merged = Snapshot()
+        self._services: Derived[ObjectName, Service] = Derived()
+        self._slices: Derived[ObjectName, tuple[EndpointSlice, ...]] = Derived()
+        self._merged = Snapshot(services=self._services, slices=self._slices)
 
     def merge(self, manifests: Snapshot, cluster: Snapshot) -> Snapshot:
         """Both in one."""
@@ -38,22 +40,19 @@ class Merger:
         self._manifests, self._cluster = manifests, cluster
         if not due:
             return self._merged
-        services: dict[ObjectName, Service] = dict(self._merged.services)
-        slices: dict[ObjectName, tuple[EndpointSlice, ...]] = dict(self._merged.slices)
+        services: dict[ObjectName, Service | None] = {}
+        slices: dict[ObjectName, tuple[EndpointSlice, ...] | None] = {}
         for name in sorted(due):
             source = manifests if name in manifests.services and name not in cluster.services else cluster
             service, some = source.services.get(name), source.slices.get(name)
-            if service is None:
-                services.pop(name, None)
-            else:
+            if self._services.get(name) is not service:
                 services[name] = service
-            if some is None:
-                slices.pop(name, None)
-            else:
+            if self._slices.get(name) is not some:
                 slices[name] = some
         if new_names:
             self.hidden = tuple(sorted(manifests.services.keys() & cluster.services.keys()))
-        self._merged = Snapshot(services=services, slices=slices)
+        self._services, self._slices = self._services.derive(services), self._slices.derive(slices)
+        self._merged = Snapshot(services=self._services, slices=self._slices)
         return self._merged
 
 

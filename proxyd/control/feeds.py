@@ -82,9 +82,12 @@ class Feeds:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """All that is wrong at the moment."""
-        manifests = self._manifests.problems if self._manifests else ()
-        cluster = self.cluster.problems if self.cluster else ()
-        return (*manifests, *self._hidden, *cluster)
+        return (*self.manifest_problems, *(self.cluster.problems if self.cluster else ()))
+
+    @property
+    def manifest_problems(self) -> tuple[Problem, ...]:
+        """What is wrong with manifests."""
+        return (*(self._manifests.problems if self._manifests else ()), *self._hidden)
 
     @property
     def missing(self) -> tuple[str, ...]:

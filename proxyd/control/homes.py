@@ -12,8 +12,7 @@ from proxyd.control.inheritance import Inheritance
 from proxyd.control.publication import Held, Publication
 from proxyd.host import sctp
 from proxyd.host.sockets import BindFailed
-from proxyd.state.sctpsocket import SctpOptions
-from proxyd.state.spec import Home, ListenerKey, ListenerSpec
+from proxyd.state.spec import Home, ListenerKey, ListenerSpec, SctpOptions
 
 _Failed = dict[ListenerKey, BindFailed]
 

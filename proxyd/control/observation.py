@@ -141,7 +141,7 @@ class Observation:
             publication=publication,
             generation=publication.generation,
             workers=tuple(workers),
-            problems=Counter(str(problem.severity) for problem in daemon.feed.problems),
+            problems=Counter(str(problem.severity) for problem in daemon.feed.manifest_problems),
             synced_at=daemon.feed.synced_at,
             cluster=daemon.feed.cluster.facts_for_metrics() if daemon.feed.cluster else None,
             access_written=access.written,

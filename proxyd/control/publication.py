@@ -61,7 +61,7 @@ class Update:
 
     generation: int
     balancers: list[BalancerConfig] = field(default_factory=list)
-    listeners: list[Held] = field(default_factory=list)
+    listeners: dict[int, Held] = field(default_factory=dict)  # by number
     close: list[tuple[CloseListener, int | None]] = field(default_factory=list)
     drop_balancers: list[int] = field(default_factory=list)
 
@@ -131,7 +131,7 @@ class Publication:
         """Publish a listener. The socket is owned by the publication from now on."""
         held = Held(next(self._ids), sock, spec, self._owner(spec), {spec.key: spec})
         self.held[spec.key] = held
-        self._update.listeners.append(held)
+        self._update.listeners[held.id] = held
 
     def join(self, spec: ListenerSpec, held: Held) -> None:
         """One more address of a socket that is open."""
@@ -198,7 +198,9 @@ class Publication:
     def full(self) -> Update:
         """Everything in force, for a worker that knows nothing yet. Call when no update is under construction."""
         return Update(
-            self.generation, balancers=list(self._configs.values()), listeners=list(self._sockets())
+            self.generation,
+            balancers=list(self._configs.values()),
+            listeners={held.id: held for held in self._sockets()},
         )
 
     def counters(self, owner: Hashable, fields: Iterable[int]) -> list[int]:
@@ -239,7 +241,7 @@ class Publication:
 
         Each is small enough for one datagram.
         """
-        listeners = [held for held in update.listeners if held.owner in (None, worker)]
+        listeners = [held for held in update.listeners.values() if held.owner in (None, worker)]
         close = [one for one, owner in update.close if owner in (None, worker)]
         for chunk in _by_endpoints(update.balancers):
             yield Apply(update.generation, last=False, balancers=chunk), []
@@ -262,11 +264,10 @@ class Publication:
         new = Held(next(self._ids), held.socket, spec, self._owner(spec), {**held.specs, spec.key: spec})
         for key in new.specs:
             self.held[key] = new
-        self._update.listeners.append(new)
+        self._update.listeners[new.id] = new
 
     def _retire(self, held: Held, drain: float | None) -> None:
-        if held in self._update.listeners:  # no worker has heard of it yet
-            self._update.listeners.remove(held)
+        if self._update.listeners.pop(held.id, None):  # no worker has heard of it yet
             return
         self._update.close.append((CloseListener(held.id, drain), held.owner))
         keys = tuple(held.specs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from proxyd.api.service import Protocol
 from proxyd.control.guarding import Guarding
@@ -19,10 +18,8 @@ from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.sockets import BindFailed, open_listener
 from proxyd.host.steering import Steering as SteeringRules
-from proxyd.state.changes import same_keys
 from proxyd.state.desired import DesiredState
 from proxyd.state.plan import Plan, plan
-from proxyd.state.sctpsocket import SctpOptions
 from proxyd.state.spec import (
     BalancerKey,
     BalancerSpec,
@@ -31,6 +28,7 @@ from proxyd.state.spec import (
     ListenerSpec,
     ListenerState,
     ListenerStatus,
+    SctpOptions,
     ServicePortName,
     Steering,
     status_of,
@@ -38,8 +36,6 @@ from proxyd.state.spec import (
 
 log = get_logger("reconciler")
 
-_K = TypeVar("_K")
-_V = TypeVar("_V")
 
 _FIRST_RETRY = 0.1
 _LAST_RETRY = 5.0
@@ -95,6 +91,8 @@ class Reconciler:
         self._drain = drain_seconds
         self._sctp = sctp
         self._note = note  # what became of a service port's listener, for people
+        # What is observed, where it is the very state that was desired last: the next plan then looks at changes only.
+        self._carried_out: HostState | None = None
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
         self._listeners: dict[ListenerKey, ListenerSpec] = {}
         # What a killed daemon left is taken over: the first plan removes what is not wanted any more.
@@ -132,7 +130,8 @@ class Reconciler:
             publish: tells the workers an update. Of much there is more than one, so that they work while the rest is done.
         """
         self.desired, self._unopened = desired, None
-        todo = plan(self.observed, desired.host)
+        before, self._carried_out = self._carried_out, None
+        todo = plan(before or self.observed, desired.host)
         crew = set(workers)
         if todo.add_vips:
             self._guarding.begin(todo.add_vips | self._vips, desired.host.listeners)
@@ -162,8 +161,19 @@ class Reconciler:
             del self.failures[key]
         if update := self._publication.take_update():
             publish(update)
-        self._listeners = _in_order(self._listeners, desired.host.listeners)
-        self._balancers = _in_order(self._balancers, desired.host.balancers)
+        if self._is_carried_out(todo, vips_were=before is not None):
+            self._carried_out = desired.host
+
+    def _is_carried_out(self, todo: Plan, *, vips_were: bool) -> bool:
+        """Whether all of what is desired is held now, and nothing else. `vips_were`: the VIPs were so before the plan."""
+        wanted = self.desired.host
+        return (
+            not self.failures
+            and len(self._listeners) == len(wanted.listeners)
+            and len(self._balancers) == len(wanted.balancers)
+            and self._steering == wanted.steering
+            and ((vips_were and not (todo.add_vips or todo.remove_vips)) or self._vips == wanted.vips)
+        )
 
     def inherit(self, left: Iterable[ListeningSocket], leaving: LeavingWorkers) -> None:
         """Before the first reconcile: the sockets to go on with, and the workers that relay until they have gone."""
@@ -183,6 +193,7 @@ class Reconciler:
 
     def observe(self) -> None:
         """Look at the node again: what somebody else removed is missing in the next plan."""
+        self._carried_out = None
         try:
             if self._routes:
                 # A VIP that is an ordinary address of the node has no route, and needs none.
@@ -222,6 +233,7 @@ class Reconciler:
         """Close every listening socket; addresses stay, for the relays that drain."""
         self._publication.close_all()
         self._listeners.clear()
+        self._carried_out = None
 
     def remove_addresses(self) -> None:
         """Take back every route, rule and table."""
@@ -233,6 +245,7 @@ class Reconciler:
         self._guarding.remove()
         self._steering.clear()
         self._vips.clear()
+        self._carried_out = None
 
     def _add_vips(self, todo: Plan) -> None:
         if self._routes and todo.add_vips:
@@ -422,14 +435,6 @@ class Reconciler:
         for key in todo.drop_balancers:
             if key.service_port not in wished:
                 self._publication.forget(key)
-
-
-def _in_order(held: dict[_K, _V], wanted: Mapping[_K, object]) -> dict[_K, _V]:
-    """The same in the order of what is wanted, and with its very keys: the next plan compares them without looking up."""
-    if same_keys(held, wanted):
-        return held
-    ordered = {key: held[key] for key in wanted if key in held}
-    return ordered if len(ordered) == len(held) else held
 
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 from proxyd.control.feeds import FeedError, Feeds
 from proxyd.control.logs import get_logger
@@ -15,9 +16,8 @@ from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
-from proxyd.state.sctpsocket import SctpOptions
 from proxyd.state.snapshot import Options, Snapshot, VipMode
-from proxyd.state.spec import ServicePortName
+from proxyd.state.spec import SctpOptions, ServicePortName
 
 log = get_logger("proxyd")
 
@@ -124,6 +124,26 @@ def make_feeds(
         return Feeds(settings, changed, node_changed)
     except FeedError as error:
         raise StartError(str(error), 3) from None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """In this block, which keeps the event loop waiting, a signal to end ends the program at once.
+
+    Raises:
+        SystemExit: SIGTERM came.
+        KeyboardInterrupt: SIGINT came.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        raise (KeyboardInterrupt if number == signal.SIGINT else SystemExit(0))
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_first(feed: Feeds) -> None:

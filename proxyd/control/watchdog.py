@@ -100,7 +100,7 @@ class Watchdog:
         unopened = [status.state for status in desired.unopened]
         failed = len(failures) + unopened.count(ListenerState.FAILED)
         conflicts = unopened.count(ListenerState.CONFLICT)
-        errors = sum(problem.severity is Severity.ERROR for problem in daemon.feed.problems)
+        errors = sum(problem.severity is Severity.ERROR for problem in daemon.feed.manifest_problems)
         parts = [
             _count(len(daemon.snapshot.services), "service"),
             _count(len(desired.host.listeners) - len(failures), "listener"),

@@ -26,8 +26,10 @@ REJECT_NEW_TCP = """
     tcp flags & (fin | syn | rst | ack) == syn reject with tcp reset
     meta l4proto 6 accept
 """
+# "Port unreachable" leaves an SCTP client trying for minutes; "protocol unreachable" ends it at once. IPv6 has no such message.
 REJECT_OTHER = """
     meta l4proto 132 @th,96,8 != 1 accept
+    meta nfproto ipv4 meta l4proto 132 reject with icmp type prot-unreachable
     reject with icmpx type port-unreachable
 """
 

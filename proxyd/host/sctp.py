@@ -21,12 +21,11 @@ from proxyd.state.sctpsocket import (
     NODELAY,
     RECVRCVINFO,
     SOL_SCTP,
-    SctpOptions,
     addresses,
     initmsg,
     unmapped,
 )
-from proxyd.state.spec import ListenerKey, ListenerSpec, Role
+from proxyd.state.spec import ListenerKey, ListenerSpec, Role, SctpOptions
 
 _IPV6_FREEBIND = 78  # linux/in6.h
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h

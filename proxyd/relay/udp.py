@@ -13,6 +13,7 @@ from _socket import socket as Socket  # noqa: N812 a class; without the Python l
 from collections import deque
 from time import monotonic
 
+from proxyd.relay import udp_trains as trains
 from proxyd.relay.balancer import Balancer
 from proxyd.relay.listener import SourceRanges
 from proxyd.relay.messages import ListenerConfig
@@ -20,9 +21,10 @@ from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import IN
 from proxyd.relay.slots import DROPPED_OVERRUN, OPENED, REFUSED
 from proxyd.relay.udp_figures import overruns
-from proxyd.relay.udp_flow import TALKING, Flow
+from proxyd.relay.udp_flow import Flow
 from proxyd.relay.udp_table import LEAVE_SECONDS, FlowTable, Victim
-from proxyd.relay.udp_vector import ClientKey, ClientName, client_address, client_key
+from proxyd.relay.udp_upstream import TALKING
+from proxyd.relay.udp_vector import SLOTS, ClientKey, ClientName, client_address, client_key
 
 # Batches of a single datagram after which datagrams are taken singly, which costs less as long as they come singly.
 PATIENCE = 4
@@ -50,9 +52,7 @@ class UdpListener:
         self._poller = plane.poller
         self.closed = False
         self.flows: dict[ClientKey, Flow] = {}
-        self.named: dict[
-            ClientName, Flow
-        ] = {}  # of them the conversations that were met one datagram at a time
+        self.named: dict[ClientName, Flow] = {}  # of them the conversations
         self.fd = fd
         self.table = table = flow_table(plane)
         self._balancer = balancer
@@ -73,7 +73,7 @@ class UdpListener:
             self._vector = table.receiver(self._socket.family)
             self._view = self._vector.views[0]
             self.sender = table.sender(self._socket.family)
-            plane.poller.add(fd, self._ready, IN)
+            plane.poller.add(fd, self._ready_for_trains if trains.started(self._socket) else self._ready, IN)
         except OSError:
             self._socket.close()
             raise
@@ -235,16 +235,13 @@ class UdpListener:
         flow.datagrams_in += 1
 
     def _unnamed(self, name: ClientName, data: memoryview) -> None:
-        """Send on a single datagram of a client that is not in `named`."""
+        """Send on a single datagram of a client that has no conversation."""
         key = client_key(name)
         flow = self.flows.get(key)
         if flow is None:
             self.first(key, data)
-            return
-        flow.forward(data)
-        if flow.stage == TALKING and self.flows.get(key) is flow:
-            flow.name = name
-            self.named[name] = flow
+        else:
+            flow.forward(data)
 
     def _batch(self) -> None:
         """Send on a batch."""
@@ -256,6 +253,8 @@ class UdpListener:
             return
         if len(sizes) > 1:
             self._batches = PATIENCE
+            if len(sizes) == SLOTS and sizes[0] == sizes[SLOTS // 2] >= trains.BULK_BYTES:
+                self._bulk()
         else:
             self._batches -= 1
         find = self.flows.get
@@ -283,6 +282,51 @@ class UdpListener:
                 continue
             flow.bytes_in += size
             flow.datagrams_in += 1
+
+    def _bulk(self) -> None:
+        """Receive trains from now on if the batch is one client's."""
+        key = self._vector.key
+        if key(0) == key(SLOTS // 2) == key(SLOTS - 1) and trains.start(self._socket):
+            self._poller.handlers[self.fd] = self._ready_for_trains
+
+    def _ready_for_trains(self, _events: int) -> None:
+        """Send on a single datagram, or some trains."""
+        for _ in range(trains.TRAINS_AT_ONCE):
+            try:
+                size, control, _flags, name = self._socket.recvmsg_into([self._view], trains.CONTROL_BYTES)
+            except OSError as error:
+                self._receive_failed(error)
+                return
+            data = self._view[:size]
+            segment = trains.segment_of(control)
+            if not 0 < segment < size:
+                self._one(name, data)
+                return
+            flow = self.named.get(name)
+            if flow is None or not flow.forward_train(data, segment):
+                for part in trains.parts(data, segment):
+                    self._one(name, part)
+
+    def _one(self, name: ClientName, data: memoryview) -> None:
+        flow = self.named.get(name)
+        if flow is None:
+            self._unnamed(name, data)
+        else:
+            flow.forward(data)
+
+    def send_train(self, train: memoryview, segment: int, name: ClientName) -> int:
+        """Send a train to a client; how many of its datagrams the kernel did not take."""
+        try:
+            self._socket.sendmsg([train], trains.control_for(segment), 0, name)
+        except OSError:
+            lost = 0
+            for part in trains.parts(train, segment):
+                try:
+                    self.sendto(part, name)
+                except OSError:
+                    lost += 1
+            return lost
+        return 0
 
     def _receive_failed(self, error: OSError) -> None:
         if error.errno in _NOTHING:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from proxyd.relay.plane import Plane
 from proxyd.relay.slots import DROPPED_TO_CLIENT, EVICTED
-from proxyd.relay.udp_flow import ANSWERED, TALKING, WAITING, Flow
+from proxyd.relay.udp_flow import Flow
+from proxyd.relay.udp_upstream import ANSWERED, TALKING, WAITING
 from proxyd.relay.udp_vector import Vector
 
 if TYPE_CHECKING:
@@ -234,17 +235,17 @@ class FlowTable:
         for vector in self._sending:
             if vector.queued:
                 vector.flush()
-                if vector.dropped:
-                    self._note_dropped(vector)
+            if vector.dropped:
+                self._note_dropped(vector)
 
     def _note_dropped(self, vector: Vector) -> None:
+        dropped, vector.dropped = vector.dropped, {}
         for listener in self.listeners.values():
-            if listener.fd == vector.to:
-                self.counters[listener.balancer.row + DROPPED_TO_CLIENT] += vector.dropped
+            if count := dropped.get(listener.fd, 0):
+                self.counters[listener.balancer.row + DROPPED_TO_CLIENT] += count
                 self.plane.reporter.trouble(
                     f"listener {listener.address}: replies to UDP clients were dropped: the kernel did not take them"
                 )
-        vector.dropped = 0
 
     def shut(self) -> None:
         """Stop the timer."""

@@ -99,7 +99,7 @@ class Vector:
         self.queued = 0  # slots filled: buffer, client and size
         self.to = -1  # the descriptor by which they leave
         self.name: ClientName | None = None  # of the client in the slot filled last, where it is known
-        self.dropped = 0  # datagrams that the kernel refused
+        self.dropped: dict[int, int] = {}  # datagrams that the kernel refused, by descriptor
         self._sendto: Callable[[memoryview, ClientName], object] | None = None
 
     def receive(self, fd: int) -> list[int]:
@@ -122,11 +122,26 @@ class Vector:
             return self.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES].tobytes()
         return self.words[slot * 4]
 
+    def queue(self, key: ClientKey, name: ClientName, size: int) -> None:
+        """Queue what has been put into the buffer of slot 0, of an empty vector."""
+        if isinstance(key, int):
+            self.words[0] = key
+        else:
+            self.names[:NAME6_BYTES] = key
+        self.sizes[1] = size
+        self.name = name
+        self.queued = 1
+
     def turn_to(self, fd: int, sendto: Callable[[memoryview, ClientName], object]) -> None:
         """Send what is queued; what is queued from now on goes out by `fd`, whose socket's method `sendto` is."""
         self.flush()
         self.to = fd
         self._sendto = sendto
+
+    def lost(self, count: int) -> None:
+        """Count datagrams that did not leave."""
+        if count:
+            self.dropped[self.to] = self.dropped.get(self.to, 0) + count
 
     def leave(self) -> None:
         """Send what is queued, before the descriptor is closed."""
@@ -134,7 +149,7 @@ class Vector:
         self.to = -1
 
     def flush(self) -> None:
-        """Send what is queued. What the kernel refuses is dropped, and counted in `dropped`."""
+        """Send what is queued. What the kernel refuses is dropped and counted."""
         first, count = 0, self.queued
         self.queued = 0
         if count == 1 and self.name is not None:
@@ -142,7 +157,7 @@ class Vector:
             try:
                 self._sendto(self.views[0][: self.sizes[1]], self.name)
             except OSError:
-                self.dropped += 1
+                self.lost(1)
             return
         while first < count:
             address = self._address + first * ctypes.sizeof(_Message)
@@ -150,7 +165,7 @@ class Vector:
             if sent > 0:
                 first += sent
             else:
-                self.dropped += 1
+                self.lost(1)
                 first += 1
 
 
@@ -174,6 +189,14 @@ def client_key(name: ClientName) -> ClientKey:
     ip, port, flow, scope = name
     address = socket.inet_pton(socket.AF_INET6, ip.partition("%")[0])
     return _NAME6.pack(socket.AF_INET6, port.to_bytes(2, "big"), flow.to_bytes(4, "big"), address, scope)
+
+
+def client_name(key: ClientKey) -> ClientName:
+    """The name of a client that a key stands for."""
+    if isinstance(key, int):
+        return client_address(key)
+    ip, port = client_address(key)
+    return ip, port, int.from_bytes(key[4:8], "big"), int.from_bytes(key[24:28], sys.byteorder)
 
 
 _NAME4 = struct.Struct("=H2s4s")

@@ -6,63 +6,24 @@ import hashlib
 import os
 import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TypeAlias
 
 import msgspec
 
 from proxyd.api.decode import Decoded, KubeObject, Rules
-from proxyd.api.discovery import Endpoints, EndpointSlice
-from proxyd.api.meta import ObjectName
-from proxyd.api.pod import Pod
-from proxyd.api.problems import Problem, Severity
-from proxyd.api.service import Service
+from proxyd.api.problems import Severity
 from proxyd.sources.edits import Layout
 from proxyd.sources.files import MAX_FILES, FileEntry, Stamp, Survey, display, reason, survey
 from proxyd.sources.halves import SecondHalf, second_half
+from proxyd.sources.merging import FileState, Key, ManifestSet, Merger, by_kind, key_of, problem_of
 from proxyd.sources.parse import parse_file
 from proxyd.sources.regular import read_regular
 from proxyd.sources.watch import Change
-from proxyd.state.changes import touched
+
+__all__ = ["ManifestSet", "ManifestSource"]
 
 # Of all files together; those that would pass it are not read.
 MAX_TOTAL_BYTES = 512 << 20
 _NAMED_AT_MOST = 3
-
-Key: TypeAlias = tuple[str, ObjectName]  # kind and name
-
-
-class ManifestSet(msgspec.Struct, frozen=True, kw_only=True):
-    """Every object in force from manifests, and what is wrong with them.
-
-    `problems` are in order of file and line. `origins` says in which file an object was found. `rejected` are Services in
-    error that have no earlier good version in force. `missing` are configured paths that cannot be read at all.
-    `complete` is False while some file or folder could not be read in full: an object that is absent may be in there.
-    """
-
-    services: Mapping[ObjectName, Service] = {}
-    endpoints: Mapping[ObjectName, Endpoints] = {}
-    slices: Mapping[ObjectName, EndpointSlice] = {}
-    pods: Mapping[ObjectName, Pod] = {}
-    origins: Mapping[Key, str] = {}
-    rejected: frozenset[ObjectName] = frozenset()
-    problems: tuple[Problem, ...] = ()
-    missing: tuple[str, ...] = ()
-    files: int = 0
-    complete: bool = True
-
-
-class _FileState(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one file."""
-
-    stamp: Stamp | None = None  # None: read it again at the next scan
-    digest: bytes = b""  # of its content when it was last read
-    objects: Mapping[Key, KubeObject] = {}  # as it defines them now
-    kept: Mapping[Key, KubeObject] = {}  # earlier versions of what it has in error
-    rejected: frozenset[Key] = frozenset()
-    problems: tuple[Problem, ...] = ()
-    complete: bool = True
-    known: Mapping[str, Decoded] = {}  # see ParsedFile
-    layout: Layout | None = None  # likewise
 
 
 class ManifestSource:
@@ -81,12 +42,10 @@ class ManifestSource:
         self.files_read = 0
         self._paths = tuple(path.rstrip("/") or path for path in paths)
         self._rules = rules
-        self._states: dict[str, _FileState] = {}  # by path
-        self._owners: dict[Key, str] = {}  # path of the file whose version is in force
-        self._several: set[Key] = set()  # in more than one file
+        self._states: dict[str, FileState] = {}  # by path
         self._total = 0  # bytes in all files
         self._seen: Survey | None = None
-        self._last = ManifestSet()
+        self._merger = Merger(self._paths)
 
     def scan(self, change: Change | None = None) -> ManifestSet:
         """Reads the files that changed since the last scan, and returns all objects in force.
@@ -120,15 +79,13 @@ class ManifestSource:
         if seen != self._seen or not _same_objects(states, self._states):
             self._seen = seen
             self._states = dict(sorted(states.items()))
-            merged = self._merge(seen)
-            if merged != self._last:
-                self._last = merged
+            self._merger.merge(self._states, seen)
         else:
             self._states = dict(sorted(states.items()))
-        return self._last
+        return self._merger.last
 
     def _look(
-        self, files: Sequence[FileEntry], states: dict[str, _FileState], other: SecondHalf | None
+        self, files: Sequence[FileEntry], states: dict[str, FileState], other: SecondHalf | None
     ) -> int:
         """Add the states of these files; returns the bytes of those that are read. `other`: who reads half of them."""
         total = 0
@@ -144,12 +101,12 @@ class ManifestSource:
             states[entry.path] = state
         return total
 
-    def _named(self, paths: Iterable[str]) -> dict[str, _FileState | None] | None:
+    def _named(self, paths: Iterable[str]) -> dict[str, FileState | None] | None:
         """New states of these files, None for one that is gone; None where it takes a survey to tell."""
         seen = self._seen
         if seen is None or seen.unreadable or len(self._states) + 1 >= MAX_FILES:
             return None
-        found: dict[str, _FileState | None] = {}
+        found: dict[str, FileState | None] = {}
         for path in paths:
             known = self._states.get(path)
             try:
@@ -174,7 +131,7 @@ class ManifestSource:
                 )  # too much until the next survey, where it was counted already
         return found
 
-    def _put(self, found: Mapping[str, _FileState | None]) -> ManifestSet:
+    def _put(self, found: Mapping[str, FileState | None]) -> ManifestSet:
         """Put new states of some files in force."""
         earlier = {path: self._states.get(path) for path in found}
         new_name = False
@@ -187,53 +144,11 @@ class ManifestSource:
         if new_name:
             self._states = dict(sorted(self._states.items()))
         assert self._seen is not None
-        if not self._patch(earlier, found):
-            merged = self._merge(self._seen)
-            if merged != self._last:
-                self._last = merged
-        return self._last
+        if not self._merger.patch(earlier, found, len(self._states)):
+            self._merger.merge(self._states, self._seen)
+        return self._merger.last
 
-    def _patch(
-        self, earlier: Mapping[str, _FileState | None], found: Mapping[str, _FileState | None]
-    ) -> bool:
-        """Change a copy of what is in force; False where more than these files and their objects has a say in it."""
-        gone: dict[Key, str] = {}
-        new: dict[Key, tuple[str, KubeObject]] = {}
-        for path, state in found.items():
-            old = earlier[path]
-            if not (_plain(old) and _plain(state)):
-                return False
-            after = state.objects if state else {}
-            for key in touched(old.objects if old else {}, after):
-                if key not in after:
-                    gone[key] = path
-                elif key in new:
-                    return False
-                else:
-                    new[key] = (path, after[key])
-        if not self._several.isdisjoint(gone) or not self._several.isdisjoint(new):
-            return False
-        if any(
-            self._owners.get(key) not in (None, path) and key not in gone for key, (path, _) in new.items()
-        ):
-            return False
-        if not (gone or new) and len(self._states) == self._last.files:
-            return True
-        kinds: dict[str, dict[ObjectName, KubeObject]] = {}
-        for kind in {kind for kind, _ in (*gone, *new)}:
-            kinds[kind] = dict(_by_kind(self._last, kind))
-        origins = dict(self._last.origins)
-        for key in gone:
-            del self._owners[key], origins[key], kinds[key[0]][key[1]]
-        for key, (path, thing) in new.items():
-            self._owners[key] = path
-            origins[key] = display(path)
-            kinds[key[0]][key[1]] = thing
-        fields = {_FIELDS[kind]: objects for kind, objects in kinds.items()}
-        self._last = msgspec.structs.replace(self._last, origins=origins, files=len(self._states), **fields)
-        return True
-
-    def _unseen(self, seen: Survey) -> dict[str, _FileState]:
+    def _unseen(self, seen: Survey) -> dict[str, FileState]:
         """States of files that the survey could not confirm: in folders that cannot be listed, and the like."""
         reasons = dict(seen.unreadable)
         states = {}
@@ -248,12 +163,12 @@ class ManifestSource:
         return states
 
     def _read(
-        self, entry: FileEntry, earlier: _FileState | None, known: Mapping[str, Decoded] | None = None
-    ) -> _FileState:
+        self, entry: FileEntry, earlier: FileState | None, known: Mapping[str, Decoded] | None = None
+    ) -> FileState:
         try:
             data, stamp = read_regular(entry.path)
         except FileNotFoundError:
-            return earlier or _FileState()  # deleted just now: the next survey will not see it
+            return earlier or FileState()  # deleted just now: the next survey will not see it
         except (OSError, ValueError) as error:
             return _unread(entry.path, earlier, reason(error))
         self.files_read += 1
@@ -281,7 +196,7 @@ class ManifestSource:
         *,
         known: Mapping[str, Decoded] | None,
         layout: Layout | None,
-    ) -> _FileState:
+    ) -> FileState:
         label = display(path)
         parsed = parse_file(label, data, self._rules, known, layout)
         problems = list(parsed.problems)
@@ -292,7 +207,7 @@ class ManifestSource:
             old, new = parsed.swapped
             # Keys stay the same objects in the same order, where nothing else has changed than what they stand for.
             objects.update(in_force)
-            for key in {*map(_key, old)}.difference(map(_key, new)):
+            for key in {*map(key_of, old)}.difference(map(key_of, new)):
                 del objects[key]
             _take(objects, new, in_force)
         rejected = frozenset(parsed.rejected)
@@ -300,14 +215,14 @@ class ManifestSource:
         kept = {}
         for key in sorted(doubtful):
             # The object may have come from another file until now.
-            version = in_force.get(key) or _by_kind(self._last, key[0]).get(key[1])
+            version = in_force.get(key) or by_kind(self._merger.last, key[0]).get(key[1])
             if version is not None:
                 kept[key] = version
         if kept:
             problems.append(
-                _problem(label, f"in force as before: {_listed(kept)}", severity=Severity.WARNING)
+                problem_of(label, f"in force as before: {_listed(kept)}", severity=Severity.WARNING)
             )
-        return _FileState(
+        return FileState(
             stamp=stamp,
             digest=digest,
             objects=objects,
@@ -319,67 +234,24 @@ class ManifestSource:
             layout=parsed.layout,
         )
 
-    def _merge(self, seen: Survey) -> ManifestSet:
-        owners: dict[Key, str] = {}
-        several: set[Key] = set()
-        labels = {path: display(path) for path in self._states}
-        for path, state in self._states.items():
-            for key in state.objects:
-                if key in owners:
-                    several.add(key)
-                if key not in owners or self._owners.get(key) == path:
-                    owners[key] = path
-        problems = [_problem(display(path), why, severity=Severity.WARNING) for path, why in seen.remarks]
-        for path, state in self._states.items():
-            problems += state.problems
-            for key in state.objects:
-                if owners[key] != path:
-                    problems.append(_problem(labels[path], f"already defined in {labels[owners[key]]}", key))
-        chosen = {key: self._states[path].objects[key] for key, path in owners.items()}
-        for path, state in self._states.items():
-            for key, version in state.kept.items():
-                several.add(key)
-                if key not in chosen:
-                    chosen[key] = version
-                    owners[key] = path
-        self._owners, self._several = owners, several
-        rejected = (key for state in self._states.values() for key in state.rejected if key not in chosen)
-        unreadable = dict(seen.unreadable)
-        return ManifestSet(
-            services={key[1]: item for key, item in chosen.items() if isinstance(item, Service)},
-            endpoints={key[1]: item for key, item in chosen.items() if isinstance(item, Endpoints)},
-            slices={key[1]: item for key, item in chosen.items() if isinstance(item, EndpointSlice)},
-            pods={key[1]: item for key, item in chosen.items() if isinstance(item, Pod)},
-            origins={key: labels[path] for key, path in owners.items()},
-            rejected=frozenset(name for kind, name in rejected if kind == Service.__name__),
-            problems=tuple(sorted(problems, key=lambda p: (p.file, p.line, p.column))),
-            missing=tuple(display(path) for path in self._paths if path in unreadable),
-            files=len(seen.files),
-            complete=all(state.complete for state in self._states.values()),
-        )
-
-
-def _key(item: KubeObject) -> Key:
-    return type(item).__name__, item.metadata.key
-
 
 def _take(
     objects: dict[Key, KubeObject], items: Iterable[KubeObject], in_force: Mapping[Key, KubeObject]
 ) -> None:
     """Add objects; one that is as it was is the very object of before."""
     for item in items:
-        key = _key(item)
+        key = key_of(item)
         earlier = in_force.get(key)
         objects[key] = earlier if earlier is not None and earlier == item else item
 
 
-def _unread(path: str, earlier: _FileState | None, why: str, *, holds: bool = False) -> _FileState:
+def _unread(path: str, earlier: FileState | None, why: str, *, holds: bool = False) -> FileState:
     """The state of a path that cannot be read now: what it defined before, and a Problem."""
-    state = earlier or _FileState()
+    state = earlier or FileState()
     if holds or state.objects or state.kept:
         why += ": what it defined stays in force"
     return msgspec.structs.replace(
-        state, stamp=None, digest=b"", problems=(_problem(display(path), why),), complete=False
+        state, stamp=None, digest=b"", problems=(problem_of(display(path), why),), complete=False
     )
 
 
@@ -392,12 +264,7 @@ def _below(path: str, folders: Collection[str]) -> bool:
     return False
 
 
-def _plain(state: _FileState | None) -> bool:
-    """Whether there is nothing to say of a file but which objects it has."""
-    return state is None or (state.complete and not (state.kept or state.rejected or state.problems))
-
-
-def _same_objects(new: Mapping[str, _FileState], old: Mapping[str, _FileState]) -> bool:
+def _same_objects(new: Mapping[str, FileState], old: Mapping[str, FileState]) -> bool:
     """Whether states say the same but for stamps."""
     return new.keys() == old.keys() and all(
         state is (known := old[path])
@@ -410,32 +277,7 @@ def _same_objects(new: Mapping[str, _FileState], old: Mapping[str, _FileState]) 
     )
 
 
-_FIELDS = {
-    Service.__name__: "services",
-    Endpoints.__name__: "endpoints",
-    EndpointSlice.__name__: "slices",
-    Pod.__name__: "pods",
-}
-
-
-def _by_kind(manifests: ManifestSet, kind: str) -> Mapping[ObjectName, KubeObject]:
-    kinds: dict[str, Mapping[ObjectName, KubeObject]] = {
-        Service.__name__: manifests.services,
-        Endpoints.__name__: manifests.endpoints,
-        EndpointSlice.__name__: manifests.slices,
-        Pod.__name__: manifests.pods,
-    }
-    return kinds.get(kind, {})
-
-
 def _listed(keys: Iterable[Key]) -> str:
     names = [f"{kind} {name}" for kind, name in keys]
     more = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _problem(
-    label: str, message: str, key: Key | None = None, *, severity: Severity = Severity.ERROR
-) -> Problem:
-    subject = f"{key[0]} {key[1]}" if key else ""
-    return Problem(file=label, severity=severity, subject=subject, message=message)

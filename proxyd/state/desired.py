@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
 from proxyd.api.meta import ObjectName
-from proxyd.state.changes import touched
+from proxyd.state.changes import Derived, touched
 from proxyd.state.snapshot import NodeView, Options, Snapshot
 from proxyd.state.spec import (
     BalancerKey,
@@ -25,6 +25,8 @@ from proxyd.state.spec import (
 )
 from proxyd.state.wishes import ServiceWishes, service_wishes
 
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 _Order: TypeAlias = tuple[bool, str, str, str]
 
 
@@ -119,7 +121,10 @@ class _Merged:
                 self._unopened[wishes.order] = tuple(unopened)
         self.result = DesiredState(
             host=HostState(
-                balancers=balancers, listeners=listeners, vips=frozenset(self._vips), steering=steering
+                balancers=Derived(balancers),
+                listeners=Derived(listeners),
+                vips=frozenset(self._vips),
+                steering=steering,
             ),
             unopened=tuple(chain.from_iterable(self._unopened.values())),
         )
@@ -145,7 +150,8 @@ class _Merged:
         if len(set(wanted)) < len(wanted):
             return False
         host = self.result.host
-        listeners, balancers = dict(host.listeners), dict(host.balancers)
+        listeners: dict[ListenerKey, ListenerSpec | None] = {}
+        balancers: dict[BalancerKey, BalancerSpec | None] = {}
         steering = dict(host.steering)
         before = dict(self._vips) if any(old.vips != new.vips for old, new in changes) else None
         unopened = self._unopened
@@ -160,8 +166,8 @@ class _Merged:
         vips = host.vips if before is None or before.keys() == self._vips.keys() else frozenset(self._vips)
         self.result = DesiredState(
             host=HostState(
-                balancers=balancers,
-                listeners=listeners,
+                balancers=_changed(host.balancers, balancers),
+                listeners=_changed(host.listeners, listeners),
                 vips=vips,
                 steering=steering,
             ),
@@ -176,23 +182,24 @@ class _Merged:
         self,
         old: ServiceWishes,
         new: ServiceWishes,
-        listeners: dict[ListenerKey, ListenerSpec],
-        balancers: dict[BalancerKey, BalancerSpec],
+        listeners: dict[ListenerKey, ListenerSpec | None],
+        balancers: dict[BalancerKey, BalancerSpec | None],
         steering: dict[ListenerKey, Steering],
     ) -> None:
+        """Note what becomes of listeners and balancers (None: it goes), and change the rest."""
         keys = {listener.key for listener in new.listeners}
         for listener in old.listeners:
             if listener.key not in keys:
                 del self._holders[listener.key]
-                listeners.pop(listener.key, None)
+                listeners[listener.key] = None
                 steering.pop(listener.key, None)
             if listener.balancer not in new.balancers:
-                balancers.pop(listener.balancer, None)
+                balancers[listener.balancer] = None
         for listener in new.listeners:
             self._holders[listener.key] = listener
             balancer = new.balancers.get(listener.balancer)
             if balancer is None:
-                listeners.pop(listener.key, None)
+                listeners[listener.key] = None
             else:
                 listeners[listener.key] = listener
                 balancers[listener.balancer] = balancer
@@ -206,6 +213,12 @@ class _Merged:
             self._vips[vip] -= 1
             if not self._vips[vip]:
                 del self._vips[vip]
+
+
+def _changed(before: Mapping[_K, _V], changes: Mapping[_K, _V | None]) -> Mapping[_K, _V]:
+    """The mapping with these changes; the very same one where they change nothing."""
+    assert isinstance(before, Derived)
+    return before.derive({key: value for key, value in changes.items() if before.get(key) != value})
 
 
 def _unopened(wishes: ServiceWishes) -> tuple[ListenerStatus, ...]:

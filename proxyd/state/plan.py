@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import msgspec
 
-from proxyd.state.changes import replaced, same_keys
+from proxyd.state.changes import changed_keys, replaced, same_keys
 from proxyd.state.spec import BalancerKey, BalancerSpec, HostState, ListenerKey, ListenerSpec, Steering
 
 _K = TypeVar("_K")
@@ -56,7 +56,7 @@ def plan(observed: HostState, desired: HostState) -> Plan:
             changed.append(wanted)
     set_balancers, drop_balancers = _difference(observed.balancers, desired.balancers)
     return Plan(
-        add_vips=desired.vips - observed.vips,
+        add_vips=_without(desired.vips, observed.vips),
         steer={k: how for k, how in desired.steering.items() if observed.steering.get(k) != how},
         set_balancers=tuple(wanted for _, wanted in set_balancers),
         open=tuple(opened),
@@ -64,14 +64,21 @@ def plan(observed: HostState, desired: HostState) -> Plan:
         close=tuple(closed),
         drop_balancers=tuple(drop_balancers),
         unsteer=tuple(key for key in observed.steering if key not in desired.steering),
-        remove_vips=observed.vips - desired.vips,
+        remove_vips=_without(observed.vips, desired.vips),
     )
+
+
+def _without(some: frozenset[str], others: frozenset[str]) -> frozenset[str]:
+    return frozenset() if some is others else some - others
 
 
 def _difference(
     observed: Mapping[_K, _V], desired: Mapping[_K, _V]
 ) -> tuple[list[tuple[_V | None, _V]], list[_K]]:
     """What is there and what is wanted, wherever the two differ, and the keys that are not wanted."""
+    known = changed_keys(observed, desired)
+    if known is not None:
+        return _known_difference(observed, desired, known)
     if same_keys(observed, desired):
         # As ever where only endpoints change, or nothing. No key is hashed, which is most of the time otherwise.
         return [(held, wanted) for held, wanted in replaced(observed, desired) if held != wanted], []
@@ -83,6 +90,22 @@ def _difference(
         if held is not wanted and held != wanted:
             differing.append((held, wanted))
     return differing, [key for key in observed if key not in desired]
+
+
+def _known_difference(
+    observed: Mapping[_K, _V], desired: Mapping[_K, _V], keys: Iterable[_K]
+) -> tuple[list[tuple[_V | None, _V]], list[_K]]:
+    """The same of mappings that can differ by these keys only."""
+    differing: list[tuple[_V | None, _V]] = []
+    gone: list[_K] = []
+    for key in keys:
+        held, wanted = observed.get(key), desired.get(key)
+        if wanted is None:
+            if held is not None:
+                gone.append(key)
+        elif held is not wanted and held != wanted:
+            differing.append((held, wanted))
+    return differing, gone
 
 
 def applied(state: HostState, todo: Plan) -> HostState:

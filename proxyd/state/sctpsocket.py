@@ -57,13 +57,6 @@ STATUS_BYTES = 176
 EVENTS_WANTED = bytes([0, 1, 0, 0, 0, 1, 1, 0, 0, 0])  # association, shutdown, partial delivery
 
 
-class SctpOptions(NamedTuple):
-    """What the operator decided of SCTP."""
-
-    max_message: int = 256 * 1024  # bytes; a larger one ends its association
-    max_streams: int = 1024  # of an association in each direction
-
-
 class Status(NamedTuple):
     """What the kernel says of an association."""
 

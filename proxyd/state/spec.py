@@ -72,6 +72,13 @@ class Home(NamedTuple):
     family: int  # of its socket: 6 where any address is
 
 
+class SctpOptions(NamedTuple):
+    """What the operator decided of SCTP."""
+
+    max_message: int = 256 * 1024  # bytes; a larger one ends its association
+    max_streams: int = 1024  # of an association in each direction
+
+
 class BalancerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Which endpoints a balancer chooses from, and how."""
 

@@ -73,6 +73,7 @@ class Proxyd:
         flags: more of the command line.
         workers: `--workers`.
         unprivileged: run it as a user other than root that has no capabilities.
+        path: more folders that it may import from.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class Proxyd:
         flags: tuple[str, ...] = (),
         workers: int = 1,
         unprivileged: bool = False,
+        path: tuple[Path, ...] = (),
     ) -> None:
         self.namespace = namespace
         self.folder = folder
         self.socket = folder / "admin.sock"
         self.log_file = folder / "log.jsonl"
+        self._path = os.pathsep.join(map(str, (REPOSITORY, *path)))
         self._prefix = UNPRIVILEGED if unprivileged else []
         self._process: subprocess.Popen[bytes] | None = None
         self._argv = [
@@ -109,7 +112,7 @@ class Proxyd:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                env={**os.environ, "PYTHONPATH": self._path},
                 cwd=self.folder,
             )
         if wait:

@@ -39,6 +39,20 @@ servers[0].serve_forever()
 """
 
 
+def get(node: Namespace, port: int, path: str) -> tuple[int, str] | None:
+    """Status and body of a GET from the node's loopback address; None where nobody answers."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        client.sock = connect(node, "127.0.0.1", port)
+        client.request("GET", path)
+        response = client.getresponse()
+        return response.status, response.read().decode()
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        client.close()
+
+
 class KubeProxy:
     """The program `kube-proxy` on a node. Leaving the `with` block kills it.
 
@@ -84,19 +98,10 @@ class KubeProxy:
             )
         return self
 
-    def ask(self, port: int, path: str, ip: str = "127.0.0.1") -> tuple[int, str] | None:
-        """Status and body of a GET; None where nobody answers."""
+    def ask(self, port: int, path: str) -> tuple[int, str] | None:
+        """As `get`, of a process that runs."""
         assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log()}"
-        client = http.client.HTTPConnection(ip, port, timeout=10)
-        try:
-            client.sock = connect(self.node, ip, port)
-            client.request("GET", path)
-            response = client.getresponse()
-            return response.status, response.read().decode()
-        except (OSError, http.client.HTTPException):
-            return None
-        finally:
-            client.close()
+        return get(self.node, port, path)
 
     def wait_healthy(self, port: int = 10256) -> None:
         wait_for(lambda: (self.ask(port, "/healthz") or (0,))[0] == 200, "health", 30, pause=0.05)

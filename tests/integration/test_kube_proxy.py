@@ -13,7 +13,7 @@ import pytest
 from clients import ask, refused, wait_for
 from clusterlab import API_PORT, NODE_1, NODE_2, Cluster, pod, who
 from daemon import Proxyd
-from kubeproxylib import KubeProxy, OtherKubeProxy, run_once, userspace_rules
+from kubeproxylib import KubeProxy, OtherKubeProxy, get, run_once, userspace_rules
 from manifests import endpoints, service, write
 from netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
 
@@ -106,7 +106,11 @@ users:
 
 
 def container(mounted: Path) -> tuple[str, ...]:
-    """Executes a program as in a container: its own /run and /var/lib, with a ConfigMap and a service account's token."""
+    """Executes a program as in a container of config/kubernetes.
+
+    It has a /run and /var/lib of its own, with a ConfigMap and a service account's token, and root has the capabilities
+    that are always needed, and no others.
+    """
     script = f"""
         mount -t tmpfs none /var/lib
         mkdir /var/lib/kube-proxy
@@ -114,7 +118,7 @@ def container(mounted: Path) -> tuple[str, ...]:
         mount -t tmpfs none /run
         mkdir -p /run/secrets/kubernetes.io/serviceaccount
         echo token > /run/secrets/kubernetes.io/serviceaccount/token
-        exec "$0" "$@"
+        exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,+net_admin,+net_bind_service,+net_raw "$0" "$@"
     """
     return ("unshare", "--mount", "--propagation", "private", "sh", "-ec", script)
 
@@ -156,6 +160,7 @@ def log_lines(daemon: Proxyd) -> list[dict]:
 def test_kubeadms_configmap_and_command_line_start_it_unchanged(
     lab: Lab, folder: Path, cluster: Cluster
 ) -> None:
+    lab.node.run("sh", "-c", userspace_rules("iptables-legacy", VIP, NODE_IP))
     mounted = folder / "mounted"
     mounted.mkdir()
     (mounted / "config.conf").write_text(KUBEADM_CONFIG)
@@ -165,11 +170,13 @@ def test_kubeadms_configmap_and_command_line_start_it_unchanged(
         served(lab)
         daemon.wait_healthy()
         assert daemon.ask(METRICS, "/proxyMode") == (200, "userspace")
+        assert "KUBE-" not in lab.node.run("iptables-legacy-save")
         answer = daemon.ask(METRICS, "/configz")
         assert answer is not None
         config = json.loads(answer[1])["kubeproxy.config.k8s.io"]
         assert (config["clusterCIDR"], config["hostnameOverride"]) == ("10.244.0.0/16", NODE_1)
-        assert oom_score(daemon.pid) == allowed(-999)
+        status = Path(f"/proc/{daemon.pid}/status").read_text()
+        assert "CapEff:\t0000000000003400\n" in status
         # The ConfigMap changes: kube-proxy would exit, this goes on.
         (mounted / "config.conf").write_text(
             KUBEADM_CONFIG.replace("nodePortAddresses: null", "nodePortAddresses: [primary]")
@@ -236,11 +243,9 @@ def test_changes_are_spaced_and_the_last_one_counts(proxyd: Run, lab: Lab, manif
     spacing = 0.5
     web(manifests)
     daemon = proxyd(flags=("--iptables-min-sync-period", "500ms"))
-    probe = KubeProxy(lab.node, daemon.folder)
-    probe._process = daemon.process
 
     def turns() -> float:
-        answer = probe.ask(METRICS, "/metrics")
+        answer = get(lab.node, METRICS, "/metrics")
         assert answer is not None
         lines = answer[1].splitlines()
         return next(
@@ -277,23 +282,20 @@ def test_nodeports_stay_off_loopback_where_that_is_wanted(proxyd: Run, lab: Lab,
 def test_profiles_are_there_only_where_asked_for(proxyd: Run, lab: Lab, manifests: Path) -> None:
     web(manifests)
     daemon = proxyd(flags=("--profiling",))
-    probe = KubeProxy(lab.node, daemon.folder)
-    probe._process = daemon.process
-    stacks = probe.ask(METRICS, "/debug/stacks")
+    stacks = get(lab.node, METRICS, "/debug/stacks")
     assert stacks is not None
     assert stacks[0] == 200
     assert "task sources:" in stacks[1] or "task source" in stacks[1]
-    profile = probe.ask(METRICS, "/debug/profile?seconds=0.2")
+    profile = get(lab.node, METRICS, "/debug/profile?seconds=0.2")
     assert profile is not None
     code, text = profile
     assert code == 200
     assert any(line.rpartition(" ")[2].isdigit() and ";" in line for line in text.splitlines())
-    assert (probe.ask(METRICS, "/debug/profile?seconds=never") or (0,))[0] == 400
-    assert (probe.ask(METRICS, "/debug/pprof/") or (0,))[0] == 200
+    assert (get(lab.node, METRICS, "/debug/profile?seconds=never") or (0,))[0] == 400
+    assert (get(lab.node, METRICS, "/debug/pprof/") or (0,))[0] == 200
     assert daemon.stop() == 0
-    plain = proxyd()
-    probe._process = plain.process
-    assert (probe.ask(METRICS, "/debug/stacks") or (0,))[0] == 404
+    proxyd()
+    assert (get(lab.node, METRICS, "/debug/stacks") or (0,))[0] == 404
 
 
 def test_the_log_goes_to_a_file_that_can_be_rotated(

@@ -255,11 +255,10 @@ def test_a_reissued_listener_keeps_its_flows(worker: WorkerDriver) -> None:
 
 def _listener_fd(worker: WorkerDriver, port: int) -> int:
     """The worker's descriptor of the UDP socket that is bound to a port."""
-    inode = next(
-        line.split()[9]
-        for line in Path("/proc/net/udp").read_text().splitlines()[1:]
-        if line.split()[1].endswith(f":{port:04X}")
-    )
+    lines = [
+        line for name in ("udp", "udp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]
+    ]
+    inode = next(line.split()[9] for line in lines if line.split()[1].endswith(f":{port:04X}"))
     folder = Path(f"/proc/{worker.pid}/fd")
     return next(int(entry.name) for entry in folder.iterdir() if str(entry.readlink()) == f"socket:[{inode}]")
 
@@ -444,6 +443,69 @@ def test_one_slow_client_holds_up_nobody(worker: WorkerDriver) -> None:
             for _ in range(50):
                 deaf.send(b"much")
                 assert query(client) == b"?"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_trains(worker: WorkerDriver, host: str) -> None:
+    """Bulk that a sender gives the kernel many datagrams at a time: each arrives as it was sent, and in order."""
+
+    def bulk(i: int) -> bytes:
+        """31 datagrams of 1,200 bytes, and a shorter one."""
+        return b"".join(b"%4d %4d" % (i, part) + bytes(1191) for part in range(31)) + b"%4d   31" % i
+
+    def answer(data: bytes) -> list[bytes]:
+        return [data] * 40 if data.startswith(b"again") else [data]
+
+    with serving(answer, host=host) as servers, contextlib.closing(_trains(host)) as endpoint:
+        number = balancer(worker, servers)
+        front = listen(worker, number, host=host)
+        with front.client() as client, front.client() as other:
+            client.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)
+            for _ in range(2):
+                assert query(client) == b"?"
+            big = b"again" + bytes(1000)
+            client.send(big)
+            assert [client.recv(2000) for _ in range(40)] == [big] * 40
+            client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1200)
+            for i in range(40):
+                client.send(bulk(i))
+                whole = b"".join(client.recv(2000) for _ in range(32))
+                assert whole == bulk(i)
+                assert query(other, b"%d" % i) == b"%d" % i
+            client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 0)
+            assert query(client, b"single") == b"single"
+            assert _receives_trains(worker, front.address[1])
+            # From the endpoint, which sends trains of its own.
+            balancer(worker, [endpoint.getsockname()[1]], number=number, first=1001, host=host)
+            client.send(b"?")
+            endpoint.settimeout(5)
+            _, peer = endpoint.recvfrom(100)
+            endpoint.connect(peer)
+            for i in range(100):
+                endpoint.send(bulk(i))
+                assert b"".join(client.recv(2000) for _ in range(32)) == bulk(i)
+        assert worker.total(number, s.DROPPED_TO_CLIENT) == worker.total(number, s.DROPPED_TO_ENDPOINT) == 0
+        wait_for(lambda: worker.total(number, s.DATAGRAMS_OUT) == 2 + 40 + 40 * 33 + 1 + 100 * 32)
+
+
+UDP_SEGMENT, UDP_GRO = 103, 104
+
+
+def _trains(host: str) -> socket.socket:
+    """A socket that sends trains of datagrams of 1,200 bytes."""
+    sock = bound(host)
+    sock.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1200)
+    return sock
+
+
+def _receives_trains(worker: WorkerDriver, port: int) -> bool:
+    """Whether the listener at a port takes many datagrams as one."""
+    pid = os.pidfd_open(worker.pid)
+    try:
+        with socket.socket(fileno=_duplicate(pid, _listener_fd(worker, port))) as same:
+            return bool(same.getsockopt(socket.IPPROTO_UDP, UDP_GRO))
+    finally:
+        os.close(pid)
 
 
 def test_shutdown_waits_for_a_reply_under_way() -> None:

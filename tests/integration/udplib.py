@@ -112,11 +112,12 @@ def balancer(
     affinity: int = 0,
     idle: float | None = None,
     first: int = 1000,
+    host: str = "127.0.0.1",
 ) -> int:
-    """Set a balancer over these servers (or ports of 127.0.0.1); counter slot of the i-th is `first + i`."""
+    """Set a balancer over these servers (or ports of `host`); counter slot of the i-th is `first + i`."""
     number = worker.id() if number is None else number
     endpoints = [
-        ("127.0.0.1", server, first + i) if isinstance(server, int) else (server.host, server.port, first + i)
+        (host, server, first + i) if isinstance(server, int) else (server.host, server.port, first + i)
         for i, server in enumerate(servers)
     ]
     config = BalancerConfig(number, "prod/dns", endpoints, affinity, idle)

@@ -158,7 +158,7 @@ def test_one_change_after_another_leads_to_what_all_at_once_does(
     snapshot: Snapshot, others: list[Snapshot], steps: list[tuple[str, bool, int]], opts: Options
 ) -> None:
     planner = Planner()
-    planner.desired(snapshot, NODE, opts)
+    before = planner.desired(snapshot, NODE, opts)
     for name, only_slices, number in steps:
         other = others[number % len(others)]
         # All other objects stay the very same.
@@ -174,6 +174,9 @@ def test_one_change_after_another_leads_to_what_all_at_once_does(
         have = planner.desired(snapshot, NODE, opts)
         assert have == desired_state(snapshot, NODE, opts)
         assert not plan(have.host, desired_state(snapshot, NODE, opts).host)
+        # What it remembers of its changes leaves nothing out.
+        assert applied(before.host, plan(before.host, have.host)) == have.host
+        before = have
 
 
 @given(snapshots(), options)

@@ -188,9 +188,8 @@ def test_removed_endpoint_keeps_its_associations_and_a_removed_service_lets_them
             assert accepted.receive() == Message(b"still")
             service.remove()
             wait_for(lambda: not service.listeners(), "the listener closed", 60)
-            with pytest.raises(
-                OSError, match="refused|not available"
-            ):  # by the kernel, or by the guard of the VIP
+            # By the kernel, or by the guard of the VIP.
+            with pytest.raises(OSError, match=r"refused|not available"):
                 service.connect()
             accepted.send(Message(b"and again"))
             assert client.receive() == Message(b"and again")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from clients import wait_for
+from netlab import NODE_IP, NODE_IP6, OUTSIDE_IP, OUTSIDE_IP6
 from probe import Association, End, Message, Server
 from sctplab import CLIENT_IP, CLIENT_IP_2, NODE_IP_2, PORT, SctpLab, pod_ip, second_ip
 
@@ -64,7 +65,7 @@ def test_client_with_two_paths_to_a_service_loses_nothing_when_one_is_cut(
     sctp: SctpLab, cut: Callable[[str], None], first: str
 ) -> None:
     # The server is the node's neighbour on a link of its own: only the client's paths are cut.
-    with Server(sctp.lab.outside, "203.0.113.20") as server:
+    with Server(sctp.lab.outside, OUTSIDE_IP) as server:
         service = sctp.service(server, annotations={"proxyd.io/sctp-addresses": NODE_IP_2})
         sctp.proxyd.wait_listener(NODE_IP_2, PORT, service=f"default/{service.name}")
         to = service.vip if first == "cbr0" else NODE_IP_2
@@ -127,11 +128,17 @@ def test_address_that_is_added_or_taken_away_leaves_associations_alone(sctp: Sct
 
 def test_ipv4_and_ipv6_are_addresses_of_one_endpoint(sctp: SctpLab) -> None:
     with Server(sctp.lab.pods[0], pod_ip(1)) as server:
-        service = sctp.service(server, annotations={"proxyd.io/sctp-addresses": "fd00:10:244::1"})
-        sctp.proxyd.wait_listener("fd00:10:244::1", PORT, service=f"default/{service.name}")
-        source = ["fd00:10:244::100", CLIENT_IP]
-        with service.connect(ip="fd00:10:244::1", source=source) as client, server.accept() as accepted:
-            assert client.peers() == {service.vip, "fd00:10:244::1"}
+        annotations = {"proxyd.io/sctp-addresses": NODE_IP6}
+        service = sctp.service(server, externalIPs=[NODE_IP], annotations=annotations)
+        for ip in (NODE_IP, NODE_IP6):
+            sctp.proxyd.wait_listener(ip, PORT, service=f"default/{service.name}")
+        source = [OUTSIDE_IP6, OUTSIDE_IP]
+        with (
+            service.connect(sctp.lab.outside, NODE_IP6, source=source) as client,
+            server.accept() as accepted,
+        ):
+            # The clusterIP is private: the kernel does not tell it to peers with public addresses (RFC 4960 has scopes).
+            assert client.peers() == {NODE_IP, NODE_IP6}
             client.send(Message(b"six"))
             assert accepted.receive() == Message(b"six")
         service.remove()

@@ -47,11 +47,14 @@ def test_own_listeners_are_found_by_protocol() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dist-info", "egg-info"])
-def test_another_distribution_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_another_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     install(tmp_path, "quiet", "[console_scripts]\nquiet = quiet:main\n", kind=kind)
-    install(tmp_path, "acme-relay", "[proxyd.listeners]\nSCTP = acme.relay:Listener\nDCCP = acme.dccp:Listener\n", kind=kind)
+    install(
+        tmp_path,
+        "acme-relay",
+        "[proxyd.listeners]\nSCTP = acme.relay:Listener\nDCCP = acme.dccp:Listener\n",
+        kind=kind,
+    )
     monkeypatch.syspath_prepend(tmp_path)
     found = registry.find()
     assert found.classes == {"SCTP": "acme.relay:Listener", "DCCP": "acme.dccp:Listener"}

@@ -26,10 +26,15 @@ FURTHER = "proxyd.io/sctp-addresses"
 OF_ENDPOINTS = "proxyd.io/sctp-endpoint-addresses"
 NODE = NodeView(
     name="n1",
-    addresses=(NodeAddress(ip="192.0.2.1", interface="eth0"), NodeAddress(ip="198.51.100.1", interface="eth1")),
+    addresses=(
+        NodeAddress(ip="192.0.2.1", interface="eth0"),
+        NodeAddress(ip="198.51.100.1", interface="eth1"),
+    ),
 )
 OPTIONS = Options(
-    protocols=frozenset({"TCP", "UDP", "SCTP"}), vip_ranges=("10.96.0.0/15", "fd00:96::/112"), steer_external_ips=True
+    protocols=frozenset({"TCP", "UDP", "SCTP"}),
+    vip_ranges=("10.96.0.0/15", "fd00:96::/112"),
+    steer_external_ips=True,
 )
 
 
@@ -135,7 +140,9 @@ def test_a_lost_address_does_not_take_the_others_along() -> None:
     second = service("b", external_ips=("192.0.2.1", "198.51.100.1"))
     state = desired(first, second)
     assert homes(state) == [{"10.96.0.10", "198.51.100.1"}, {"10.96.0.20", "192.0.2.1"}]
-    assert [str(status) for status in state.unopened] == ["Conflict: 192.0.2.1:3868/SCTP is held by default/a"]
+    assert [str(status) for status in state.unopened] == [
+        "Conflict: 192.0.2.1:3868/SCTP is held by default/a"
+    ]
 
 
 def test_an_address_that_comes_or_goes_leaves_the_others_alone() -> None:

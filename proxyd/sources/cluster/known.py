@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from msgspec.structs import replace
@@ -12,6 +12,7 @@ from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.service import Service
 from proxyd.sources.cluster.objects import ClusterObject, Node, same_state
 from proxyd.sources.standalone.endpoints import SKIP_MIRROR_LABEL, slices_from_endpoints
+from proxyd.state.changes import Derived
 
 T = TypeVar("T", bound=ClusterObject)
 Backend = EndpointSlice | Endpoints
@@ -128,8 +129,8 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self.services: Mapping[ObjectName, Service] = {}
-        self.slices: Mapping[ObjectName, tuple[EndpointSlice, ...]] = {}
+        self.services: Derived[ObjectName, Service] = Derived()
+        self.slices: Derived[ObjectName, tuple[EndpointSlice, ...]] = Derived()
         self.node: Node | None = None
         self.service_table: Table[Service] = Table()
         self.backend_table: Table[Backend] = Table()
@@ -152,19 +153,20 @@ class Known:
         """Brings the mappings up to date. Returns whether anything is different."""
         changed = False
         if self._touched_services:
-            services = dict(self.services)
-            changed |= _apply(
-                services, ((name, self.service_table.objects.get(name)) for name in self._touched_services)
+            services = _apply(
+                self.services,
+                ((name, self.service_table.objects.get(name)) for name in self._touched_services),
             )
             self._touched_services.clear()
+            changed |= services is not self.services
             self.services = services
         if self._touched_backends:
             owners: set[ObjectName] = set()
             for name in self._touched_backends:
                 owners |= self._backends.set(name, self.backend_table.objects.get(name))
             self._touched_backends.clear()
-            slices = dict(self.slices)
-            changed |= _apply(slices, ((owner, self._backends.slices(owner) or None) for owner in owners))
+            slices = _apply(self.slices, ((owner, self._backends.slices(owner) or None) for owner in owners))
+            changed |= slices is not self.slices
             self.slices = slices
         if self._touched_node:
             self._touched_node = False
@@ -177,12 +179,8 @@ class Known:
 V = TypeVar("V")
 
 
-def _apply(target: dict[ObjectName, V], entries: Iterable[tuple[ObjectName, V | None]]) -> bool:
-    changed = False
-    for name, value in entries:
-        if value is None:
-            changed |= target.pop(name, None) is not None
-        elif target.get(name) is not value:
-            target[name] = value
-            changed = True
-    return changed
+def _apply(
+    before: Derived[ObjectName, V], entries: Iterable[tuple[ObjectName, V | None]]
+) -> Derived[ObjectName, V]:
+    """The mapping with these entries; the very same one where nothing is different."""
+    return before.derive({name: value for name, value in entries if before.get(name) is not value})

@@ -1,0 +1,62 @@
+"""What becomes of what the workers say."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from proxyd.control.logs import Summariser, get_logger
+from proxyd.control.supervisor import Events
+from proxyd.relay.messages import Connections, Failures
+
+if TYPE_CHECKING:
+    from proxyd.control.daemon import Daemon
+
+
+class Hearing:
+    """Listens for one daemon.
+
+    Args:
+        daemon: whose workers they are.
+    """
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._said = Summariser(get_logger("proxyd"))
+
+    def events(self) -> Events:
+        """What the supervisor calls."""
+        return Events(
+            acknowledged=self._daemon.acknowledged,
+            drained=self._drained,
+            died=self._died,
+            connections=self._connections,
+            trouble=self._trouble,
+            failures=self._failures,
+        )
+
+    def flush(self) -> None:
+        """Sum up in the log what was said often."""
+        self._said.flush()
+
+    def _drained(self, worker: int, numbers: list[int]) -> None:
+        if self._daemon.reconciler.drained(worker, numbers):
+            self._daemon.look_again()
+
+    def _died(self, worker: int) -> None:
+        self._daemon.observation.published()
+        if self._daemon.reconciler.worker_died(worker):
+            self._daemon.look_again()
+
+    def _connections(self, message: Connections) -> None:
+        self._daemon.access.write(message.records, message.dropped)
+
+    def _failures(self, message: Failures) -> None:
+        self._daemon.operations.history.failed(message.records)
+
+    def _trouble(self, worker: int, counts: dict[str, int]) -> None:
+        for text, count in counts.items():
+            # One line for each Service and reason, however many endpoints it has.
+            kind = re.sub(r"^endpoint \S+ of ", "", text)
+            self._said.warning(kind, text, count=count, worker=worker)
+            self._daemon.observation.metrics.trouble(text, count)
