@@ -364,16 +364,15 @@ def main() -> None:
     enter_namespace()
     serve_backends()
     results = []
-    compiled = Path(tempfile.mkdtemp(prefix="proxyd-scale-"))
-    compile_modules(compiled)
-    for listeners in map(int, args.listeners.split(",")):
-        for layout in args.layout.split(","):
-            folder = Path(tempfile.mkdtemp(prefix="proxyd-scale-"))
-            try:
-                results.append(measure(layout, listeners, args.changes, folder))
-            finally:
-                shutil.rmtree(folder)
-    shutil.rmtree(compiled)
+    with tempfile.TemporaryDirectory(prefix="proxyd-scale-") as compiled:
+        compile_modules(Path(compiled))
+        for listeners in map(int, args.listeners.split(",")):
+            for layout in args.layout.split(","):
+                folder = Path(tempfile.mkdtemp(prefix="proxyd-scale-"))
+                try:
+                    results.append(measure(layout, listeners, args.changes, folder))
+                finally:
+                    shutil.rmtree(folder)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

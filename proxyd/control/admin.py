@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
-import platform
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-import msgspec
 from aiohttp import web
 
-from proxyd import __version__
 from proxyd.control import description, logs, views
 from proxyd.control.adminsocket import BACKLOG, AdminError, listen
 from proxyd.control.answers import (
     ConnectionsView,
     DrainView,
-    LogLevelView,
     ReloadView,
     UpgradeView,
-    VersionView,
 )
 from proxyd.control.collection import paused
 from proxyd.control.handover import UpgradeError
 from proxyd.control.history import History
 from proxyd.control.logs import get_logger
+from proxyd.control.requests import (
+    MAX_BODY,
+    answered,
+    explained,
+    parameters,
+    refusal,
+    seconds_of,
+    selector_of,
+    set_log_level,
+    show_log_level,
+    show_version,
+    sign,
+)
 from proxyd.control.roundup import MAX_RECORDS
-from proxyd.control.selector import Selector, SelectorError
+from proxyd.control.selector import Selector
 from proxyd.control.tasks import describe
 from proxyd.control.views import Picture
 
@@ -40,7 +47,6 @@ __all__ = ["AdminError", "AdminServer", "Operations"]
 log = get_logger("admin")
 
 MAX_CLIENTS = 64  # one more ends the oldest
-MAX_BODY = 16 * 1024  # of a request
 MAX_UNSENT = 64 << 20  # bytes of answers that clients have not taken yet; a further answer is refused
 SEND_SECONDS = 30.0  # that a client has to take an answer
 MAX_WAIT = 60.0  # seconds that a client may wait for a change
@@ -171,7 +177,7 @@ class AdminServer:
 
     def _application(self) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY)
-        app.on_response_prepare.append(_sign)
+        app.on_response_prepare.append(sign)
         routes: tuple[tuple[str, str, Handler], ...] = (
             ("GET", "/v1/services", self._items(views.services)),
             ("GET", "/v1/services/{namespace}/{name}", self._description),
@@ -179,12 +185,12 @@ class AdminServer:
             ("GET", "/v1/listeners", self._items(views.listeners)),
             ("GET", "/v1/connections", self._connections),
             ("GET", "/v1/status", self._status),
-            ("GET", "/v1/version", _version),
+            ("GET", "/v1/version", show_version),
             ("POST", "/v1/reload", self._reload),
             ("POST", "/v1/drain", self._drain),
             ("POST", "/v1/upgrade", self._upgrade),
-            ("GET", "/v1/log-level", _log_level),
-            ("PUT", "/v1/log-level", _set_log_level),
+            ("GET", "/v1/log-level", show_log_level),
+            ("PUT", "/v1/log-level", set_log_level),
         )
         for method, path, handler in routes:
             app.router.add_route(method, path, handler)
@@ -204,15 +210,15 @@ class AdminServer:
         try:
             response = await handler(request)
         except web.HTTPException as error:
-            response = _explained(request, error)
+            response = explained(request, error)
         except Exception as error:  # noqa: BLE001 - the daemon goes on, and the client is told
             why = describe(error)
             log.error("request failed", method=request.method, path=request.path[:200], error=why)  # noqa: TRY400 - one line
-            response = _error(500, f"internal error: {why}")
+            response = refusal(500, f"internal error: {why}")
         assert isinstance(response, web.Response)
         size = len(response.body) if isinstance(response.body, bytes) else 0
         if self._unsent + size > MAX_UNSENT and self._unsent:
-            response = _error(503, "other clients are slow to take their answers; try again")
+            response = refusal(503, "other clients are slow to take their answers; try again")
             size = 0
         self._unsent += size
         try:
@@ -232,10 +238,10 @@ class AdminServer:
 
     def _items(self, view: Callable[..., list[Any]]) -> Handler:
         async def answer(request: web.Request) -> web.Response:
-            query = _query(request, "namespace", "name", "labelSelector", "revision", "wait")
-            selector = _selector(query)
+            query = parameters(request, "namespace", "name", "labelSelector", "revision", "wait")
+            selector = selector_of(query)
             if "revision" in query:
-                await self._wait(query["revision"], _seconds(query, "wait", 0.0))
+                await self._wait(query["revision"], seconds_of(query, "wait", 0.0))
                 if query["revision"] == self._revision():
                     return web.Response(status=304)
             with paused():
@@ -245,7 +251,7 @@ class AdminServer:
                     name=query.get("name", ""),
                     selector=selector,
                 )
-                return _answer({"revision": self._revision(), "items": items})
+                return answered({"revision": self._revision(), "items": items})
 
         return answer
 
@@ -266,46 +272,46 @@ class AdminServer:
         return f"{os.getpid():x}-{inode:x}-{self._changes:x}"
 
     async def _description(self, request: web.Request) -> web.Response:
-        _query(request)
+        parameters(request)
         namespace, name = request.match_info["namespace"], request.match_info["name"]
         history = self._operations.history if self._operations else History()
         found = description.describe(self._picture(), history, namespace, name)
         if found is None:
             raise web.HTTPNotFound(text=f"service {namespace}/{name} not found")
-        return _answer(found)
+        return answered(found)
 
     async def _connections(self, request: web.Request) -> web.Response:
-        query = _query(request, "namespace", "name", "labelSelector", "limit")
+        query = parameters(request, "namespace", "name", "labelSelector", "limit")
         limit = query.get("limit", str(MAX_RECORDS))
         if not limit.isascii() or not limit.isdecimal() or not 0 < int(limit[:9]) <= MAX_RECORDS:
             raise web.HTTPBadRequest(text=f'limit: expected a number from 1 to {MAX_RECORDS}, got "{limit}"')
         found = await self._able().connections(
             namespace=query.get("namespace", ""),
             name=query.get("name", ""),
-            selector=_selector(query),
+            selector=selector_of(query),
             limit=int(limit),
         )
-        return _answer(found)
+        return answered(found)
 
     async def _status(self, request: web.Request) -> web.Response:
-        _query(request)
-        return _answer(views.status(self._picture(), now=time.time()))
+        parameters(request)
+        return answered(views.status(self._picture(), now=time.time()))
 
     # -- what is ordered ------------------------------------------------------------------------------------------
 
     async def _reload(self, request: web.Request) -> web.Response:
-        _query(request)
-        return _answer(await self._able().reload())
+        parameters(request)
+        return answered(await self._able().reload())
 
     async def _drain(self, request: web.Request) -> web.Response:
-        query = _query(request, "timeout")
-        seconds = _seconds(query, "timeout", 0.0) if "timeout" in query else None
-        return _answer(self._able().drain(seconds), status=202)
+        query = parameters(request, "timeout")
+        seconds = seconds_of(query, "timeout", 0.0) if "timeout" in query else None
+        return answered(self._able().drain(seconds), status=202)
 
     async def _upgrade(self, request: web.Request) -> web.Response:
-        _query(request)
+        parameters(request)
         try:
-            return _answer(await self._able().upgrade(), status=202)
+            return answered(await self._able().upgrade(), status=202)
         except UpgradeError as error:
             raise web.HTTPConflict(text=str(error)) from None
 
@@ -313,91 +319,3 @@ class AdminServer:
         if self._operations is None or self._picture().phase == "starting":
             raise web.HTTPServiceUnavailable(text="the daemon is starting; try again")
         return self._operations
-
-
-async def _version(request: web.Request) -> web.Response:
-    _query(request)
-    return _answer(VersionView(version=__version__, python=platform.python_version(), pid=os.getpid()))
-
-
-async def _log_level(request: web.Request) -> web.Response:
-    _query(request)
-    return _answer(LogLevelView(level=logs.level()))
-
-
-async def _set_log_level(request: web.Request) -> web.Response:
-    _query(request)
-    try:
-        wanted = msgspec.json.decode(await request.read(), type=LogLevelView).level
-        logs.set_level(wanted)
-    except msgspec.DecodeError as error:
-        raise web.HTTPBadRequest(text=f'expected {{"level": "info"}}: {error}') from None
-    except ValueError as error:
-        raise web.HTTPBadRequest(text=str(error)) from None
-    log.info("log level set", to=wanted)
-    return _answer(LogLevelView(level=logs.level()))
-
-
-def _query(request: web.Request, *known: str) -> dict[str, str]:
-    """The parameters of a request.
-
-    Raises:
-        web.HTTPBadRequest: one is unknown or given twice.
-    """
-    for key in request.query:
-        if key not in known:
-            offer = f"known are {', '.join(known)}" if known else "there are none here"
-            raise web.HTTPBadRequest(text=f'unknown parameter "{key[:60]}"; {offer}')
-        if len(request.query.getall(key)) > 1:
-            raise web.HTTPBadRequest(text=f'parameter "{key}" is given twice')
-    return dict(request.query)
-
-
-def _selector(query: dict[str, str]) -> Selector:
-    try:
-        return Selector(query.get("labelSelector", ""))
-    except SelectorError as error:
-        raise web.HTTPBadRequest(text=str(error)) from None
-
-
-def _seconds(query: dict[str, str], key: str, default: float) -> float:
-    text = query.get(key)
-    if text is None:
-        return default
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds <= 86400:
-        raise web.HTTPBadRequest(text=f'{key}: expected seconds from 0 to 86400, got "{text}"')
-    return seconds
-
-
-def _answer(value: Any, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
-
-
-def _error(status: int, why: str, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(
-        status=status,
-        body=msgspec.json.encode({"error": why}),
-        content_type="application/json",
-        headers=headers,
-    )
-
-
-def _explained(request: web.Request, error: web.HTTPException) -> web.Response:
-    """The answer for an error of a handler's, or of aiohttp's own."""
-    path = request.path[:200]
-    if error.status == 405:
-        why = f"{request.method[:20]} is not possible for {path}"
-        return _error(405, why, {"Allow": error.headers["Allow"]})
-    if error.status == 404 and request.match_info.route.resource is None:
-        return _error(404, f"no path {path}; see docs/admin-api.md")
-    if error.status == 413:
-        return _error(413, f"a body has at most {MAX_BODY} bytes")
-    return _error(error.status, error.text or error.reason)
-
-
-async def _sign(_request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = f"proxyd/{__version__}"

@@ -84,6 +84,7 @@ class Publication:
         self._specs: dict[BalancerKey, BalancerSpec] = {}
         self._counted: dict[ServicePortName, set[BalancerKey]] = {}
         self.held: dict[ListenerKey, Held] = {}
+        self._homes: dict[Home, Held] = {}
         self.generation = 0
         self._update = Update(1)
         self._retired: list[Retired] = []
@@ -130,7 +131,7 @@ class Publication:
     def open(self, spec: ListenerSpec, sock: socket.socket) -> None:
         """Publish a listener. The socket is owned by the publication from now on."""
         held = Held(next(self._ids), sock, spec, self._owner(spec), {spec.key: spec})
-        self.held[spec.key] = held
+        self._hold(held)
         self._update.listeners[held.id] = held
 
     def join(self, spec: ListenerSpec, held: Held) -> None:
@@ -147,7 +148,7 @@ class Publication:
 
     def home(self, home: Home) -> Held | None:
         """The socket of a multi-homed SCTP endpoint, where it is open."""
-        return next((held for held in self.held.values() if held.spec.home == home), None)
+        return self._homes.get(home)
 
     def change(self, spec: ListenerSpec, drain: float | None) -> None:
         """Give an open listener another spec; the socket stays.
@@ -168,6 +169,8 @@ class Publication:
         held = self.held[key]
         for one in held.specs:
             del self.held[one]
+        if held.spec.home is not None:
+            del self._homes[held.spec.home]
         self._retire(held, drain)
         close_listening(held.socket)
 
@@ -186,6 +189,7 @@ class Publication:
         for held in self._sockets():
             close_listening(held.socket)
         self.held.clear()
+        self._homes.clear()
 
     def take_update(self) -> Update:
         """The update put together since the last call; a new generation begins where there is anything in it."""
@@ -254,6 +258,12 @@ class Publication:
             yield Apply(update.generation, last=False, drop_balancers=ids), []
         yield Apply(update.generation, last=True), []
 
+    def _hold(self, held: Held) -> None:
+        for key in held.specs:
+            self.held[key] = held
+        if held.spec.home is not None:
+            self._homes[held.spec.home] = held
+
     def _sockets(self) -> Iterable[Held]:
         """What is held, each socket once."""
         return dict.fromkeys(self.held.values())
@@ -262,8 +272,7 @@ class Publication:
         # A new number with the same socket: the backlog is kept, and old relays can be told from new ones.
         self._retire(held, drain)
         new = Held(next(self._ids), held.socket, spec, self._owner(spec), {**held.specs, spec.key: spec})
-        for key in new.specs:
-            self.held[key] = new
+        self._hold(new)
         self._update.listeners[new.id] = new
 
     def _retire(self, held: Held, drain: float | None) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from proxyd.api.service import Protocol
-from proxyd.control.guarding import Guarding
+from proxyd.control.addresses import Addresses
 from proxyd.control.handover import ListeningSocket
 from proxyd.control.inheritance import Inheritance
 from proxyd.control.leaving import LeavingWorkers
 from proxyd.control.logs import get_logger
 from proxyd.control.publication import Held, Publication, Retired, Update
-from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.sockets import BindFailed, open_listener
@@ -30,7 +29,6 @@ from proxyd.state.spec import (
     ListenerStatus,
     SctpOptions,
     ServicePortName,
-    Steering,
     status_of,
 )
 
@@ -85,9 +83,7 @@ class Reconciler:
         self.desired = DesiredState()
         self.failures: dict[ListenerKey, Failure] = {}
         self._publication = publication
-        self._routes = routes
-        self._rules = rules
-        self._guarding = Guarding(guard)
+        self._addresses = Addresses(routes, rules, guard)
         self._drain = drain_seconds
         self._sctp = sctp
         self._note = note  # what became of a service port's listener, for people
@@ -95,12 +91,6 @@ class Reconciler:
         self._carried_out: HostState | None = None
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
         self._listeners: dict[ListenerKey, ListenerSpec] = {}
-        # What a killed daemon left is taken over: the first plan removes what is not wanted any more.
-        self._vips: set[str] = set(routes.present()) if routes else set()
-        self._vip_errors: dict[str, str] = {}
-        self._steering: dict[ListenerKey, Steering] = rules.present() if rules else {}
-        self._refused: frozenset[ListenerKey] | None = None
-        self._rules_trouble = ""
         self._ending: dict[int, Ending] = {}  # by the listener's number
         # Of `desired`, once it is asked for.
         self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
@@ -113,8 +103,8 @@ class Reconciler:
         return HostState(
             balancers=self._balancers,
             listeners=self._listeners,
-            vips=frozenset(self._vips),
-            steering=self._steering,
+            vips=frozenset(self._addresses.vips),
+            steering=self._addresses.steering,
         )
 
     def reconcile(
@@ -133,9 +123,7 @@ class Reconciler:
         before, self._carried_out = self._carried_out, None
         todo = plan(before or self.observed, desired.host)
         crew = set(workers)
-        if todo.add_vips:
-            self._guarding.begin(todo.add_vips | self._vips, desired.host.listeners)
-        self._add_vips(todo)
+        self._addresses.add(todo, desired.host.listeners)
         for number, spec in enumerate(todo.set_balancers, 1):
             self._publication.set_balancer(spec)
             self._balancers[spec.key] = spec
@@ -153,10 +141,7 @@ class Reconciler:
             del self._balancers[balancer]
         self._forget(todo)
         self._keep_relays(crew)
-        self._steer(todo)
-        self._refuse_new()
-        self._remove_addresses(todo)
-        self._guarding.sync(todo, self._vips, self._listeners)
+        self._addresses.settle(todo, self._listeners, self._held_keys())
         for key in [key for key in self.failures if key not in desired.host.listeners]:
             del self.failures[key]
         if update := self._publication.take_update():
@@ -171,8 +156,10 @@ class Reconciler:
             not self.failures
             and len(self._listeners) == len(wanted.listeners)
             and len(self._balancers) == len(wanted.balancers)
-            and self._steering == wanted.steering
-            and ((vips_were and not (todo.add_vips or todo.remove_vips)) or self._vips == wanted.vips)
+            and self._addresses.steering == wanted.steering
+            and (
+                (vips_were and not (todo.add_vips or todo.remove_vips)) or self._addresses.vips == wanted.vips
+            )
         )
 
     def inherit(self, left: Iterable[ListeningSocket], leaving: LeavingWorkers) -> None:
@@ -194,18 +181,7 @@ class Reconciler:
     def observe(self) -> None:
         """Look at the node again: what somebody else removed is missing in the next plan."""
         self._carried_out = None
-        try:
-            if self._routes:
-                # A VIP that is an ordinary address of the node has no route, and needs none.
-                own = {address.ip for address in node_addresses()}
-                self._vips = set(self._routes.present()) | (self._vips & own)
-            if self._rules:
-                self._steering = self._rules.present()
-                self.addresses_changed()
-                self._refused = None
-        except OSError as error:
-            log.warning("routes and rules can't be read", error=str(error))
-        self._guarding.forget()
+        self._addresses.observe()
 
     def next_retry(self) -> float | None:
         """When the next failed listener is tried again (monotonic), None where none failed."""
@@ -237,72 +213,12 @@ class Reconciler:
 
     def remove_addresses(self) -> None:
         """Take back every route, rule and table."""
-        if self._rules:
-            _report("policy rule can't be removed", self._rules.remove(list(self._steering)))
-            self._rules.refuse_new(frozenset())
-        if self._routes and self._vips:
-            _report("VIP route can't be removed", self._routes.remove(self._vips))
-        self._guarding.remove()
-        self._steering.clear()
-        self._vips.clear()
+        self._addresses.remove_all()
         self._carried_out = None
 
-    def _add_vips(self, todo: Plan) -> None:
-        if self._routes and todo.add_vips:
-            failed = self._routes.add(todo.add_vips)
-            _report(
-                "VIP route can't be added", {ip: e for ip, e in failed.items() if ip not in self._vip_errors}
-            )
-            self._vip_errors = failed
-            self._vips |= todo.add_vips.difference(failed)
-
-    def _steer(self, todo: Plan) -> None:
-        if not self._rules or not todo.steer:
-            return
-        # LOCAL only where somebody listens, or the traffic would hang. A key whose relays drain keeps its LOCAL rule:
-        # they need it.
-        held = self._held_keys()
-        steer = {
-            key: how if key in self._listeners else Steering.UNREACHABLE
-            for key, how in todo.steer.items()
-            if how is Steering.LOCAL or key not in held
-        }
-        steer = {key: how for key, how in steer.items() if self._steering.get(key) != how}
-        if steer:
-            failed = self._rules.set(steer)
-            _report("policy rule can't be set", {str(key): error for key, error in failed.items()})
-            self._steering |= {key: how for key, how in steer.items() if key not in failed}
-
-    def _refuse_new(self) -> None:
-        """Clients of an address whose listener is closed while its relays live on are refused, and do not hang."""
-        if self._rules is None:
-            return
-        closed = frozenset(
-            key for key in self._held_keys() if key in self._steering and key not in self._listeners
-        )
-        if closed != self._refused:
-            self._rules.refuse_new(closed)
-            self._refused = closed
-        if self._rules.trouble and self._rules.trouble != self._rules_trouble:
-            log.warning(self._rules.trouble)
-        self._rules_trouble = self._rules.trouble
-
     def addresses_changed(self) -> None:
-        """The node's addresses changed: repair the routes that named one of them as source."""
-        if self._rules and self._steering:
-            _report("policy rule can't be repaired", {str(k): e for k, e in self._rules.refresh().items()})
-
-    def _remove_addresses(self, todo: Plan) -> None:
-        held = self._held_keys()
-        if self._rules and (unsteer := [key for key in todo.unsteer if key not in held]):
-            _report(
-                "policy rule can't be removed", {str(k): e for k, e in self._rules.remove(unsteer).items()}
-            )
-            for key in unsteer:
-                del self._steering[key]
-        if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
-            _report("VIP route can't be removed", self._routes.remove(free))
-            self._vips -= free
+        """The node's addresses changed."""
+        self._addresses.changed()
 
     def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
         said = any(failure.exhausted for failure in self.failures.values())
@@ -347,7 +263,7 @@ class Reconciler:
     def _failed(self, spec: ListenerSpec, error: BindFailed) -> None:
         failure = self.failures.get(spec.key)
         attempts = failure.attempts + 1 if failure and failure.spec == spec else 1
-        message = self._vip_errors.get(spec.key.ip) or str(error)
+        message = self._addresses.vip_errors.get(spec.key.ip) or str(error)
         if failure is None or failure.message != message:
             if not error.exhausted:
                 log.warning(
@@ -395,7 +311,9 @@ class Reconciler:
         for retired in self._publication.take_retired():
             workers = crew if retired.owner is None else crew & {retired.owner}
             if workers:
-                holds = any(key.ip in self._vips or key in self._steering for key in retired.keys)
+                holds = any(
+                    key.ip in self._addresses.vips or key in self._addresses.steering for key in retired.keys
+                )
                 self._ending[retired.id] = Ending(retired, set(workers), holds)
         for retired in [ending.retired for ending in self._ending.values() if not ending.retired.drains]:
             if not any(self._wants(key, retired.spec.service_port) for key in retired.keys):
@@ -435,11 +353,3 @@ class Reconciler:
         for key in todo.drop_balancers:
             if key.service_port not in wished:
                 self._publication.forget(key)
-
-
-def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:
-    """Log the first few of many errors of one kind, and count the rest."""
-    for subject, error in list(errors.items())[:3]:
-        log.warning(what, address=str(subject), error=error)
-    if len(errors) > 3:
-        log.warning(what, more=len(errors) - 3)

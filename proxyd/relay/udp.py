@@ -253,8 +253,8 @@ class UdpListener:
             return
         if len(sizes) > 1:
             self._batches = PATIENCE
-            if len(sizes) == SLOTS and sizes[0] == sizes[SLOTS // 2] >= trains.BULK_BYTES:
-                self._bulk()
+            if len(sizes) >= trains.LENGTH and sizes[0] == sizes[1] >= trains.BULK_BYTES:
+                self._bulk(len(sizes))
         else:
             self._batches -= 1
         find = self.flows.get
@@ -283,29 +283,37 @@ class UdpListener:
             flow.bytes_in += size
             flow.datagrams_in += 1
 
-    def _bulk(self) -> None:
+    def _bulk(self, count: int) -> None:
         """Receive trains from now on if the batch is one client's."""
         key = self._vector.key
-        if key(0) == key(SLOTS // 2) == key(SLOTS - 1) and trains.start(self._socket):
+        if key(0) == key(count // 2) == key(count - 1) and trains.start(self._socket):
             self._poller.handlers[self.fd] = self._ready_for_trains
 
     def _ready_for_trains(self, _events: int) -> None:
-        """Send on a single datagram, or some trains."""
-        for _ in range(trains.TRAINS_AT_ONCE):
+        """Send on a datagram, or some if it has been ready turn after turn; each may be a train."""
+        turn = self._poller.turns
+        more = turn == self._last_turn + 1
+        self._last_turn = turn
+        taken = 0
+        for _ in range(SLOTS if more else 1):
             try:
                 size, control, _flags, name = self._socket.recvmsg_into([self._view], trains.CONTROL_BYTES)
             except OSError as error:
+                self._last_turn = 0
                 self._receive_failed(error)
                 return
             data = self._view[:size]
-            segment = trains.segment_of(control)
-            if not 0 < segment < size:
+            segment = trains.segment_of(control) if control else 0
+            if 0 < segment < size:
+                flow = self.named.get(name)
+                if flow is None or not flow.forward_train(data, segment):
+                    for part in trains.parts(data, segment):
+                        self._one(name, part)
+                taken += size
+                if taken > trains.TURN_BYTES:
+                    return
+            else:
                 self._one(name, data)
-                return
-            flow = self.named.get(name)
-            if flow is None or not flow.forward_train(data, segment):
-                for part in trains.parts(data, segment):
-                    self._one(name, part)
 
     def _one(self, name: ClientName, data: memoryview) -> None:
         flow = self.named.get(name)

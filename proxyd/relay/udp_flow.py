@@ -119,32 +119,39 @@ class Flow(Upstream):
             self._poller.handlers[self._sock.fileno()] = self._ready_for_trains
 
     def _ready_for_trains(self, _events: int) -> None:
-        """Take a reply, or some trains of them."""
+        """Take a reply, or some if it has been ready turn after turn; each may be a train."""
+        turn = self._poller.turns
+        self._streak = self._streak + 1 if turn == self._last_turn + 1 else 0
+        self._last_turn = turn
         vector, sock, name = self._vector, self._sock, self.name
         assert sock is not None
         assert name is not None
-        for _ in range(trains.TRAINS_AT_ONCE):
-            vector.turn_to(self._fd, self.listener.sendto)
-            try:
-                size, control, _flags, _ = sock.recvmsg_into([vector.views[0]], trains.CONTROL_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._refused(error)
-                return
-            self.used = self._table.clock
-            self.bytes_out += size
-            segment = trains.segment_of(control)
-            if not 0 < segment < size:
-                vector.queue(self.key, name, size)
-                self.datagrams_out += 1
+        taken = 0
+        try:
+            for _ in range(MAX_BATCH if self._streak else 1):
+                slot = vector.queued
+                if slot == SLOTS or vector.to != self._fd:
+                    vector.turn_to(self._fd, self.listener.sendto)
+                    slot = 0
+                size, control, _flags, _ = sock.recvmsg_into([vector.views[slot]], trains.CONTROL_BYTES)
+                segment = trains.segment_of(control) if control else 0
+                if 0 < segment < size:
+                    vector.flush()  # what came before it
+                    vector.lost(self.listener.send_train(vector.views[slot][:size], segment, name))
+                    self.datagrams_out += -(-size // segment)
+                    taken += size
+                else:
+                    vector.queue(slot, self.key, name, size)
+                    self.datagrams_out += 1
+                self.used = self._table.clock
+                self.bytes_out += size
                 self._replied()
-                return
-            vector.lost(self.listener.send_train(vector.views[0][:size], segment, name))
-            self.datagrams_out += -(-size // segment)
-            self._replied()
-            if self.done:
-                return
+                if self.done or taken > trains.TURN_BYTES:
+                    return
+        except BlockingIOError:
+            self._streak = 0
+        except OSError as error:
+            self._refused(error)
 
     def _replied(self) -> None:
         if self.stage == WAITING:

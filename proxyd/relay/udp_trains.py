@@ -19,10 +19,11 @@ _U16 = struct.Struct("=H")
 # Room for the one control message that says how long a datagram of the train is: cmsg(3).
 CONTROL_BYTES = socket.CMSG_SPACE(_INT.size)
 
-# Datagrams from this size on are bulk.
+# A batch of so many datagrams of one client, each at least so large, is bulk.
+LENGTH = 8
 BULK_BYTES = 500
-# Trains taken from one socket in one turn: at most 256 KiB.
-TRAINS_AT_ONCE = 4
+# Taken from one socket in one turn, before others have theirs.
+TURN_BYTES = 256 * 1024
 
 Control = list[tuple[int, int, bytes]]
 

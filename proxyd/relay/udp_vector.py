@@ -122,15 +122,15 @@ class Vector:
             return self.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES].tobytes()
         return self.words[slot * 4]
 
-    def queue(self, key: ClientKey, name: ClientName, size: int) -> None:
-        """Queue what has been put into the buffer of slot 0, of an empty vector."""
+    def queue(self, slot: int, key: ClientKey, name: ClientName, size: int) -> None:
+        """Queue what has been put into the buffer of the next free slot."""
         if isinstance(key, int):
-            self.words[0] = key
+            self.words[slot * 4] = key
         else:
-            self.names[:NAME6_BYTES] = key
-        self.sizes[1] = size
+            self.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES] = key
+        self.sizes[2 * slot + 1] = size
         self.name = name
-        self.queued = 1
+        self.queued = slot + 1
 
     def turn_to(self, fd: int, sendto: Callable[[memoryview, ClientName], object]) -> None:
         """Send what is queued; what is queued from now on goes out by `fd`, whose socket's method `sendto` is."""

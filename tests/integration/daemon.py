@@ -74,6 +74,7 @@ class Proxyd:
         workers: `--workers`.
         unprivileged: run it as a user other than root that has no capabilities.
         path: more folders that it may import from.
+        before: a command that executes it.
     """
 
     def __init__(
@@ -85,13 +86,14 @@ class Proxyd:
         workers: int = 1,
         unprivileged: bool = False,
         path: tuple[Path, ...] = (),
+        before: tuple[str, ...] = (),
     ) -> None:
         self.namespace = namespace
         self.folder = folder
         self.socket = folder / "admin.sock"
         self.log_file = folder / "log.jsonl"
         self._path = os.pathsep.join(map(str, (REPOSITORY, *path)))
-        self._prefix = UNPRIVILEGED if unprivileged else []
+        self._prefix = [*before, *(UNPRIVILEGED if unprivileged else [])]
         self._process: subprocess.Popen[bytes] | None = None
         self._argv = [
             *("run", "--log-format", "json"),

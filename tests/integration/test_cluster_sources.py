@@ -108,6 +108,30 @@ def test_nothing_is_opened_before_every_source_has_been_read(lab: Lab, folder: P
         daemon.__exit__()
 
 
+def test_what_a_killed_daemon_left_stays_until_the_lists_are_there(cluster: Cluster, lab: Lab) -> None:
+    def routes() -> str:
+        return lab.node.run("ip", "route", "show", "table", "local", "proto", "112")
+
+    cluster.serve("web", VIP, pod(1))
+    cluster.serve("gone", OTHER_VIP, pod(1))
+    with cluster.proxyd(NODE_1) as daemon:
+        wait_who(lab.client, VIP, {P1})
+        wait_who(lab.client, OTHER_VIP, {P1})
+        daemon.process.kill()
+        daemon.wait()
+        cluster.delete("services", "gone")
+        cluster.kill()
+        before = routes()
+        assert VIP in before
+        assert OTHER_VIP in before
+        daemon.start(wait=False)
+        wait_for(lambda: daemon._ask("status"), "an answer", 30)
+        assert routes() == before
+        cluster.start()
+        wait_who(lab.client, VIP, {P1})
+        wait_for(lambda: OTHER_VIP not in routes(), "what is not wanted any more to go")
+
+
 def test_a_service_manager_waits_with_it(lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(lab, folder)
     with Manager(folder) as manager:

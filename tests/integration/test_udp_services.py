@@ -43,6 +43,7 @@ from netlab import (
 )
 
 EXTERNAL_IP6 = "2001:db8:5::10"  # nobody's
+UDP_SEGMENT = 103  # linux/udp.h
 MORE_NODE_IPS = ("192.0.2.11", "192.0.2.12", "192.0.2.13")
 
 Run = Callable[..., Proxyd]
@@ -388,5 +389,16 @@ def test_a_narrow_link_to_the_endpoint(lab: Lab, manifests: Path, proxyd: Run) -
             # Nobody knows yet how narrow the link is.
             assert ask(lab.client, VIP, data=data, timeout=10) == data
             assert ask(lab.client, VIP, data=data * 10, timeout=10) == data * 10
+            # Nor do trains of datagrams fit: they are taken apart.
+            with lab.client.socket(kind=socket.SOCK_DGRAM) as client:
+                client.settimeout(10)
+                client.connect((VIP, 53))
+                for _ in range(2):
+                    client.send(b"who")
+                    assert client.recv(100) == b"behind"
+                client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1200)
+                for i in range(20):
+                    client.send(bytes([i]) + bytes(32 * 1200 - 1))
+                    assert b"".join(client.recv(2000) for _ in range(32)) == bytes([i]) + bytes(32 * 1200 - 1)
             got = figures(lab.node, "proxyd_endpoint_dial_failures_total")
             assert sum(got.values()) == 0

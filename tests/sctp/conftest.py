@@ -14,17 +14,18 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "integration"))
+
+import probe
+from netlab import become_root
+from probe import Association, Server
+from sctplab import SctpLab, pod_ip
+
+from tests.vm.errors import has_sctp
+from tests.vm.remote import RemoteTests
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "integration"), str(HERE.parent.parent)]
-
-import probe  # noqa: E402 the paths are made above
-from netlab import become_root  # noqa: E402
-from probe import Association, Server  # noqa: E402
-from sctplab import SctpLab, pod_ip  # noqa: E402
-
-from tests.vm.errors import has_sctp  # noqa: E402
-from tests.vm.remote import RemoteTests  # noqa: E402
-
 # Minutes each, so only on demand: make test-sctp-long.
 collect_ignore = [] if os.environ.get("PROXYD_TEST_LONG") else ["test_sctp_long.py"]
 

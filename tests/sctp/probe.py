@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Self
 
+from clients import PATIENCE
 from netlab import Namespace
 
 SCTP = 132  # the protocol, and the level of its options
@@ -25,7 +26,7 @@ NOTIFICATION = 0x8000
 ASSOC_CHANGE, SHUTDOWN_EVENT = 0x8001, 0x8005
 COMM_LOST, SHUTDOWN_COMPLETE = 1, 3
 
-TIMEOUT = 60.0  # of each call, on a machine that is emulated and busy
+TIMEOUT = 20.0 * PATIENCE  # of each call
 BUFFER = 1 << 20
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 

@@ -26,15 +26,6 @@ from probe import Association, Server
 PORT = 3868
 CLIENT_IP, CLIENT_IP_2 = "10.244.0.100", "10.245.0.100"
 NODE_IP_2 = "10.245.0.1"
-# Lost paths are noticed soon, and heartbeats come often: milliseconds, and failures until another path is taken.
-TIMERS = {
-    "rto_min": "100",
-    "rto_initial": "300",
-    "rto_max": "1000",
-    "hb_interval": "500",
-    "path_max_retrans": "1",
-    "association_max_retrans": "20",
-}
 
 
 def second_ip(number: int) -> str:
@@ -73,8 +64,6 @@ class SctpLab:
         lab.node.ip("\n".join(script))
         for host, ip in hosts:
             host.ip(f"addr add {ip}/24 dev eth1\nlink set eth1 up")
-        for host in (lab.node, lab.client, *lab.pods):
-            host.sysctl(**{f"net__sctp__{name}": value for name, value in TIMERS.items()})
 
     @cached_property
     def proxyd(self) -> Proxyd:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from clients import wait_for
@@ -12,6 +13,28 @@ from probe import Association, End, Message, Server
 from sctplab import CLIENT_IP, CLIENT_IP_2, NODE_IP_2, PORT, SctpLab, pod_ip, second_ip
 
 COUNT = 600
+# Lost paths are noticed soon, and heartbeats come often: milliseconds, and failures until another path is taken. Too often
+# for many associations.
+TIMERS = {
+    "rto_min": "100",
+    "rto_initial": "300",
+    "rto_max": "1000",
+    "hb_interval": "500",
+    "path_max_retrans": "1",
+    "association_max_retrans": "50",
+}
+
+
+@pytest.fixture(autouse=True)
+def _timers(sctp: SctpLab) -> Iterator[None]:
+    """For every socket that is made meanwhile; an association has those of its socket."""
+    hosts = (sctp.lab.node, sctp.lab.client, sctp.lab.outside, *sctp.lab.pods)
+    usual = {f"net__sctp__{name}": Path("/proc/sys/net/sctp", name).read_text() for name in TIMERS}
+    for host in hosts:
+        host.sysctl(**{f"net__sctp__{name}": value for name, value in TIMERS.items()})
+    yield
+    for host in hosts:
+        host.sysctl(**usual)
 
 
 @pytest.fixture

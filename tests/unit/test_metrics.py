@@ -59,6 +59,7 @@ DASHBOARDS = Path(__file__).parents[2] / "config" / "grafana"
 RULES = Path(__file__).parents[2] / "config" / "prometheus"
 WEB = ServicePortName("prod", "web", "http", Protocol.TCP)
 DNS = ServicePortName("prod", "dns", "dns", Protocol.UDP)
+HSS = ServicePortName("prod", "hss", "diameter", Protocol.SCTP)
 A, B = Endpoint("10.244.0.1", 8080), Endpoint("fd00::1", 8080)
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -170,6 +171,19 @@ def test_datagrams_of_udp_ports(publication):
         assert of(got, "proxyd_datagrams_dropped_total", reason=reason, **labels) == value
     # A TCP port has none of these.
     assert not [name for name, given in got if "datagrams" in name and ("service", "web") in given]
+
+
+def test_messages_of_sctp_ports(publication):
+    publication.set_balancer(balancer(HSS))
+    count(publication, balancer(HSS).key, 0, datagrams_in=8, datagrams_out=7, to_client=3)
+    count(publication, balancer(HSS).key, 1, datagrams_in=100, to_endpoint=4)
+    got = scrape(facts(publication, balancer(HSS)))
+    labels = {"namespace": "prod", "service": "hss", "port": "diameter", "protocol": "SCTP"}
+    assert of(got, "proxyd_received_messages_total", **labels) == 108
+    assert of(got, "proxyd_sent_messages_total", **labels) == 7
+    assert of(got, "proxyd_messages_dropped_total", reason="to_client", **labels) == 3
+    assert of(got, "proxyd_messages_dropped_total", reason="to_endpoint", **labels) == 4
+    assert not [name for name, _ in got if "datagrams" in name]
 
 
 def test_endpoints_can_be_left_out(publication):
@@ -311,8 +325,8 @@ def exported(publication) -> set[str]:
     metrics.health("/healthz", 200)
     metrics.health("/livez", 200)
     metrics.trouble("x", 1)
-    both = balancer(), balancer(DNS)
-    for one in both:
+    all_three = balancer(), balancer(DNS), balancer(HSS)
+    for one in all_three:
         publication.set_balancer(one)
     worker = WorkerState(index=0, pid=os.getpid(), ready=True, lag=0, restarts=0)
     cluster = ClusterFacts(
@@ -321,7 +335,8 @@ def exported(publication) -> set[str]:
         bounds=(0.1, 1.0),
     )
     return {
-        name for name, _ in scrape(facts(publication, *both, workers=(worker,), cluster=cluster), metrics)
+        name
+        for name, _ in scrape(facts(publication, *all_three, workers=(worker,), cluster=cluster), metrics)
     }
 
 

@@ -21,7 +21,7 @@ from proxyd.sources.standalone.allocation import (
     allocate,
 )
 from proxyd.sources.standalone.endpoints import PodIndex, slices_from_endpoints, slices_from_pods, usable
-from proxyd.state.changes import same_keys, touched
+from proxyd.state.changes import Derived, same_keys, touched
 from proxyd.state.snapshot import Snapshot
 
 AssemblySettings: TypeAlias = Settings
@@ -86,6 +86,7 @@ class Assembler:
         self._remarked: dict[ObjectName, tuple[_Remark, ...]] = {}
         self._orphans: tuple[_Remark, ...] = ()
         self._taken = NOTHING_TAKEN
+        self._slices: Derived[ObjectName, tuple[EndpointSlice, ...]] = Derived()
         self._last = Assembled(snapshot=Snapshot(), allocations=Allocations())
 
     def assemble(
@@ -107,14 +108,12 @@ class Assembler:
         if manifests.pods is not last.pods:
             self._pods = PodIndex(manifests.pods)
             due.update(name for name, service in services.items() if service.spec.selector)
-        slices = dict(self._last.snapshot.slices)
+        slices: dict[ObjectName, tuple[EndpointSlice, ...] | None] = {}  # None: there are none any more
         for name in sorted(due):
             service = services.get(name)
             part = self._part(service, manifests) if service is not None else _Part((), ())
-            if not part.slices:
-                slices.pop(name, None)
-            elif slices.get(name) != part.slices:
-                slices[name] = part.slices
+            if self._slices.get(name, ()) != part.slices:
+                slices[name] = part.slices or None
             if part.remarks:
                 self._remarked[name] = part.remarks
             else:
@@ -126,8 +125,9 @@ class Assembler:
             or last.rejected != manifests.rejected
         ):
             self._orphans = tuple(self._find_orphans(manifests))
+        self._slices = self._slices.derive(slices)
         self._last = Assembled(
-            snapshot=Snapshot(services=services, slices=slices),
+            snapshot=Snapshot(services=services, slices=self._slices),
             allocations=self._allocated.allocations,
             problems=self._problems(manifests),
         )
