@@ -31,6 +31,13 @@ EDGES = IN | OUT | PRI | RDHUP | select.EPOLLET
 _BATCH = 256
 
 
+def events_now(fd: int) -> int:
+    """The events of a descriptor at this moment, which may have come since the last batch was fetched; 0 for none."""
+    poll = select.poll()
+    poll.register(fd, IN | OUT | RDHUP)
+    return sum(events for _, events in poll.poll(0))
+
+
 class Closable(Protocol):
     """A socket."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from proxyd.relay.balancer import Endpoint
 from proxyd.relay.messages import Connection, LiveConnection
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
-from proxyd.relay.poller import ERR, HUP, IN, RDHUP
+from proxyd.relay.poller import ERR, HUP, IN, RDHUP, events_now
 from proxyd.relay.pump import Side
 from proxyd.relay.slots import ATTEMPTS, BYTES_IN, BYTES_OUT, CLOSED, CONNECT_US, FAILED, OPENED
 
@@ -176,6 +176,10 @@ class Relay:
 
     def dial_due(self, now: float) -> None:
         """Give up the endpoint that has not answered in time."""
+        if self._socket is not None and (events := events_now(self._socket.fileno())):
+            # It has; this worker was too busy to see it before.
+            self._dialled(events)
+            return
         del self._plane.dialling[self]
         sock = self._socket
         self._dial_started = now

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from proxyd.relay.balancer import Endpoint
 from proxyd.relay.messages import Connection, LiveConnection
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
-from proxyd.relay.poller import ERR
+from proxyd.relay.poller import ERR, events_now
 from proxyd.relay.relay import DIAL_TIMEOUTS, MAX_ATTEMPTS, MAX_SHORTAGES, SHORTAGES, close_with_reset
 from proxyd.relay.sctp_dial import NoRoomError, connect, streams_of
 from proxyd.relay.sctp_side import EDGES, Side
@@ -176,6 +176,10 @@ class SctpRelay:
 
     def dial_due(self, now: float) -> None:
         """Give up the endpoint that has not answered in time."""
+        if self._socket is not None and (events := events_now(self._socket.fileno())):
+            # It has; this worker was too busy to see it before.
+            self._dialled(events)
+            return
         del self.plane.dialling[self]
         self._dial_started = now
         if self._socket is not None:

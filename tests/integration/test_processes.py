@@ -311,7 +311,7 @@ def test_the_access_log_has_every_connection(lab: Lab, folder: Path, manifests: 
 
 
 def test_what_cannot_run_says_so_in_one_line(lab: Lab, folder: Path, manifests: Path) -> None:
-    for flags in (("--workers", "many"), ("--vip-mode", "magic"), ("--nodeport-addresses", "203.0.113.1/24")):
+    for flags in (("--workers", "many"), ("--vip-mode", "magic"), ("--nodeport-addresses", "203.0.113.1/99")):
         with_flag = Proxyd(lab.node, folder, manifests, flags=flags)
         try:
             assert with_flag.start(wait=False).wait(10) in {2, 3}
