@@ -205,15 +205,18 @@ def _family(ips: Sequence[str]) -> int:
 
 
 class Server:
-    """A listening socket in a namespace, with one address or several."""
+    """A listening socket in a namespace, with one address or several.
+
+    The kernel makes tables of all its streams for each association; for 65,535 of them that takes most of the time.
+    """
 
     def __init__(
         self,
         namespace: Namespace,
         *ips: str,
         port: int = 0,
-        outgoing: int = 65_535,
-        incoming: int = 65_535,
+        outgoing: int = 1024,
+        incoming: int = 1024,
         buffer: int = BUFFER,
     ) -> None:
         made: Callable[..., socket.socket] = new_socket

@@ -138,7 +138,7 @@ def test_all_streams_large_messages_and_a_drain(sctp: SctpLab, alone: tuple[Name
         "--vip-mode=loopback",
         "--drain-timeout=300s",
     )
-    with Server(namespace, "127.0.0.1", buffer=1 << 21) as server:
+    with Server(namespace, "127.0.0.1", outgoing=65_535, incoming=65_535, buffer=1 << 21) as server:
         manifest = service_manifest("sig", "127.96.0.10")
         manifest["spec"]["ports"] = [{"port": PORT, "protocol": "SCTP"}]
         backends = {
