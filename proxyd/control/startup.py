@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 from proxyd.control.feeds import FeedError, Feeds
@@ -135,15 +136,30 @@ def interruptible() -> Iterator[None]:
         KeyboardInterrupt: SIGINT came.
     """
 
-    def end(number: int, _frame: object) -> None:
-        raise (KeyboardInterrupt if number == signal.SIGINT else SystemExit(0))
+    came: list[int] = []
 
+    def ended() -> BaseException:
+        return KeyboardInterrupt() if signal.SIGINT in came else SystemExit(0)
+
+    def end(number: int, _frame: object) -> None:
+        came.append(number)
+        raise ended()
+
+    def ignored(given: sys.UnraisableHookArgs) -> None:
+        # Where nothing can be raised, as in a callback of the interpreter, it is raised after the block.
+        if not (came and isinstance(given.exc_value, KeyboardInterrupt | SystemExit)):
+            hook(given)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
+    if came:
+        raise ended()
 
 
 def read_first(feed: Feeds) -> None:

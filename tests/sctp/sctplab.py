@@ -9,6 +9,7 @@ its own.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -72,6 +73,14 @@ class SctpLab:
         flags = ("--feature-gates=SCTPSupport=true", "--access-log", access_log)
         self._daemon = Proxyd(self.lab.node, self.folder, self.manifests, flags=flags)
         return self._daemon.start()
+
+    def worker(self) -> int:
+        """Pid of its only worker; control has other children now and then, such as `nft`."""
+        for pid in self.proxyd.worker_pids():
+            with contextlib.suppress(OSError):  # such a child may be gone by now
+                if b"proxyd.relay.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        raise AssertionError("proxyd has no worker")
 
     # Services
 

@@ -112,16 +112,14 @@ def test_end_before_the_server_accepts(sctp: SctpLab, via: str, how: End) -> Non
 
 
 @contextlib.contextmanager
-def stopped_workers(sctp: SctpLab) -> Iterator[None]:
-    """Workers that do nothing for a while; the kernel sets associations up for them."""
-    pids = sctp.proxyd.worker_pids()
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+def stopped_worker(sctp: SctpLab) -> Iterator[None]:
+    """A worker that does nothing for a while; the kernel sets associations up for it."""
+    worker = sctp.worker()
+    os.kill(worker, signal.SIGSTOP)
     try:
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        os.kill(worker, signal.SIGCONT)
 
 
 @how
@@ -129,7 +127,7 @@ def test_end_before_proxyd_accepts(sctp: SctpLab, how: End) -> None:
     sent = [Message(b"%d" % number, number) for number in range(3)]
     with Server(sctp.lab.pods[0], pod_ip(1)) as server:
         service = sctp.service(server)
-        with stopped_workers(sctp):
+        with stopped_worker(sctp):
             client = service.connect()
             client.send(*sent)
             ENDS[how](client)
@@ -208,7 +206,7 @@ def _reaches(connect: Callable[[], Association], server: Server) -> bool:
 def test_slow_receiver_stops_its_sender_and_nobody_else(sctp: SctpLab) -> None:
     sent = [Message(number.to_bytes(4, "big") * (16 * KIB), number % 10) for number in range(512)]  # 32 MiB
     total = sum(len(message.data) for message in sent)
-    (worker,) = sctp.proxyd.worker_pids()
+    worker = sctp.worker()
     with Server(sctp.lab.pods[0], pod_ip(1)) as server:
         service = sctp.service(server)
         with service.connect() as client, server.accept() as slow:
