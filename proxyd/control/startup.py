@@ -135,7 +135,6 @@ def interruptible() -> Iterator[None]:
         SystemExit: SIGTERM came.
         KeyboardInterrupt: SIGINT came.
     """
-
     came: list[int] = []
 
     def ended() -> BaseException:
