@@ -93,6 +93,7 @@ class AdminServer:
         self._server: asyncio.Server | None = None
         self._identity: tuple[int, int] | None = None  # device and inode of the socket file
         self._changes = 0
+        self._began = time.time_ns()
         self._changed = asyncio.Event()
         self._unsent = 0
 
@@ -106,8 +107,9 @@ class AdminServer:
             AdminError: another daemon answers there, or the path cannot be used.
         """
         listening = listening or listen(self.path)
-        about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, before serving
-        self._identity = (about.st_dev, about.st_ino)
+        with contextlib.suppress(FileNotFoundError):  # of a socket taken over: `renew` makes it anew
+            about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, before serving
+            self._identity = (about.st_dev, about.st_ino)
         self._runner = web.AppRunner(
             self._application(),
             access_log=None,
@@ -242,7 +244,7 @@ class AdminServer:
             selector = selector_of(query)
             if "revision" in query:
                 await self._wait(query["revision"], seconds_of(query, "wait", 0.0))
-                if query["revision"] == self._revision():
+                if query["revision"] == self.revision:
                     return web.Response(status=304)
             with paused():
                 items = view(
@@ -251,13 +253,13 @@ class AdminServer:
                     name=query.get("name", ""),
                     selector=selector,
                 )
-                return answered({"revision": self._revision(), "items": items})
+                return answered({"revision": self.revision, "items": items})
 
         return answer
 
     async def _wait(self, revision: str, seconds: float) -> None:
         """Wait until what is shown differs from a revision, for some seconds."""
-        if revision != self._revision() or seconds <= 0:
+        if revision != self.revision or seconds <= 0:
             return
         changed = self._changed
         with contextlib.suppress(TimeoutError):
@@ -266,10 +268,11 @@ class AdminServer:
         if self._runner is None:
             raise web.HTTPServiceUnavailable(text="the daemon is stopping")
 
-    def _revision(self) -> str:
-        # Not to be taken for one of an earlier daemon's.
-        inode = self._identity[1] if self._identity else 0
-        return f"{os.getpid():x}-{inode:x}-{self._changes:x}"
+    @property
+    def revision(self) -> str:
+        """Tells this state of what is shown from all others, those of other daemons too."""
+        # After an upgrade pid and socket are those of before.
+        return f"{os.getpid():x}-{self._began:x}-{self._changes:x}"
 
     async def _description(self, request: web.Request) -> web.Response:
         parameters(request)

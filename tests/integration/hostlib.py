@@ -32,11 +32,15 @@ def spec(ip: str, port: int, protocol: str = "TCP", *, steered: bool = False) ->
 def daemon_socket(namespace: Namespace, ip: str, port: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A socket as ordinary daemons have it, such as sshd on all addresses."""
     made = namespace.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind)
-    if ":" in ip:
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    made.bind((ip, port))
-    if kind == socket.SOCK_STREAM:
-        made.listen()
+    try:
+        if ":" in ip:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((ip, port))
+        if kind == socket.SOCK_STREAM:
+            made.listen()
+    except BaseException:
+        made.close()
+        raise
     return made
 
 

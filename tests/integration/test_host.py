@@ -70,7 +70,7 @@ def town() -> Iterator[Lab]:
             f"route add {EXTERNAL_IP}/32 via 198.51.100.2"
         )
         lab.far.ip(
-            f"addr add fd01::2/64 dev eth0 nodad\naddr add {EXTERNAL_IP6}/128 dev lo\n"
+            f"addr add fd01::2/64 dev eth0 nodad\naddr add {EXTERNAL_IP6}/128 dev lo nodad\n"
             "route add default via fd01::1"
         )
         yield lab
