@@ -93,6 +93,7 @@ class AdminServer:
         self._server: asyncio.Server | None = None
         self._identity: tuple[int, int] | None = None  # device and inode of the socket file
         self._changes = 0
+        self._began = time.time_ns()
         self._changed = asyncio.Event()
         self._unsent = 0
 
@@ -106,8 +107,9 @@ class AdminServer:
             AdminError: another daemon answers there, or the path cannot be used.
         """
         listening = listening or listen(self.path)
-        about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, before serving
-        self._identity = (about.st_dev, about.st_ino)
+        with contextlib.suppress(FileNotFoundError):  # of a socket taken over: `renew` makes it anew
+            about = os.stat(self.path)  # noqa: PTH116 - one call on a local path, before serving
+            self._identity = (about.st_dev, about.st_ino)
         self._runner = web.AppRunner(
             self._application(),
             access_log=None,
@@ -268,8 +270,8 @@ class AdminServer:
 
     def _revision(self) -> str:
         # Not to be taken for one of an earlier daemon's.
-        inode = self._identity[1] if self._identity else 0
-        return f"{os.getpid():x}-{inode:x}-{self._changes:x}"
+        # After an upgrade pid and socket are those of before.
+        return f"{os.getpid():x}-{self._began:x}-{self._changes:x}"
 
     async def _description(self, request: web.Request) -> web.Response:
         parameters(request)

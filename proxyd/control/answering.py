@@ -80,6 +80,12 @@ class Answering:
             await self._admin.stop(leave=True)
         return kept
 
+    def abandon(self, kept: int) -> None:
+        """There is no next program: take away what `leave` left for it."""
+        os.close(kept)
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)  # noqa: PTH108 - as above
+
     async def _start(self) -> None:
         # Imported late: aiohttp takes a third of a second, which nobody who waits for a listener should wait for.
         from proxyd.control.admin import AdminServer  # noqa: PLC0415

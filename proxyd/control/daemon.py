@@ -360,13 +360,15 @@ class Daemon:
 
     def drain(self, seconds: float) -> float:
         """Stop after so many seconds at most, unless that was begun before. Returns how long it takes at most."""
-        if not self._stop.is_set():
+        if not self._stop.is_set() or self.succession.due:
             self.stop_after(seconds)
         return self._drain
 
     def stop_after(self, drain: float) -> None:
         """Begin the end: relays have so many seconds. The second time: end at once."""
-        if self._stop.is_set():
+        # An end that is ordered while this program makes way for the next comes first.
+        making_way, self.succession.due = self.succession.due, False
+        if self._stop.is_set() and not making_way:
             log.warning("stopping at once")
             if hasattr(self, "supervisor"):
                 self.supervisor.kill()
@@ -388,8 +390,12 @@ class Daemon:
         """Have the next program take over; where that fails, stop as if told to."""
         await self.duties.stop()
         admin = await self._answering.leave()
+        if not self.succession.due:
+            self._answering.abandon(admin)
+            return
         self.access.close()
         self.succession.hand_over(admin)
+        self._answering.abandon(admin)
         self._fatal = "stopped: the next program could not be executed"
 
     def failed(self, error: BaseException) -> None:

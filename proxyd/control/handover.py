@@ -95,15 +95,19 @@ def checking() -> bool:
 def take() -> Handover | None:
     """What the program before this one handed over; None where there was none.
 
-    What cannot be read is closed: this is to be called before anything else is open.
+    Where it cannot be read, what is inherited is closed; this program's own descriptors are never inheritable.
     """
     text = os.environ.pop(VARIABLE, "")
     if not text.isdecimal():
         return None
-    memory = int(text)
+    left = _inheritable()
     try:
+        memory = int(text)
         if not str(Path(f"/proc/self/fd/{memory}").readlink()).startswith(f"/memfd:{_NAME}"):
             return None
+    except (OSError, ValueError):
+        return None  # somebody else's variable
+    try:
         data = os.pread(memory, os.fstat(memory).st_size, 0)
         found = msgspec.msgpack.decode(data, type=Handover)
         _check_version(found)
@@ -111,9 +115,21 @@ def take() -> Handover | None:
             os.set_inheritable(descriptor, False)
     except (OSError, ValueError) as error:
         log.error("what the program before left can't be read: starting anew", error=str(error))  # noqa: TRY400 - one line
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        for descriptor in left:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
         return None
     os.close(memory)
+    return found
+
+
+def _inheritable() -> list[int]:
+    """The descriptors that whoever executed this program left open, but for the standard streams."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are numbers
+        with contextlib.suppress(OSError):
+            if (number := int(name)) > 2 and os.get_inheritable(number):  # noqa: PLR2004 - standard error
+                found.append(number)
     return found
 
 

@@ -23,6 +23,8 @@ log = get_logger("upgrade")
 MAX_WORKERS = 32
 # For how long a relay may outlive an upgrade: a bound for what nobody looks at any more.
 KEEP_SECONDS = 7 * 86400.0
+# A worker that has this many messages unread is not reading: it ends.
+MAX_QUEUED = 1000
 _RETRY_SECONDS = 0.1
 _CLOSES_AT_ONCE = 2000
 
@@ -35,6 +37,7 @@ class _Worker:
     listeners: dict[int, ListenerKey]  # those that it may have relays of, by their number there
     told: set[int] = field(default_factory=set)  # whose relays it is to end after a while
     outgoing: deque[ToWorker] = field(default_factory=deque)
+    retry: asyncio.TimerHandle | None = None  # of sending what is in `outgoing`
     retired: bool = False
 
 
@@ -138,15 +141,18 @@ class LeavingWorkers:
 
     def _send(self, worker: _Worker, message: ToWorker) -> None:
         worker.outgoing.append(message)
-        self._flush(worker)
+        if worker.retry is None:
+            self._flush(worker)
+        if len(worker.outgoing) > MAX_QUEUED:
+            log.error("a worker of an earlier program does not read: it ends with its connections", pid=worker.pid)
+            self._remove(worker)
 
     def _flush(self, worker: _Worker) -> None:
-        if worker.pid not in self._workers:
-            return
+        worker.retry = None
         while worker.outgoing:
             try:
                 if not worker.channel.send(worker.outgoing[0]):
-                    self._loop.call_later(_RETRY_SECONDS, self._flush, worker)
+                    worker.retry = self._loop.call_later(_RETRY_SECONDS, self._flush, worker)
                     return
             except OSError:
                 worker.outgoing.clear()  # it has ended; the pidfd tells
@@ -171,6 +177,9 @@ class LeavingWorkers:
     def _remove(self, worker: _Worker) -> None:
         if self._workers.pop(worker.pid, None) is None:
             return
+        if worker.retry is not None:
+            worker.retry.cancel()
+        worker.outgoing.clear()
         self._loop.remove_reader(worker.pidfd)
         self._loop.remove_reader(worker.channel.fileno())
         with contextlib.suppress(OSError):

@@ -208,6 +208,7 @@ class Reconciler:
     def close_listeners(self) -> None:
         """Close every listening socket; addresses stay, for the relays that drain."""
         self._publication.close_all()
+        self._inheritance.close()  # of an end before the first reconcile
         self._listeners.clear()
         self._carried_out = None
 

@@ -324,8 +324,8 @@ class Supervisor:
                 self._events.failures(message)
             case Trouble(counts=counts):
                 self._events.trouble(number, counts)
-            case Acknowledged():
-                pass  # of an update that an earlier program told it
+            case Ready() | Acknowledged():
+                pass  # of what an earlier program told it
             case _:
                 log.error("unexpected message from a worker", worker=number)
 

@@ -115,7 +115,9 @@ class SecondHalf(Mapping[str, Decoded]):
         watch = os.pidfd_open(self._pid)
         try:
             mine = time.monotonic() - self._began
-            ready, _, _ = select.select([watch], [], [], mine + _PATIENCE)
+            poll = select.poll()  # select takes no number over 1023, as a program has that goes on with many sockets
+            poll.register(watch, select.POLLIN)
+            ready = poll.poll(1000 * (mine + _PATIENCE))
         finally:
             os.close(watch)
         if not ready:

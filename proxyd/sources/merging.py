@@ -68,7 +68,7 @@ class Merger:
         self.last = ManifestSet()
         self._paths = paths
         self._owners: dict[Key, str] = {}  # path of the file whose version is in force
-        self._several: set[Key] = set()  # in more than one file
+        self._several: set[Key] = set()  # in more than one file, or in error in one
 
     def patch(
         self, earlier: Mapping[str, FileState | None], found: Mapping[str, FileState | None], files: int
@@ -142,6 +142,7 @@ class Merger:
                     )
         chosen = {key: states[path].objects[key] for key, path in owners.items()}
         for path, state in states.items():
+            several |= state.rejected
             for key, version in state.kept.items():
                 several.add(key)
                 if key not in chosen:
