@@ -244,7 +244,7 @@ class AdminServer:
             selector = selector_of(query)
             if "revision" in query:
                 await self._wait(query["revision"], seconds_of(query, "wait", 0.0))
-                if query["revision"] == self._revision():
+                if query["revision"] == self.revision:
                     return web.Response(status=304)
             with paused():
                 items = view(
@@ -253,13 +253,13 @@ class AdminServer:
                     name=query.get("name", ""),
                     selector=selector,
                 )
-                return answered({"revision": self._revision(), "items": items})
+                return answered({"revision": self.revision, "items": items})
 
         return answer
 
     async def _wait(self, revision: str, seconds: float) -> None:
         """Wait until what is shown differs from a revision, for some seconds."""
-        if revision != self._revision() or seconds <= 0:
+        if revision != self.revision or seconds <= 0:
             return
         changed = self._changed
         with contextlib.suppress(TimeoutError):
@@ -268,8 +268,9 @@ class AdminServer:
         if self._runner is None:
             raise web.HTTPServiceUnavailable(text="the daemon is stopping")
 
-    def _revision(self) -> str:
-        # Not to be taken for one of an earlier daemon's.
+    @property
+    def revision(self) -> str:
+        """Tells this state of what is shown from all others, those of other daemons too."""
         # After an upgrade pid and socket are those of before.
         return f"{os.getpid():x}-{self._began:x}-{self._changes:x}"
 

@@ -128,7 +128,7 @@ def _inheritable() -> list[int]:
     found = []
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are numbers
         with contextlib.suppress(OSError):
-            if (number := int(name)) > 2 and os.get_inheritable(number):  # noqa: PLR2004 - standard error
+            if (number := int(name)) > 2 and os.get_inheritable(number):
                 found.append(number)
     return found
 

@@ -58,5 +58,5 @@ class Hearing:
         for text, count in counts.items():
             # One line for each Service and reason, however many endpoints it has.
             kind = re.sub(r"^endpoint \S+ of ", "", text)
-            self._said.warning(kind, text, count=count, worker=worker)
+            self._said.warning(kind, text, count=count, worker=abs(worker))  # negative: see LeavingWorkers
             self._daemon.observation.metrics.trouble(text, count)

@@ -46,7 +46,8 @@ class LeavingWorkers:
 
     Args:
         workers: that were handed over.
-        heard: takes what they say beyond `Drained`, and a number that tells a worker from all others.
+        heard: takes what they say beyond `Drained`, and a number that tells a worker from all others: its pid,
+            negative, as in a container pids are as low as the numbers of this program's own workers.
         drained: called when an address may be free because the last relay of a listener, or a worker, has ended.
     """
 
@@ -98,7 +99,7 @@ class LeavingWorkers:
         """Tell all of them something. Returns their numbers, as `heard` gets them."""
         for worker in list(self._workers.values()):
             self._send(worker, message)
-        return set(self._workers)
+        return {-pid for pid in self._workers}
 
     async def stop(self, drain: float) -> None:
         """Let them finish for at most `drain` seconds; then they are gone."""
@@ -144,7 +145,9 @@ class LeavingWorkers:
         if worker.retry is None:
             self._flush(worker)
         if len(worker.outgoing) > MAX_QUEUED:
-            log.error("a worker of an earlier program does not read: it ends with its connections", pid=worker.pid)
+            log.error(
+                "a worker of an earlier program does not read: it ends with its connections", pid=worker.pid
+            )
             self._remove(worker)
 
     def _flush(self, worker: _Worker) -> None:
@@ -170,7 +173,7 @@ class LeavingWorkers:
                         worker.listeners.pop(number, None)
                     self._drained()
                 else:
-                    self._heard(worker.pid, received[0])
+                    self._heard(-worker.pid, received[0])
         except (EOFError, ChannelError):
             self._loop.remove_reader(worker.channel.fileno())
 

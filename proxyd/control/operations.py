@@ -43,7 +43,7 @@ class Operations:
         supervisor = self._daemon.supervisor
         pids = {index: worker.pid for index, worker in supervisor.workers.items()}
         if (leaving := self._daemon.succession.workers) is not None:
-            pids |= {pid: pid for pid in leaving.pids}
+            pids |= {-pid: pid for pid in leaving.pids}
         # What a selector leaves out must not use up the limit.
         asked = MAX_RECORDS if selector else limit
         found = await supervisor.roundups.ask(namespace=namespace, name=name, limit=asked)

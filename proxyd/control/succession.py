@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,10 @@ class Succession:
     def begin(self) -> None:
         """Take over. Before the first reconcile, in the event loop."""
         daemon = self._daemon
+        if self.admin < 0 <= self._left.admin:  # the path was changed: nobody would answer at the old one
+            os.close(self._left.admin)
+            with contextlib.suppress(OSError):
+                os.unlink(self._left.admin_path)  # noqa: PTH108 - one call on a local path, once
         self.workers = LeavingWorkers(self._left.workers, daemon.supervisor.heard, daemon.look_again)
         daemon.reconciler.inherit(self._left.listeners, self.workers)
         daemon.supervisor.roundups.also(self.workers.tell)

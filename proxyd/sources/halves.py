@@ -115,7 +115,8 @@ class SecondHalf(Mapping[str, Decoded]):
         watch = os.pidfd_open(self._pid)
         try:
             mine = time.monotonic() - self._began
-            poll = select.poll()  # select takes no number over 1023, as a program has that goes on with many sockets
+            # select takes no number over 1023; a program that goes on with many sockets has higher ones.
+            poll = select.poll()
             poll.register(watch, select.POLLIN)
             ready = poll.poll(1000 * (mine + _PATIENCE))
         finally:

@@ -233,3 +233,16 @@ def test_what_listens_is_not_our_daemon(tmp_path, answer):
     path = str(tmp_path / "admin.sock")
     with foreign(path, answer):
         unreachable(path)
+
+
+async def test_a_revision_is_of_one_program_also_where_the_next_has_its_pid_and_socket(tmp_path):
+    path = str(tmp_path / "admin.sock")
+    revisions = []
+    for _ in range(2):
+        server = AdminServer(path, picture)
+        await server.start()
+        got = await ask("get", "services", "-o", "json", "--admin-socket", path)
+        assert got.code == 0
+        revisions.append(server.revision)
+        await server.stop()
+    assert revisions[0] != revisions[1]

@@ -387,3 +387,18 @@ class TestPermissions:
         ]
         (open_site.root / "sub").chmod(0o755)
         assert self.scan_unprivileged(open_site).problems == ()
+
+
+def test_a_service_in_error_in_one_file_is_not_rejected_while_another_file_has_it(site: Site) -> None:
+    site.write("broken.yaml", BROKEN)
+    assert site.scan().rejected == {ObjectName("default", "web")}
+    good = site.write("good.yaml", service("other"))
+    site.scan()
+    good.write_text(service("web", 8080))
+    found = site.source.scan(frozenset({str(good)}))
+    assert ports(found) == {"web": 8080}
+    assert found.rejected == frozenset()
+    good.write_text(service("other", 8080))
+    found = site.source.scan(frozenset({str(good)}))
+    assert ports(found) == {"other": 8080}
+    assert found.rejected == {ObjectName("default", "web")}
