@@ -9,10 +9,11 @@ from _socket import socket as Socket  # noqa: N812 a class; without the Python l
 from ipaddress import ip_network
 
 from proxyd.relay.balancer import Balancer
+from proxyd.relay.dialler import SHORTAGES, close_with_reset
 from proxyd.relay.messages import ListenerConfig
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import IN
-from proxyd.relay.relay import SHORTAGES, Relay, close_with_reset
+from proxyd.relay.relay import Relay
 from proxyd.relay.slots import REFUSED
 
 # A listener that is ready turn after turn accepts more at a time; one that is not does not pay for a failing accept.
@@ -78,6 +79,7 @@ class TcpListener:
                 f"listener {self.address}: source range {self._ranges.unreadable[0]!r} is not a CIDR: it admits nobody"
             )
         self._batch = 1
+        self._resting = False
         self._last_turn = 0
         self._socket = Socket(fileno=fd)
         self._family = self._socket.family
@@ -103,8 +105,17 @@ class TcpListener:
         if self.closed and not self.open_relays:
             self.plane.reporter.drained(self.id)
 
+    def rest(self) -> None:
+        """Accept nothing for a moment. Clients wait in the backlog."""
+        if not self._resting and self._socket.fileno() >= 0:
+            self._resting = True
+            # It is level-triggered: it would be reported again and again.
+            self.plane.poller.modify(self._socket.fileno(), 0)
+            self.plane.loop.call_later(PAUSE_SECONDS, self.resume)
+
     def resume(self) -> None:
         """Accept again after a pause."""
+        self._resting = False
         if self._socket.fileno() >= 0:
             self.plane.poller.modify(self._socket.fileno(), IN)
 
@@ -114,19 +125,19 @@ class TcpListener:
         turn = plane.poller.turns
         self._batch = min(self._batch * 2, MAX_BATCH) if turn == self._last_turn + 1 else 1
         self._last_turn = turn
+        share = plane.share()
         for _ in range(self._batch):
             if plane.accepting_paused or not plane.may_accept():
                 # Level-triggered: it would be reported again and again.
                 plane.poller.modify(self._socket.fileno(), 0)
                 plane.rest(self)
                 return
-            if self.open_relays >= plane.share():
+            if self.open_relays >= share:
                 # Such as a Service that has itself as endpoint: each connection makes another.
                 plane.reporter.trouble(
                     f"listener {self.address} has nine tenths of what descriptors allow: accepting paused for it"
                 )
-                plane.poller.modify(self._socket.fileno(), 0)
-                plane.loop.call_later(PAUSE_SECONDS, self.resume)
+                self.rest()
                 return
             try:
                 fd, address = self._accept()

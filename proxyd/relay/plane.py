@@ -78,7 +78,7 @@ class Plane:
         self.slots = slots
         self.index = index
         self.counters = slots.view
-        self.poller = Poller(loop, self._handler_failed)
+        self.poller = Poller(loop, self._handler_failed, alone=options.alone)
         self.options = options
         self.extensions: dict[str, object] = {}  # what the listeners of one protocol share, by its name
         self.records = options.records

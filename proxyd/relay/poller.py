@@ -1,6 +1,9 @@
 """One epoll in the event loop: what is ready is dispatched to plain functions, without tasks or transports.
 
-The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop goes on.
+The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop goes on. In a
+process of its own the poller stays for a moment while events come quickly: the way through the loop costs a system call and
+as much of Python as moving a request does. Timers and callbacks of the loop wait for _TURN_SECONDS at most.
+
 Three rules keep it right:
 
 - A descriptor is closed at the end of the batch. Until then its number cannot be used again, so an event that was
@@ -14,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Callable
+from time import monotonic
 from typing import Protocol
 
 Handler = Callable[[int], None]
@@ -29,6 +33,11 @@ RDHUP = select.EPOLLRDHUP
 EDGES = IN | OUT | PRI | RDHUP | select.EPOLLET
 
 _BATCH = 256
+
+# How long the next events are waited for before the loop is asked; they must have come so soon before.
+_LINGER_SECONDS = 0.001
+# After so long the loop has its turn, whatever comes.
+_TURN_SECONDS = 0.003
 
 
 def events_now(fd: int) -> int:
@@ -58,10 +67,15 @@ class Poller:
     Args:
         loop: the event loop that drives it.
         on_error: called with the handler that raised, and what it raised.
+        alone: nothing in this process is more urgent than the events.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, on_error: Callable[[Handler, Exception], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_error: Callable[[Handler, Exception], None],
+        *,
+        alone: bool = False,
     ) -> None:
         self.handlers: dict[int, Handler] = {}
         self.turns = 0  # batches dispatched
@@ -71,6 +85,9 @@ class Poller:
         self._closing: list[Closable] = []
         self._again: list[Handler] = []
         self._inside = False
+        self._alone = alone
+        self._shut = False
+        self._left = 0.0  # when the last turn was over
         self.before_end: Callable[[], None] | None = None  # ends each batch; it raises nothing
         loop.add_reader(self._epoll.fileno(), self._turn)
 
@@ -116,16 +133,32 @@ class Poller:
 
     def shut(self) -> None:
         """Stop. Sockets are their owners' to close, before this."""
+        self._shut = True
         self._loop.remove_reader(self._epoll.fileno())
         self._again.clear()
         self._epoll.close()
 
     def _turn(self) -> None:
-        """Dispatch one batch."""
+        """Dispatch a batch, and those that come soon after."""
+        if not self._alone:
+            self._dispatch(0)
+            return
+        now = monotonic()
+        if self._dispatch(0) and now - self._left < _LINGER_SECONDS:
+            until = now + _TURN_SECONDS
+            while not self._again and self._dispatch(_LINGER_SECONDS) and monotonic() < until:
+                pass
+        self._left = monotonic()
+
+    def _dispatch(self, timeout: float) -> bool:
+        """Dispatch one batch; False where nothing came within `timeout` seconds, or the poller was shut in it."""
+        batch = self._epoll.poll(timeout, _BATCH)
+        if not batch:
+            return False
         self.turns += 1
         self._inside = True
         handlers = self.handlers
-        ready = iter(self._epoll.poll(0, _BATCH))
+        ready = iter(batch)
         handler: Handler = _ignore
         while True:
             try:
@@ -135,7 +168,11 @@ class Poller:
                 break
             except Exception as error:  # noqa: BLE001 one relay's error must not reach another
                 self._on_error(handler, error)
-        self._end_batch()
+        if self._closing or self.before_end is not None:
+            self._end_batch()
+        else:
+            self._inside = False
+        return not self._shut
 
     def _continue(self) -> None:
         """Give another turn to those who asked for one."""

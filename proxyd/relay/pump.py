@@ -28,15 +28,14 @@ _IN_OUT = IN | OUT
 _ENDING = RDHUP | HUP | ERR | PRI
 _READ = IN | _ENDING
 _WRITE = OUT | HUP | ERR
-_NOWAIT = socket.MSG_DONTWAIT
+_NOWAIT = int(socket.MSG_DONTWAIT)
 
 
 class Side:
     """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
 
     __slots__ = (
-        "broken", "eof", "held", "moved", "peer", "pending", "plane", "readable", "recv_into", "relay", "send", "sock",
-        "thorough",
+        "broken", "eof", "held", "moved", "peer", "pending", "plane", "readable", "relay", "sock", "thorough",
     )  # fmt: skip
 
     peer: Side
@@ -45,8 +44,6 @@ class Side:
         self.relay = relay
         self.sock = sock
         self.plane = plane
-        self.recv_into = sock.recv_into
-        self.send = sock.send
         self.moved = 0  # bytes read
         self.pending: memoryview | None = None  # to be written to this socket before anything else
         self.held = held  # not to be read now
@@ -60,12 +57,13 @@ class Side:
         if (events != _IN_OUT or self.held or self.pending is not None) and not self._may_read(events):
             return
         plane = self.plane
+        sock = self.sock
         peer = self.peer
         budget = TURN_BYTES
         while True:
             view = plane.view
             try:
-                size = self.recv_into(view, 0, _NOWAIT)
+                size = sock.recv_into(view, 0, _NOWAIT)
             except BlockingIOError:
                 if self.broken:
                     self.relay.reset_by(self)
@@ -78,7 +76,7 @@ class Side:
                 return
             self.moved += size
             try:
-                sent = peer.send(view[:size], _NOWAIT)
+                sent = peer.sock.send(view[:size], _NOWAIT)
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -132,7 +130,7 @@ class Side:
         """Write what is pending; False when the relay is over."""
         assert self.pending is not None
         try:
-            sent = self.send(self.pending, _NOWAIT)
+            sent = self.sock.send(self.pending, _NOWAIT)
         except BlockingIOError:
             return True
         except OSError:

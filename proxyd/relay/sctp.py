@@ -11,11 +11,11 @@ import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 
 from proxyd.relay.balancer import Balancer
+from proxyd.relay.dialler import SHORTAGES, close_with_reset
 from proxyd.relay.listener import MAX_BATCH, SourceRanges
 from proxyd.relay.messages import ListenerConfig
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import IN
-from proxyd.relay.relay import SHORTAGES, close_with_reset
 from proxyd.relay.sctp_relay import SctpRelay
 from proxyd.relay.sctp_side import Shared, shared
 from proxyd.relay.slots import REFUSED

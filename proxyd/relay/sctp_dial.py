@@ -7,7 +7,7 @@ import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from typing import TYPE_CHECKING
 
-from proxyd.relay.relay import SHORTAGES
+from proxyd.relay.dialler import SHORTAGES
 from proxyd.relay.sctp_side import SO_RCVBUFFORCE, SO_SNDBUFFORCE
 from proxyd.state.sctpsocket import (
     CONNECTX,

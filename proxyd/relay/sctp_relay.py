@@ -11,10 +11,10 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from proxyd.relay.balancer import Endpoint
+from proxyd.relay.dialler import DIAL_TIMEOUTS, MAX_ATTEMPTS, MAX_SHORTAGES, SHORTAGES, close_with_reset
 from proxyd.relay.messages import Connection, LiveConnection
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import ERR, events_now
-from proxyd.relay.relay import DIAL_TIMEOUTS, MAX_ATTEMPTS, MAX_SHORTAGES, SHORTAGES, close_with_reset
 from proxyd.relay.sctp_dial import NoRoomError, connect, streams_of
 from proxyd.relay.sctp_side import EDGES, Side
 from proxyd.relay.slots import (

@@ -309,6 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         workers=given.workers,
         records=given.records,
         max_relays=given.max_relays,
+        alone=True,
     )
     channel = Channel(socket.socket(fileno=given.channel_fd))
     loop = uvloop.new_event_loop()

@@ -38,6 +38,7 @@ from proxyd.relay.messages import (
     Ready,
     Shutdown,
 )
+from proxyd.relay.plane import READ_BYTES
 from proxyd.relay.poller import IN, Poller
 from proxyd.relay.worker import Options, Worker
 
@@ -495,6 +496,52 @@ def test_small_writes_of_all_sizes_arrive_in_order(worker):
         sender.start()
         assert read_all(client) == data
         sender.join()
+
+
+@pytest.mark.parametrize("size", [READ_BYTES - 1, READ_BYTES, READ_BYTES + 1, 2 * READ_BYTES])
+@pytest.mark.parametrize("at_once", [True, False], ids=["with its end", "its end later"])
+def test_a_request_as_large_as_the_buffer(worker, size, at_once):
+    """A full read says nothing about what comes next: more data, the end, or nothing for now."""
+    front = worker.forward(worker.serve(echo).port)
+    data = os.urandom(size)
+    with front.connect() as client:
+        client.sendall(data)
+        came = b""
+        while not at_once and len(came) < size:
+            came += client.recv(size)
+        client.shutdown(socket.SHUT_WR)
+        assert came + read_all(client) == data
+
+
+def test_timers_and_control_have_their_turn_under_constant_traffic():
+    """The poller stays with the sockets while events come quickly, but not for ever."""
+    with running("--records", "--tcp-idle-timeout=1") as worker:
+        balancer = worker.balancer([worker.serve(echo).port])
+        front, closing = worker.listener(balancer), worker.listener(balancer)
+        stop = threading.Event()
+
+        def busy() -> None:
+            with front.connect() as client:
+                while not stop.is_set():
+                    client.sendall(b"ping")
+                    assert client.recv(4) == b"ping"
+
+        threads = [threading.Thread(target=busy) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            with front.connect() as silent, closing.connect() as left:
+                for sock in (silent, left):
+                    sock.sendall(b"x")
+                    assert sock.recv(1) == b"x"
+                worker.close_listener(closing, drain=0.2)  # waits for the answer
+                expect_reset(left)
+                expect_reset(silent)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        worker.wait(lambda: {"idle", "drained"} <= {record.reason for record in worker.records})
 
 
 def test_urgent_data_does_not_stop_the_stream(worker):

@@ -164,8 +164,12 @@ class WorkerDriver:
             )
         if files is not None:
             resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (files, files))
-        self.channel = Channel(ours)
         self.pid = self.process.pid
+        self._listen_to(Channel(ours))
+
+    def _listen_to(self, channel: Channel) -> None:
+        """Wait until the worker at the other end is ready."""
+        self.channel = channel
         self.generation = 0
         self.acknowledged = 0
         self.ready = False
