@@ -7,7 +7,7 @@ each Service, VIPs by routes, and one endpoint each. Figures are of this machine
 
 Modules are compiled before, as an installed proxyd's are.
 
-- start: from exec to every listener Serving, every worker told, and an answer through the last listener
+- start: from exec to READY=1 for systemd: every listener Serving, every worker told, the admin API answers
 - change: from the rename of one endpoint's file to the first new connection that reaches the new endpoint
 - rewrite: the same where the file is written in place (truncated, then filled)
 - re-read: how many files were read for one edit (opens of manifests, seen by inotify)
@@ -167,6 +167,9 @@ class Daemon:
     def __init__(self, folder: Path, manifests: Path) -> None:
         self.admin = folder / "admin.sock"
         self.log = folder / "log"
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(folder / "notify"))
+        self._notify.settimeout(DEADLINE)
         self._arguments = [
             *(sys.executable, "-m", "proxyd", "run"),
             f"--manifests={manifests}",
@@ -181,7 +184,8 @@ class Daemon:
         """Gives the time of exec (monotonic)."""
         with self.log.open("wb") as log:
             began = time.monotonic()
-            process = subprocess.Popen(self._arguments, stdout=log, stderr=log, cwd=ROOT)
+            environment = {**os.environ, "NOTIFY_SOCKET": self._notify.getsockname()}
+            process = subprocess.Popen(self._arguments, stdout=log, stderr=log, cwd=ROOT, env=environment)
         self.pid = process.pid
         try:
             yield began
@@ -192,6 +196,14 @@ class Daemon:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def wait_ready(self) -> None:
+        """Wait until it says that it is ready. Nothing asks it meanwhile, which would take its time."""
+        try:
+            while b"READY=1" not in self._notify.recv(4096).split(b"\n"):
+                pass
+        except TimeoutError:
+            raise SystemExit(f"not ready after {DEADLINE:.0f} s:\n{self.log.read_text()[-2000:]}") from None
 
     def status(self) -> dict[str, Any]:
         connection = _Unix(str(self.admin))
@@ -288,8 +300,9 @@ def measure(layout: str, listeners: int, rounds: int, folder: Path) -> dict[str,
                 raise SystemExit(f"not serving:\n{daemon.log.read_text()[-2000:]}")
             time.sleep(0.005)
         first = time.monotonic() - began
-        daemon.wait_serving(listeners)
+        daemon.wait_ready()
         whole = time.monotonic() - began
+        daemon.wait_serving(listeners)
         spent = [cpu_seconds(pid) for pid in (daemon.pid, *daemon.workers())]
         say("start", whole, f"{whole:.2f} s (answer through the last listener after {first:.2f} s)")
         found["cpu"] = spent

@@ -57,11 +57,11 @@ def serve(server: Server) -> None:
         with server.accept() as association:
             count, expected = 0, -1
             while isinstance(message := association.receive(), Message):
-                if message.data.endswith(b"!"):
-                    # Streams wait for nobody: it may overtake messages that were sent again.
-                    expected = int(message.data.strip(b"\0!"))
-                else:
-                    count += len(message.data)
+                # socat puts messages together; and streams wait for nobody: the last message may overtake others.
+                last = message.data.lstrip(b"\0")
+                if last:
+                    expected = int(last.rstrip(b"!"))
+                count += len(message.data) - len(last)
                 if count == expected:
                     association.send(Message(b"all"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -15,6 +16,12 @@ from proxyd.control.tasks import cancel, spawn
 if TYPE_CHECKING:
     from proxyd.control.admin import AdminServer
     from proxyd.control.daemon import Daemon
+
+
+def prepare() -> None:
+    """Import what the servers need. It takes a third of a second, which nobody who waits for a listener should wait for."""
+    importlib.import_module("proxyd.control.admin")
+    importlib.import_module("proxyd.control.observers")
 
 
 class Answering:
@@ -87,8 +94,7 @@ class Answering:
             os.unlink(self._path)  # noqa: PTH108 - as above
 
     async def _start(self) -> None:
-        # Imported late: aiohttp takes a third of a second, which nobody who waits for a listener should wait for.
-        from proxyd.control.admin import AdminServer  # noqa: PLC0415
+        from proxyd.control.admin import AdminServer  # noqa: PLC0415 - see `prepare`
 
         daemon = self._daemon
         self._admin = AdminServer(self._path, daemon.picture, daemon.operations)

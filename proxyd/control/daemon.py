@@ -11,7 +11,7 @@ import uvloop
 
 from proxyd.control import logs
 from proxyd.control.accesslog import AccessLog
-from proxyd.control.answering import Answering
+from proxyd.control.answering import Answering, prepare
 from proxyd.control.collection import uncollected
 from proxyd.control.configfile import Configuration
 from proxyd.control.duties import Duties
@@ -205,7 +205,7 @@ class Daemon:
         self.feed = make_feeds(self.settings, self._snapshot_changed, self._node_changed)
         self._read_addresses()
         with interruptible():
-            read_first(self.feed)
+            read_first(self.feed, prepare)
 
     # Serve
 

@@ -161,13 +161,17 @@ def interruptible() -> Iterator[None]:
         raise ended()
 
 
-def read_first(feed: Feeds) -> None:
+def read_first(feed: Feeds, idle: Callable[[], None]) -> None:
     """Read the manifests once, and hand them on where there is nobody else to wait for.
+
+    Args:
+        feed: that reads them.
+        idle: what to do where there is nothing to do but to wait for another process.
 
     Raises:
         StartError: a path that was named can't be read.
     """
-    problems = feed.first()
+    problems = feed.first(idle)
     if feed.missing:
         path = feed.missing[0]
         why = next((problem.message for problem in problems if problem.file == path), "cannot be read")

@@ -7,64 +7,78 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
-from proxyd.api.decode import Decoded, KubeObject, decode
+from proxyd.api.decode import Decoded, decode
 from proxyd.api.discovery import Endpoints, EndpointSlice
 from proxyd.api.pod import Pod
 from proxyd.api.rules import Rules
 from proxyd.api.service import Service
 from proxyd.sources.documents import Unreadable, read_documents
-from proxyd.sources.files import FileEntry, display
-from proxyd.sources.regular import read_regular
+from proxyd.sources.files import FileEntry, Stamp, display
+from proxyd.sources.merging import FileState, key_of
+from proxyd.sources.parse import LARGE
+from proxyd.sources.regular import digest, read_regular
 
 # Bytes of all files together from which a second process saves more than it costs.
 WORTHWHILE = 512 << 10
 # From here on memory counts for more: it takes as much once more.
 _TOO_MUCH = 64 << 20
-# The share that the caller reads. Starting a process and handing over what it found take time too.
-_MINE = 0.5
+# The share that the caller reads. Starting a process and handing over what it found take time too, and so does what the
+# caller does while it waits.
+_MINE = 0.42
 # The other half is as large as one's own: one that takes this much longer is not coming.
 _PATIENCE = 1.0  # seconds
 _LIFETIME = 60  # seconds that the second process may run, whatever becomes of the first
 
 _KINDS = (Service, Endpoints, EndpointSlice, Pod)
 _DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
+_ENCODER = msgspec.msgpack.Encoder()
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 
 
 class _Found(msgspec.Struct, array_like=True, gc=False):
-    """A document without problems that holds one object."""
+    """What one file holds: its documents without problems, of one object each."""
 
-    text: str
-    kind: int  # in _KINDS
-    thing: msgspec.Raw
+    number: int  # in the order of the caller's files
+    stamp: Stamp | None
+    digest: bytes
+    kinds: list[int]  # in _KINDS
+    things: list[msgspec.Raw]
+    texts: list[str]  # of the documents; none where it is whole
+    whole: bool = False  # nothing else is in the file: the caller need not read it
 
 
 class SecondHalf(Mapping[str, Decoded]):
     """What the documents of the second half hold, by their text, as `parse_file` takes it.
 
     Asked in order for the documents of the first half it has none of them; asked for more it waits for the other
-    process. It may lack any document: what it lacks, the caller reads.
+    process. It may lack any document: what it lacks, the caller reads. Of small files without a problem it has the whole
+    state.
 
     Args:
         pid: of the other process.
         descriptor: of the file that it writes to.
         start: number of the first file that it reads.
         first: characters of documents in that file that it leaves to the caller.
+        idle: called before it waits for that process.
     """
 
-    def __init__(self, pid: int, descriptor: int, start: int, first: int) -> None:
+    def __init__(
+        self, pid: int, descriptor: int, start: int, first: int, idle: Callable[[], None] | None = None
+    ) -> None:
+        self._idle = idle
         self._pid = pid
         self._descriptor = descriptor
         self._start = start
         self._left = first
         self._began = time.monotonic()
         self._found: dict[str, Decoded] = {}
+        self._states: dict[int, FileState] = {}
 
     def __contains__(self, text: object) -> bool:
         if self._left > 0 and isinstance(text, str):
@@ -87,6 +101,13 @@ class SecondHalf(Mapping[str, Decoded]):
             self._left = 0
         return self if number >= self._start else None
 
+    def state(self, number: int) -> FileState | None:
+        """All that there is to say of one file; None where the caller is to read it."""
+        if number < self._start or (number == self._start and self._left > 0):
+            return None
+        self._all()
+        return self._states.get(number)
+
     def close(self) -> None:
         """End the other process, if it has not ended."""
         if self._pid:
@@ -103,9 +124,9 @@ class SecondHalf(Mapping[str, Decoded]):
         if self._descriptor >= 0:
             try:
                 if self._ended():
-                    self._found = _collected(self._descriptor)
+                    self._found, self._states = _collected(self._descriptor)
             except (OSError, msgspec.MsgspecError):
-                self._found = {}
+                self._found, self._states = {}, {}
             finally:
                 self.close()
         return self._found
@@ -115,6 +136,8 @@ class SecondHalf(Mapping[str, Decoded]):
         watch = os.pidfd_open(self._pid)
         try:
             mine = time.monotonic() - self._began
+            if self._idle is not None:
+                self._idle()
             # select takes no number over 1023; a program that goes on with many sockets has higher ones.
             poll = select.poll()
             poll.register(watch, select.POLLIN)
@@ -128,12 +151,15 @@ class SecondHalf(Mapping[str, Decoded]):
         return status == 0
 
 
-def second_half(entries: Sequence[FileEntry], rules: Rules) -> SecondHalf | None:
+def second_half(
+    entries: Sequence[FileEntry], rules: Rules, idle: Callable[[], None] | None = None
+) -> SecondHalf | None:
     """Have another process read the second half of these files, by bytes; None where that is of no use.
 
     Args:
         entries: the files, in the order in which the caller reads them.
         rules: what is valid.
+        idle: what to do when there is nothing to do but to wait for that process.
 
     Returns:
         What the process finds; to be closed.
@@ -157,36 +183,32 @@ def second_half(entries: Sequence[FileEntry], rules: Rules) -> SecondHalf | None
         os.close(descriptor)
         return None
     if pid == 0:
-        _read_half(descriptor, entries[start:], rules, middle)
-    return SecondHalf(pid, descriptor, start, middle)
+        _read_half(descriptor, entries[start:], start, rules, middle)
+    return SecondHalf(pid, descriptor, start, middle, idle)
 
 
-def _read_half(descriptor: int, entries: Sequence[FileEntry], rules: Rules, first: int) -> NoReturn:
+def _read_half(
+    descriptor: int, entries: Sequence[FileEntry], start: int, rules: Rules, first: int
+) -> NoReturn:
     """The whole life of the other process."""
     status = 1
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
+        for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+            signal.signal(ending, signal.SIG_DFL)
         signal.alarm(_LIFETIME)
         # It must not hold anything open that its parent closes: sockets, locks, channels of the workers.
         os.closerange(3, descriptor)
         os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
         found: list[_Found] = []
-        encoder = msgspec.msgpack.Encoder()
-        for entry in entries:
-            label = display(entry.path)
-            if label.lower().endswith(".json"):
-                continue
-            with contextlib.suppress(OSError, ValueError):
-                data, _ = read_regular(entry.path)
-                for text, thing in _clean(data, rules, first):
-                    with contextlib.suppress(ValueError, TypeError, OverflowError):
-                        raw = msgspec.Raw(encoder.encode(thing))
-                        found.append(_Found(text, _NUMBERS[type(thing)], raw))
+        for number, entry in enumerate(entries, start):
+            if not display(entry.path).lower().endswith(".json"):
+                with contextlib.suppress(OSError, ValueError):
+                    data, stamp = read_regular(entry.path)
+                    found.append(_found(number, data, stamp, rules, first))
             first = 0
         with open(descriptor, "wb", closefd=False) as file:
-            file.write(encoder.encode(found))
+            file.write(_ENCODER.encode(found))
         status = 0
     finally:
         os._exit(status)
@@ -205,19 +227,41 @@ class _First:
         return True
 
 
-def _clean(data: bytes, rules: Rules, first: int) -> Iterator[tuple[str, KubeObject]]:
-    """The text of each document that holds one object and has no problem, and the object."""
+def _found(number: int, data: bytes, stamp: Stamp | None, rules: Rules, first: int) -> _Found:
+    """What there is in a file, but for so many characters at its beginning."""
+    found = _Found(number, stamp, digest(data), [], [], [])
+    whole = not first and len(data) < LARGE
+    keys = set()
     for document in read_documents(data, known=_First(first)):
-        if isinstance(document, Unreadable) or document.value is None:
+        decoded = None
+        if not isinstance(document, Unreadable) and document.value is not None:
+            decoded = decode(document.value, rules)
+        if decoded is None or decoded != Decoded(objects=decoded.objects, object_places=((),)):
+            whole = False
             continue
-        decoded = decode(document.value, rules)
-        if decoded == Decoded(objects=decoded.objects, object_places=((),)):
-            yield document.text, decoded.objects[0]
+        assert not isinstance(document, Unreadable)
+        thing = decoded.objects[0]
+        keys.add(key_of(thing))
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            found.things.append(msgspec.Raw(_ENCODER.encode(thing)))
+            found.kinds.append(_NUMBERS[type(thing)])
+            found.texts.append(document.text)
+    if whole and len(keys) == len(found.things):
+        found.texts.clear()
+        found.whole = True
+    return found
 
 
-def _collected(descriptor: int) -> dict[str, Decoded]:
+def _collected(descriptor: int) -> tuple[dict[str, Decoded], dict[int, FileState]]:
     data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    return {
-        one.text: Decoded(objects=(_DECODERS[one.kind].decode(one.thing),), object_places=((),))
-        for one in msgspec.msgpack.decode(data, type=list[_Found])
-    }
+    documents: dict[str, Decoded] = {}
+    states: dict[int, FileState] = {}
+    for one in msgspec.msgpack.decode(data, type=list[_Found]):
+        things = [_DECODERS[kind].decode(raw) for kind, raw in zip(one.kinds, one.things, strict=True)]
+        if one.whole:
+            objects = {key_of(thing): thing for thing in things}
+            states[one.number] = FileState(stamp=one.stamp, digest=one.digest, objects=objects)
+        else:
+            for text, thing in zip(one.texts, things, strict=True):
+                documents[text] = Decoded(objects=(thing,), object_places=((),))
+    return documents, states

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -16,6 +15,7 @@ from proxyd.sources.files import MAX_FILES, FileEntry, Stamp, Survey, display, r
 from proxyd.sources.halves import SecondHalf, second_half
 from proxyd.sources.merging import FileState, Key, ManifestSet, Merger, by_kind, key_of, problem_of
 from proxyd.sources.parse import parse_file
+from proxyd.sources.regular import digest as digest_of
 from proxyd.sources.regular import read_regular
 from proxyd.sources.watch import Change
 
@@ -47,7 +47,7 @@ class ManifestSource:
         self._seen: Survey | None = None
         self._merger = Merger(self._paths)
 
-    def scan(self, change: Change | None = None) -> ManifestSet:
+    def scan(self, change: Change | None = None, idle: Callable[[], None] | None = None) -> ManifestSet:
         """Reads the files that changed since the last scan, and returns all objects in force.
 
         Returns the very same value as the last time if nothing changed, and the very same objects where they did not.
@@ -61,6 +61,7 @@ class ManifestSource:
 
         Args:
             change: what `watch` said: the paths of files to look at, or what is there now. None: look at everything.
+            idle: what to do where there is nothing to do but to wait for another process.
         """
         if isinstance(change, frozenset):
             found = self._named(change)
@@ -70,7 +71,7 @@ class ManifestSource:
         seen = survey(self._paths) if change is None else change
         states = self._unseen(seen)
         # What was read before is not read again: only the first time is there enough for two.
-        other = None if self._states else second_half(seen.files, self._rules)
+        other = None if self._states else second_half(seen.files, self._rules, idle)
         try:
             self._total = self._look(seen.files, states, other)
         finally:
@@ -97,7 +98,12 @@ class ManifestSource:
                 limit = f"not read: the manifests together are over {MAX_TOTAL_BYTES >> 20} MiB"
                 state = _unread(entry.path, state, limit)
             elif state is None or state.stamp != entry.stamp:
-                state = self._read(entry, state, None if other is None else other.of(number))
+                ready = None if other is None else other.state(number)
+                if ready is not None:
+                    self.files_read += 1
+                    state = ready
+                else:
+                    state = self._read(entry, state, None if other is None else other.of(number))
             states[entry.path] = state
         return total
 
@@ -172,7 +178,7 @@ class ManifestSource:
         except (OSError, ValueError) as error:
             return _unread(entry.path, earlier, reason(error))
         self.files_read += 1
-        digest = hashlib.blake2b(data, digest_size=16).digest()
+        digest = digest_of(data)
         if earlier and earlier.digest == digest:
             return msgspec.structs.replace(earlier, stamp=stamp)
         in_force = {**earlier.kept, **earlier.objects} if earlier else {}

@@ -20,7 +20,7 @@ from proxyd.sources.edits import Layout, compare
 MAX_PROBLEMS = 10_000
 
 # Bytes of a file whose documents are remembered.
-_LARGE = 64 << 10
+LARGE = 64 << 10
 
 
 class ParsedFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ def parse_file(
         return edited
     reading = _Reading(label)
     is_json = label.lower().endswith(".json")
-    remembers = len(data) >= _LARGE and not is_json
+    remembers = len(data) >= LARGE and not is_json
     before = {} if known is None else known
     after: dict[str, Decoded] = {}
     starts: list[int] = []
