@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from proxyd.control.answering import Answering, prepare
 from proxyd.control.collection import uncollected
 from proxyd.control.configfile import Configuration
 from proxyd.control.duties import Duties
-from proxyd.control.handover import Handover, checking, take
+from proxyd.control.handover import Handover, answer, checking, take
 from proxyd.control.hearing import Hearing
 from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.notify import Notifier
@@ -25,7 +26,7 @@ from proxyd.control.picture import draw
 from proxyd.control.publication import Publication, Update
 from proxyd.control.reloading import Reloading
 from proxyd.control.settings import Settings
-from proxyd.control.signals import handle_signals
+from proxyd.control.signals import handle_signals, hold_signals
 from proxyd.control.startup import (
     StartError,
     claim,
@@ -78,6 +79,7 @@ def run(
         StartError: it can't start.
     """
     if checking():
+        sys.stdout.write(f"{answer()}\n")
         return 0
     return uvloop.run(_run(settings, on_serving, configuration, take()))
 
@@ -204,7 +206,8 @@ class Daemon:
         self._resources.callback(self._monitor.close)
         self.feed = make_feeds(self.settings, self._snapshot_changed, self._node_changed)
         self._read_addresses()
-        with interruptible():
+        # Where clients are connected already, their relays have their time to end.
+        with contextlib.nullcontext() if self.succession.goes_on else interruptible():
             read_first(self.feed, prepare)
 
     # Serve
@@ -390,13 +393,15 @@ class Daemon:
         """Have the next program take over; where that fails, stop as if told to."""
         await self.duties.stop()
         admin = await self._answering.leave()
-        if not self.succession.due:
-            self._answering.abandon(admin)
-            return
-        self.access.close()
-        self.succession.hand_over(admin)
+        await hold_signals()
+        if self.succession.due:
+            self.access.close()
+            self.succession.hand_over(admin)
+            self._fatal = "stopped: the next program could not be executed"
+            self._drain = self.settings.drain_timeout
+            self.watchdog.stopping(self._drain)
+        handle_signals(self)
         self._answering.abandon(admin)
-        self._fatal = "stopped: the next program could not be executed"
 
     def failed(self, error: BaseException) -> None:
         """A task ended that the daemon can't go on without."""

@@ -14,6 +14,7 @@ from proxyd.api.problems import Problem, Severity
 from proxyd.control.collection import uncollected
 from proxyd.control.logs import get_logger
 from proxyd.control.settings import Settings
+from proxyd.control.tasks import in_thread
 from proxyd.sources.locate import located
 from proxyd.sources.manifests import ManifestSet, ManifestSource
 from proxyd.sources.standalone.allocation import NOTHING_TAKEN, Taken
@@ -104,7 +105,7 @@ class Feed:
         if self._held:
             return  # `give_way` will look at everything
         async with self._lock:
-            self._take(*await asyncio.to_thread(self._read, change))
+            self._take(*await in_thread(self._read, change))
 
     async def follow(self) -> None:
         """Rescan whenever files change; does not return."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 
 from proxyd.api.service import Protocol
 from proxyd.control.logs import get_logger
+from proxyd.control.signals import keep_signals
 from proxyd.state.spec import ListenerKey
 
 log = get_logger("upgrade")
@@ -61,7 +61,8 @@ class Leaving(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         pid: its process, a child.
         channel: descriptor of control's end.
-        listeners: number, address, port and protocol of those that it may have relays of.
+        listeners: number, address, port and protocol of those that it may have relays of; a number with several
+            addresses, as of SCTP, is there with each.
     """
 
     pid: int
@@ -90,6 +91,11 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 def checking() -> bool:
     """Whether this process is only to find out if the program would start with these arguments."""
     return os.environ.get(VARIABLE) == _CHECK
+
+
+def answer() -> str:
+    """What a program that is only asked says: it would start, and which records it can take over from."""
+    return f"{_NAME} {_VERSION}"
 
 
 def take() -> Handover | None:
@@ -139,7 +145,7 @@ def _check_version(found: Handover) -> None:
 
 
 async def check() -> None:
-    """Find out whether the program that is installed now would start with the arguments of this one.
+    """Find out whether the program that is installed now would start with the arguments of this one, and go on from it.
 
     Raises:
         UpgradeError: it would not.
@@ -148,12 +154,12 @@ async def check() -> None:
         *_command(),
         env={**os.environ, VARIABLE: _CHECK},
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
         async with asyncio.timeout(_CHECK_SECONDS):
-            _, said = await process.communicate()
+            answered, said = await process.communicate()
     except TimeoutError:
         raise UpgradeError(
             f"the new program did not say within {_CHECK_SECONDS:.0f} s that it would start"
@@ -166,10 +172,14 @@ async def check() -> None:
         lines = said.decode("utf-8", "replace").strip().splitlines()
         why = lines[-1] if lines else f"it ended with status {process.returncode}"
         raise UpgradeError(f"the new program would not start: {why}")
+    if answer() not in answered.decode("utf-8", "replace").splitlines():
+        raise UpgradeError(
+            "the new program can't go on from this one, their handovers are of different versions: restart the daemon"
+        )
 
 
 def replace_program(handover: Handover) -> None:
-    """Become the program that is installed now. Does not return.
+    """Become the program that is installed now, after `hold_signals`. Does not return.
 
     Raises:
         OSError: it cannot be executed, or there is no memory.
@@ -178,13 +188,11 @@ def replace_program(handover: Handover) -> None:
     os.write(memory, msgspec.msgpack.encode(handover))
     for descriptor in (memory, *handover.descriptors()):
         os.set_inheritable(descriptor, True)
-    for number in (signal.SIGHUP, signal.SIGUSR2):
-        # They would end a program that does not handle them yet.
-        signal.signal(number, signal.SIG_IGN)
     command = _command()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    keep_signals()
     os.execve(command[0], command, {**os.environ, VARIABLE: str(memory)})  # noqa: S606 - our own program
 
 

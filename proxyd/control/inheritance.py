@@ -20,12 +20,12 @@ class Inheritance:
 
     def __init__(self, left: Iterable[ListeningSocket] = ()) -> None:
         self._sockets: dict[tuple[ListenerKey, bool], socket.socket] = {}
-        self._bound: dict[socket.socket, tuple[ListenerKey, ...]] = {}  # of SCTP endpoints
+        self._bound: dict[socket.socket, ListeningSocket] = {}  # SCTP endpoints
         for one in left:
             sock = socket.socket(fileno=one.descriptor)
             self._sockets[one.key, one.steered] = sock
             if one.protocol is Protocol.SCTP:
-                self._bound[sock] = one.keys
+                self._bound[sock] = one
 
     def take(self, spec: ListenerSpec) -> socket.socket | None:
         """The socket for a listener; None where there is none."""
@@ -36,10 +36,10 @@ class Inheritance:
     ) -> tuple[socket.socket, tuple[ListenerKey, ...]] | None:
         """The SCTP socket for one of several listeners, and all that it is bound to; None where there is none."""
         wanted = {spec.key for spec in specs}
-        for sock, keys in self._bound.items():
-            if not wanted.isdisjoint(keys):
-                del self._bound[sock], self._sockets[keys[0], False]
-                return sock, keys
+        for sock, one in self._bound.items():
+            if not wanted.isdisjoint(one.keys):
+                del self._bound[sock], self._sockets[one.key, one.steered]
+                return sock, one.keys
         return None
 
     def close(self) -> None:

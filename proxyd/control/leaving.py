@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from proxyd.control.handover import Leaving
 from proxyd.control.logs import get_logger
+from proxyd.control.supervisor import MAX_UNANSWERED
 from proxyd.relay.channel import Channel, ChannelError
 from proxyd.relay.messages import Apply, CloseListener, Drained, Shutdown, ToWorker
 from proxyd.state.spec import ListenerKey
@@ -34,11 +35,12 @@ class _Worker:
     pid: int
     pidfd: int
     channel: Channel
-    listeners: dict[int, ListenerKey]  # those that it may have relays of, by their number there
+    listeners: dict[int, list[ListenerKey]]  # those that it may have relays of, by their number there
     told: set[int] = field(default_factory=set)  # whose relays it is to end after a while
     outgoing: deque[ToWorker] = field(default_factory=deque)
     retry: asyncio.TimerHandle | None = None  # of sending what is in `outgoing`
     retired: bool = False
+    unanswered: int = 0  # probes since it last said anything
 
 
 class LeavingWorkers:
@@ -49,13 +51,19 @@ class LeavingWorkers:
         heard: takes what they say beyond `Drained`, and a number that tells a worker from all others: its pid,
             negative, as in a container pids are as low as the numbers of this program's own workers.
         drained: called when an address may be free because the last relay of a listener, or a worker, has ended.
+        gone: takes the number of each that has ended.
     """
 
     def __init__(
-        self, workers: Iterable[Leaving], heard: Callable[[int, object], None], drained: Callable[[], None]
+        self,
+        workers: Iterable[Leaving],
+        heard: Callable[[int, object], None],
+        drained: Callable[[], None],
+        gone: Callable[[int], None],
     ) -> None:
         self._heard = heard
         self._drained = drained
+        self._ended = gone
         self._workers: dict[int, _Worker] = {}  # by pid, which is used again only when it was waited for
         self._gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -80,15 +88,17 @@ class LeavingWorkers:
 
     def keys(self) -> set[ListenerKey]:
         """The addresses that their relays may need."""
-        return {key for worker in self._workers.values() for key in worker.listeners.values()}
+        return {
+            key for worker in self._workers.values() for keys in worker.listeners.values() for key in keys
+        }
 
     def let_go(self, wanted: Container[ListenerKey], seconds: float) -> None:
         """Relays of addresses that are not wanted any more have so many seconds."""
         for worker in list(self._workers.values()):
             over = [
                 number
-                for number, key in worker.listeners.items()
-                if key not in wanted and number not in worker.told
+                for number, keys in worker.listeners.items()
+                if number not in worker.told and not any(key in wanted for key in keys)
             ]
             worker.told.update(over)
             for first in range(0, len(over), _CLOSES_AT_ONCE):
@@ -100,6 +110,19 @@ class LeavingWorkers:
         for worker in list(self._workers.values()):
             self._send(worker, message)
         return {-pid for pid in self._workers}
+
+    def probe(self) -> None:
+        """Ask each for a sign of life, an empty update that it acknowledges; one that gives none for long ends."""
+        for worker in list(self._workers.values()):
+            worker.unanswered += 1
+            if worker.unanswered > MAX_UNANSWERED:
+                log.error(
+                    "a worker of an earlier program does not answer: it ends with its connections",
+                    pid=worker.pid,
+                )
+                self._remove(worker)
+            else:
+                self._send(worker, Apply(0, last=True))
 
     async def stop(self, drain: float) -> None:
         """Let them finish for at most `drain` seconds; then they are gone."""
@@ -124,7 +147,11 @@ class LeavingWorkers:
     def hand_over(self) -> list[Leaving]:
         """Leave them to the next program; those that have been here for the longest time first."""
         return [
-            Leaving(worker.pid, worker.channel.fileno(), [(n, *key) for n, key in worker.listeners.items()])
+            Leaving(
+                worker.pid,
+                worker.channel.fileno(),
+                [(number, *key) for number, keys in worker.listeners.items() for key in keys],
+            )
             for worker in self._workers.values()
         ]
 
@@ -135,7 +162,9 @@ class LeavingWorkers:
         except OSError:  # it has ended, and was waited for
             channel.close()
             return
-        listeners = {number: ListenerKey(ip, port, protocol) for number, ip, port, protocol in one.listeners}
+        listeners: dict[int, list[ListenerKey]] = {}
+        for number, ip, port, protocol in one.listeners:
+            listeners.setdefault(number, []).append(ListenerKey(ip, port, protocol))
         worker = self._workers[one.pid] = _Worker(one.pid, pidfd, channel, listeners)
         self._loop.add_reader(pidfd, self._remove, worker)
         self._loop.add_reader(channel.fileno(), self._readable, worker)
@@ -168,6 +197,7 @@ class LeavingWorkers:
                 received = worker.channel.receive()
                 if received is None:
                     return
+                worker.unanswered = 0
                 if isinstance(received[0], Drained):
                     for number in received[0].listeners:
                         worker.listeners.pop(number, None)
@@ -191,5 +221,6 @@ class LeavingWorkers:
             os.waitpid(worker.pid, 0)
         os.close(worker.pidfd)
         worker.channel.close()
+        self._ended(-worker.pid)
         self._gone.set()
         self._drained()

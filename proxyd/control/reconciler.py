@@ -167,10 +167,10 @@ class Reconciler:
         self._inheritance = Inheritance(left)
         self._leaving = leaving
 
-    def relayed(self) -> dict[int, tuple[ListenerKey, frozenset[int]]]:
-        """Closed listeners that workers may have relays of: address, and which workers, by their number."""
+    def relayed(self) -> dict[int, tuple[tuple[ListenerKey, ...], frozenset[int]]]:
+        """Closed listeners that workers may have relays of: addresses, and which workers, by their number."""
         return {
-            number: (ending.retired.spec.key, frozenset(ending.workers))
+            number: (ending.retired.keys, frozenset(ending.workers))
             for number, ending in self._ending.items()
         }
 
@@ -271,7 +271,11 @@ class Reconciler:
                     "listener failed", listener=str(spec.key), service=str(spec.service_port), error=message
                 )
             self._note(spec.service_port, f"Failed {spec.key}: {message}")
-        retry_at = time.monotonic() + min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY)
+        # What takes somebody to mend it is not tried again in a hurry.
+        pause = (
+            min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY) if error.retryable else _LAST_RETRY
+        )
+        retry_at = time.monotonic() + pause
         self.failures[spec.key] = Failure(spec, message, attempts, retry_at, error.exhausted, error.taken)
 
     def _opened(self, spec: ListenerSpec) -> None:

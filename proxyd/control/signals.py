@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from typing import TYPE_CHECKING
 
 from proxyd.control.reloading import has_terminal
@@ -12,8 +13,16 @@ if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon
 
 
+_ORDERS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP})
+# So long the event loop has for what came before signals are held: it sees them in its next turn.
+_SEEN_SECONDS = 0.01
+
+
 def handle_signals(daemon: Daemon) -> None:
-    """Have them handled in the event loop, from the beginning on: until a handler is there a signal ends the process."""
+    """Have them handled in the event loop, from the beginning on: until a handler is there a signal ends the process.
+
+    What came while the program was being replaced comes now.
+    """
     loop = asyncio.get_running_loop()
 
     def hung_up() -> None:
@@ -27,3 +36,21 @@ def handle_signals(daemon: Daemon) -> None:
     loop.add_signal_handler(signal.SIGINT, daemon.stop_after, 0.0)
     loop.add_signal_handler(signal.SIGUSR2, daemon.succession.ask)
     loop.add_signal_handler(signal.SIGHUP, hung_up if has_terminal() else daemon.reloading.ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDERS)
+
+
+async def hold_signals() -> None:
+    """Handle what has come; what comes from now on waits for the next program, or for `handle_signals`.
+
+    Blocked signals stay pending across execve(2). No child may be started until then: it would never get them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ORDERS)
+    await asyncio.sleep(_SEEN_SECONDS)
+
+
+def keep_signals() -> None:
+    """Right before the program is replaced: what other threads get is for the main thread too, the only one to live on."""
+    main = threading.main_thread().ident
+    assert main is not None
+    for number in _ORDERS:
+        signal.signal(number, lambda came, _frame: signal.pthread_kill(main, came))

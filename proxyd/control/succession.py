@@ -12,6 +12,7 @@ from proxyd.control import handover
 from proxyd.control.handover import Handover, Leaving, ListeningSocket, UpgradeError
 from proxyd.control.leaving import MAX_WORKERS, LeavingWorkers
 from proxyd.control.logs import get_logger
+from proxyd.control.strays import Strays
 from proxyd.control.tasks import spawn
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Succession:
     def __init__(self, daemon: Daemon, left: Handover | None) -> None:
         self._daemon = daemon
         self._left = left or Handover()
+        self._strays = Strays({worker.pid for worker in self._left.workers})
         self._began = time.monotonic()
         self._checking = False
         self.due = False  # the next program is to begin
@@ -41,14 +43,25 @@ class Succession:
         """The listening admin socket that was left for the path in use; -1 where there is none."""
         return self._left.admin if self._left.admin_path == self._daemon.settings.admin_socket else -1
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there was a program before this one, with clients that are still served."""
+        return bool(self._left.program)
+
     def begin(self) -> None:
         """Take over. Before the first reconcile, in the event loop."""
         daemon = self._daemon
+        self._strays.watch()
         if self.admin < 0 <= self._left.admin:  # the path was changed: nobody would answer at the old one
             os.close(self._left.admin)
             with contextlib.suppress(OSError):
                 os.unlink(self._left.admin_path)  # noqa: PTH108 - one call on a local path, once
-        self.workers = LeavingWorkers(self._left.workers, daemon.supervisor.heard, daemon.look_again)
+        self.workers = LeavingWorkers(
+            self._left.workers,
+            daemon.supervisor.heard,
+            daemon.look_again,
+            daemon.supervisor.roundups.gone,
+        )
         daemon.reconciler.inherit(self._left.listeners, self.workers)
         daemon.supervisor.roundups.also(self.workers.tell)
         if self._left.program:
@@ -64,6 +77,11 @@ class Succession:
         """This program's own workers have everything: those of earlier ones accept no more."""
         if self.workers is not None:
             self.workers.retire()
+
+    def probe(self) -> None:
+        """See whether the workers of earlier programs answer."""
+        if self.workers is not None:
+            self.workers.probe()
 
     async def upgrade(self) -> None:
         """Have the program that is installed now take over, soon after this returns.
@@ -100,8 +118,10 @@ class Succession:
         """
         daemon = self._daemon
         assert self.workers is not None
-        workers = [*self.workers.hand_over(), *self._own_workers()]
-        for worker in workers[:-MAX_WORKERS]:
+        own, earlier = self._own_workers(), self.workers.hand_over()
+        # Those of this program all go on, however many.
+        surplus = max(0, len(earlier) + len(own) - max(MAX_WORKERS, len(own)))
+        for worker in earlier[:surplus]:
             log.warning(
                 "a worker of an earlier program ends with its connections: there are too many", pid=worker.pid
             )
@@ -119,7 +139,7 @@ class Succession:
                 )
                 for held in dict.fromkeys(daemon.publication.held.values())
             ],
-            workers=workers[-MAX_WORKERS:],
+            workers=[*earlier[surplus:], *own],
         )
         log.info("the next program takes over", listeners=len(left.listeners), workers=len(left.workers))
         try:
@@ -132,11 +152,17 @@ class Succession:
         closed = daemon.reconciler.relayed()
         found = []
         for index, worker in daemon.supervisor.workers.items():
-            numbers = {
-                held.id: key for key, held in daemon.publication.held.items() if held.owner in (None, index)
-            }
-            numbers |= {number: key for number, (key, workers) in closed.items() if index in workers}
-            listeners = [(number, *key) for number, key in numbers.items()]
+            listeners = [
+                (held.id, *key)
+                for key, held in daemon.publication.held.items()
+                if held.owner in (None, index)
+            ]
+            listeners += [
+                (number, *key)
+                for number, (keys, workers) in closed.items()
+                if index in workers
+                for key in keys
+            ]
             found.append(Leaving(worker.pid, worker.channel.fileno(), listeners))
         return found
 

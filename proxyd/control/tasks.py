@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -46,6 +48,35 @@ def spawn(
 
     task.add_done_callback(done)
     return task
+
+
+async def in_thread(work: Callable[..., _T], *args: object) -> _T:
+    """As `asyncio.to_thread`, but the end of the program does not wait for it: what it does then is lost.
+
+    For work that only reads: a stop in the middle of it is to be prompt.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if future.done():
+            return  # nobody waits any more
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]  # there is one where there is no error
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, failed = None, None
+        try:
+            result = work(*args)
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(settle, result, failed)
+
+    threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
+    return await future
 
 
 def describe(error: BaseException) -> str:

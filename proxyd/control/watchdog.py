@@ -123,6 +123,7 @@ class Watchdog:
         if self._ending:
             self.wrong = ""
         else:
+            self._daemon.succession.probe()
             wrong = self._reconcile_waits() or self._daemon.supervisor.probe()
             if not self._ready:
                 wrong = ""  # a start takes its time; the manager has a limit of its own for it

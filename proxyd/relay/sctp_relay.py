@@ -358,10 +358,15 @@ class SctpRelay:
 
     def tick(self, now: float) -> None:
         """Bring the counters up to date; end a shutdown that nobody answers. Called once a second."""
-        if self._connected:
-            self._count()
-            if self._deadline and now >= self._deadline:
-                self.abort("shutdown not answered")
+        if not self._connected:
+            return
+        self._count()
+        if self._deadline and now >= self._deadline:
+            self.abort("shutdown not answered")
+            return
+        for side in (self.client, self.upstream):
+            if not self.done:
+                side.retry()
 
     def count_dropped(self, side: Side) -> None:
         """Count a message that could not be sent on to `side`."""

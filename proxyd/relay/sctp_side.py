@@ -306,6 +306,11 @@ class Side:
         # If there is room by now, this reports it at once.
         self.plane.poller.modify(peer.sock.fileno(), _WITH_ROOM)
 
+    def retry(self) -> None:
+        """Try again to send what is pending: the kernel may have lacked memory, and no event tells when it has some."""
+        if self.pending is not None:
+            self._flush()
+
     def _flush(self) -> bool:
         """Send what is pending; False where the relay is over."""
         assert self.pending is not None

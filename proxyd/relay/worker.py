@@ -221,7 +221,9 @@ class Worker:
         if listener.open_relays:
             self._closed[closing.id] = listener
             if closing.drain is not None:
-                self._drain_until[listener] = monotonic() + closing.drain
+                # Said again, as after an upgrade of control, it gives no more time.
+                until = monotonic() + closing.drain
+                self._drain_until[listener] = min(until, self._drain_until.get(listener, until))
                 self._set_drain_timer()
 
     def _follow_no_more(self, listener: Listener) -> None:

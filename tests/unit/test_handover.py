@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from proxyd.api.service import Protocol
+from proxyd.control.handover import Leaving
+from proxyd.control.leaving import LeavingWorkers
+from proxyd.state.spec import ListenerKey
 
 # It runs in a process of its own, as it closes what that process inherited. Says which descriptors are open then.
 PROGRAM = """
@@ -48,3 +57,44 @@ def test_only_what_an_unreadable_program_left_is_closed(text: str, are_open: str
     assert done.returncode == 0, done.stderr
     # The log may say more, before it.
     assert done.stdout.splitlines()[-1] == are_open
+
+
+def test_a_listener_of_several_addresses_is_handed_on_with_all_of_them() -> None:
+    """As a multi-homed SCTP listener has them: relays need each, and go when none is wanted."""
+    first, second = (ListenerKey(ip, 3868, Protocol.SCTP) for ip in ("10.96.0.1", "10.96.0.2"))
+
+    async def adopt(process: subprocess.Popen[bytes]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        ended: list[int] = []
+        with theirs:
+            left = Leaving(process.pid, ours.detach(), [(7, *first), (7, *second)])
+            workers = LeavingWorkers([left], lambda *_: None, lambda: None, ended.append)
+            try:
+                assert workers.keys() == {first, second}
+                workers.let_go({second}, 1.0)  # its relays may go on
+                with pytest.raises(BlockingIOError):
+                    theirs.recv(1000)
+                (again,) = workers.hand_over()
+                assert sorted(again.listeners) == [(7, *first), (7, *second)]
+                workers.let_go(set(), 1.0)
+                assert theirs.recv(1000)
+            finally:
+                workers.kill()
+            assert ended == [-process.pid]
+            assert not workers.keys()
+
+    with subprocess.Popen(["sleep", "60"]) as child:
+        asyncio.run(adopt(child))
+
+
+def test_a_program_that_is_only_asked_says_what_it_can_take_over(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "proxyd", "run", "--manifests", str(tmp_path)],
+        env={"PYTHONPATH": os.pathsep.join(sys.path), "PROXYD_HANDOVER": "check"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"proxyd-handover \d+\n", done.stdout)
