@@ -29,13 +29,16 @@ _ENDING = RDHUP | HUP | ERR | PRI
 _READ = IN | _ENDING
 _WRITE = OUT | HUP | ERR
 _NOWAIT = int(socket.MSG_DONTWAIT)
+# For what is read from a socket whose FIN has come: the kernel keeps the last, partial packet back until the FIN, which
+# then goes with it in one packet. It never waits long: a side that has seen a FIN reads on to the end.
+_MORE_COMES = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
 
 
 class Side:
     """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
 
     __slots__ = (
-        "broken", "eof", "held", "moved", "peer", "pending", "plane", "readable", "relay", "sock", "thorough",
+        "broken", "eof", "flags", "held", "moved", "peer", "pending", "plane", "readable", "relay", "sock", "thorough",
     )  # fmt: skip
 
     peer: Side
@@ -50,6 +53,7 @@ class Side:
         self.readable = False  # an edge came while held
         self.thorough = False  # a short read does not mean that the socket is drained
         self.broken = False  # an error was reported
+        self.flags = _NOWAIT  # of sending on what is read
         self.eof = False
 
     def ready(self, events: int) -> None:
@@ -76,7 +80,7 @@ class Side:
                 return
             self.moved += size
             try:
-                sent = peer.sock.send(view[:size], _NOWAIT)
+                sent = peer.sock.send(view[:size], self.flags)
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -111,6 +115,8 @@ class Side:
             return False
         if events & _ENDING:
             self.thorough = True
+            if events & RDHUP:
+                self.flags = _MORE_COMES
             if events & PRI:
                 # The urgent byte is not lost but stays in its place in the stream.
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
