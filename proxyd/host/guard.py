@@ -4,7 +4,7 @@ A VIP is local to the node, so without the guard VIP:22 would reach the node's o
 not load connection tracking; what belongs to something that exists is recognised by its packets:
 
 - TCP: only a first SYN is rejected. Answers to connections from a VIP, and relays of a service port that was removed,
-  go on.
+  go on. Every other segment passes by the very first rule, as most packets are such.
 - UDP: whatever comes from a service port over `lo` is an answer to the node's own client, whose address is the VIP.
   With kernels that have the `socket` expression, so is whatever reaches a socket that is bound to the VIP itself.
 - SCTP: only an INIT chunk is rejected.
@@ -41,6 +41,7 @@ table inet proxyd {{
   set ports6 {{ type ipv6_addr . inet_proto . inet_service; }}
   chain input {{
     type filter hook input priority filter - 10; policy accept;
+    tcp flags & (fin | syn | rst | ack) != syn accept
     ip daddr @vips4 goto guard4
     ip6 daddr @vips6 goto guard6
   }}
