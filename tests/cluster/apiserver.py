@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import gc
 import ipaddress
 import json
 import logging
@@ -484,8 +485,11 @@ async def _main(args: argparse.Namespace) -> None:
     store = Store(args.state)
     server = ApiServer(store)
     server.host, server.port = args.host, args.port
+    server.versions = set(filter(None, args.versions.split(",")))
     if args.services and not store.objects["services"]:
         store.bulk(args.services, args.endpoints)
+    # A search through so many objects takes 0.2 s, in which nobody is answered.
+    gc.freeze()
     await server.start()
     if args.kubeconfig:
         Path(args.kubeconfig).write_text(kubeconfig(server.url))  # noqa: ASYNC240  nobody waits for it
@@ -519,6 +523,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument(
+        "--versions", default="v1,v1beta1", help='of discovery.k8s.io; "": endpoints are core Endpoints alone'
+    )
     parser.add_argument("--state", default="", help="log to write through and to start from")
     parser.add_argument("--services", type=int, default=0)
     parser.add_argument("--endpoints", type=int, default=0)

@@ -28,19 +28,25 @@ GROUPS = {"endpointslices": DISCOVERY}
 
 
 class Cluster:
-    """A test API server, asked by tests as kubectl and the controllers would. What it holds survives a kill."""
+    """A test API server, asked by tests as kubectl and the controllers would. What it holds survives a kill.
 
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    Args:
+        lab: it runs on its node.
+        folder: for what it holds, and its kubeconfig.
+        versions: of discovery.k8s.io; "": it has core Endpoints alone.
+    """
+
+    def __init__(self, lab: Lab, folder: Path, *, versions: str = "v1,v1beta1") -> None:
         self.lab = lab
         self.folder = folder
+        self._versions = versions
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
         """Start it, or start it again."""
         argv = [sys.executable, str(API_SERVER), "--host", "0.0.0.0", "--port", str(API_PORT)]
-        self._process = self.lab.node.popen(
-            [*argv, "--state", str(self.folder / "objects")], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-        )
+        argv += ["--versions", self._versions, "--state", str(self.folder / "objects")]
+        self._process = self.lab.node.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         assert self._process.stdout is not None
         ready = self._process.stdout.readline()
         assert ready.startswith(b"ready"), ready
