@@ -109,11 +109,13 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 # What the bench runs. The packages of HAProxy and nginx start services, which is not what they are here for: `install`
 # ends those.
 BENCH_TOOLS := haproxy:haproxy nginx:nginx wrk:wrk iperf3:iperf3 taskset:util-linux
+# Where there is no kubectl and no package of it (Ubuntu), nothing is tested with it.
+KUBECTL := $(shell grep -q '^ID=debian$$' /etc/os-release 2>/dev/null && echo kubectl:kubernetes-client)
 
 # Commands that the tests run, and the Debian packages that bring them.
 TOOLS := ip:iproute2 nft:nftables iptables:iptables curl:curl unshare:util-linux setpriv:util-linux strace:strace \
 	openssl:openssl systemd-analyze:systemd dig:bind9-dnsutils dnsperf:dnsperf dnsmasq:dnsmasq-base \
-	zsh:zsh fish:fish mandoc:mandoc groff:groff sctp_darn:lksctp-tools socat:socat $(BENCH_TOOLS)
+	zsh:zsh fish:fish mandoc:mandoc groff:groff sctp_darn:lksctp-tools socat:socat $(KUBECTL) $(BENCH_TOOLS)
 
 define missing
 	missing=; \

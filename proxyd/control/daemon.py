@@ -13,7 +13,7 @@ import uvloop
 from proxyd.control import logs
 from proxyd.control.accesslog import AccessLog
 from proxyd.control.answering import Answering, prepare
-from proxyd.control.collection import uncollected
+from proxyd.control.collection import seldom, uncollected
 from proxyd.control.configfile import Configuration
 from proxyd.control.duties import Duties
 from proxyd.control.handover import Handover, answer, checking, take
@@ -130,6 +130,7 @@ class Daemon:
 
     async def run(self) -> int:
         """Start, serve until told to stop, take everything back."""
+        seldom()
         with self._resources:
             self._loop = asyncio.get_running_loop()
             limits.raise_nofile()

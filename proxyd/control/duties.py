@@ -95,7 +95,11 @@ class Duties:
         for status in desired.unopened:
             if status.state is ListenerState.CONFLICT:
                 reason = PORT_CONFLICT
-            elif status.state is ListenerState.DISABLED and status.key.protocol is Protocol.SCTP:
+            elif (
+                status.state is ListenerState.DISABLED
+                and status.key.protocol is Protocol.SCTP
+                and not self._daemon.settings.sctp
+            ):
                 reason = SCTP_DISABLED
             else:
                 continue

@@ -188,6 +188,16 @@ def _listener(
         mapped_from=mapped_from,
         source_ranges=_source_ranges(service, family) if frontend.role is Role.LOAD_BALANCER else (),
     )
+    if (
+        frontend.role in (Role.EXTERNAL_IP, Role.LOAD_BALANCER)
+        and name.protocol is not Protocol.SCTP  # whose associations have addresses of both
+        and family not in _families(service)
+    ):
+        # kubernetes pkg/proxy/serviceport.go: each family's proxy takes its own addresses, and needs a clusterIP.
+        refusal = (
+            ListenerState.DISABLED,
+            f"the Service has no IPv{family} clusterIP; add IPv{family} to spec.ipFamilies",
+        )
     if frontend.role is Role.CLUSTER_IP and not options.vip_mode.serve:
         refusal = (ListenerState.DISABLED, "--vip-mode=none")
     if name.protocol not in options.protocols:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -12,6 +13,7 @@ from clusterlib import QUICK, endpoints, follow, name_of, service, wait_for
 
 from proxyd.api.service import Service
 from proxyd.sources.cluster import ClusterSource, Tuning, load_access
+from proxyd.sources.cluster.steps import Page
 
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
@@ -194,6 +196,27 @@ async def test_410_lists_again_and_nothing_that_stayed_is_a_change(
         web = name_of("default/web")
         assert seen.state.services[web] is before.services[web]
         assert seen.state.slices is before.slices
+
+
+async def test_a_list_that_was_taken_in_is_forgotten(server: ApiServer, tmp_path: Path) -> None:
+    """Its pages are megabytes: neither a frame that lives on nor garbage holds them, whenever that is searched for."""
+
+    def pages() -> int:
+        return sum(isinstance(one, Page) for one in gc.get_objects())
+
+    server.store.bulk(100, 100)
+    async with follow(server, tmp_path) as seen:
+        gc.collect()
+        gc.disable()
+        try:
+            for lists in (3, 6):
+                await wait_for(lambda: seen.source.lists == lists and len(server.watches) == 3)  # noqa: B023  it is waited for here
+                await seen.settled()
+                assert pages() == 0
+                server.store.compact()
+                server.order("cut")
+        finally:
+            gc.enable()
 
 
 async def test_changes_of_no_consequence_are_none(server: ApiServer, tmp_path: Path) -> None:

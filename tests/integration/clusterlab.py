@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -28,19 +29,32 @@ GROUPS = {"endpointslices": DISCOVERY}
 
 
 class Cluster:
-    """A test API server, asked by tests as kubectl and the controllers would. What it holds survives a kill."""
+    """A test API server, asked by tests as kubectl and the controllers would. What it holds survives a kill.
 
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    Args:
+        lab: it runs on its node.
+        folder: for what it holds, and its kubeconfig.
+        versions: of discovery.k8s.io; "": it has core Endpoints alone.
+        pki: a folder with server.crt, server.key and token: it serves by TLS, those who have the token.
+    """
+
+    def __init__(
+        self, lab: Lab, folder: Path, *, versions: str = "v1,v1beta1", pki: Path | None = None
+    ) -> None:
         self.lab = lab
         self.folder = folder
+        self._versions = versions
+        self._pki = pki
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
         """Start it, or start it again."""
         argv = [sys.executable, str(API_SERVER), "--host", "0.0.0.0", "--port", str(API_PORT)]
-        self._process = self.lab.node.popen(
-            [*argv, "--state", str(self.folder / "objects")], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-        )
+        argv += ["--versions", self._versions, "--state", str(self.folder / "objects")]
+        if self._pki is not None:
+            argv += ["--certificate", str(self._pki / "server.crt"), "--key", str(self._pki / "server.key")]
+            argv += ["--token-file", str(self._pki / "token")]
+        self._process = self.lab.node.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         assert self._process.stdout is not None
         ready = self._process.stdout.readline()
         assert ready.startswith(b"ready"), ready
@@ -92,9 +106,14 @@ class Cluster:
     # Objects
 
     def _request(self, method: str, path: str, body: Body | None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", API_PORT, timeout=10)
+        headers = {"Content-Type": "application/json"}
+        if self._pki is None:
+            connection = http.client.HTTPConnection("127.0.0.1", API_PORT, timeout=10)
+        else:
+            tls = ssl.create_default_context(cafile=self._pki / "ca.crt")
+            connection = http.client.HTTPSConnection(NODE_IP, API_PORT, timeout=10, context=tls)
+            headers["Authorization"] = f"Bearer {(self._pki / 'token').read_text().strip()}"
         try:
-            headers = {"Content-Type": "application/json"}
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             return answer.status, answer.read()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import Load, ask, many, refused, wait_for
+from clients import Load, ask, connect, many, read_all, refused, wait_for
 from clusterlab import NODE_1, NODE_2, Body, Cluster, pod, service, slice_of, wait_who, who
 from daemon import Proxyd
 from netlab import (
@@ -262,6 +262,31 @@ def test_node_ports_by_every_address(town: Town, vip: str) -> None:
     wait_who(town.client, vip, {P1, P2})
 
 
+def test_node_ports_by_the_nodes_name(town: Town, vip: str) -> None:
+    """The name is found through a Service as well: the cluster's DNS."""
+    cluster = town.cluster
+    dns, dns_port = f"10.96.7.{next(_numbers)}", 5353
+    resolver = town.pods[0].popen(
+        [
+            *("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"),
+            *("--user=root", "--pid-file=", f"--port={dns_port}", f"--host-record={NODE_1}.test,{NODE_IP}"),
+        ]
+    )
+    try:
+        udp = [{"name": "dns", "port": 53, "protocol": "UDP"}]
+        cluster.create("services", service("dns", dns, ports=udp))
+        backend = [{"name": "dns", "port": dns_port, "protocol": "UDP"}]
+        cluster.create("endpointslices", slice_of("dns", pod(1), ports=backend))
+        ports = [{"name": "http", "port": 80, "nodePort": 30108}]
+        cluster.serve("web", vip, pod(1), pod(2), ports=ports, type="NodePort")
+        question = ("dig", "+short", "+tries=5", "+time=2", f"@{dns}", f"{NODE_1}.test")
+        wait_who(town.client, NODE_IP, {P1, P2}, 30108)
+        assert wait_for(lambda: town.client.run(*question).strip(), "the node's address") == NODE_IP
+    finally:
+        resolver.kill()
+        resolver.wait()
+
+
 def test_a_node_port_goes_from_tcp_to_udp(town: Town, vip: str) -> None:
     cluster = town.cluster
     tcp = [{"name": "http", "port": 80, "nodePort": 30103}]
@@ -367,6 +392,35 @@ def test_dual_stack(town: Town, vip: str) -> None:
     wait_who(town.one, vip6, {P2})
 
 
+def test_source_ranges_of_each_family(town: Town, vip: str) -> None:
+    vip6, balancer, balancer6 = f"fd96::{next(_numbers)}", "192.0.2.51", "2001:db8:9::51"
+    ranges = ["203.0.113.0/24", " fd00:10:244::/64 "]
+    body = service("web", vip, type="LoadBalancer", ingress=[{"ip": balancer}, {"ip": balancer6}])
+    body["spec"] |= {"clusterIPs": [vip, vip6], "loadBalancerSourceRanges": ranges}
+    town.cluster.create("services", body)
+    town.cluster.create("endpointslices", slice_of("web", pod(1)))
+    town.cluster.create("endpointslices", slice_of("web", pod(2, ip=pod_ip6(2)), number=2, family="IPv6"))
+    wait_who(town.client, balancer6, {P2})
+    wait_for(lambda: not_answered(town.client, balancer), "a client outside the IPv4 range to be turned away")
+    town.cluster.patch(
+        "services", "web", {"spec": {"loadBalancerSourceRanges": [f"{CLIENT_POD_IP}/32", "2001:db8:2::/64"]}}
+    )
+    wait_who(town.client, balancer, {P1})
+    wait_for(
+        lambda: not_answered(town.client, balancer6), "a client outside the IPv6 range to be turned away"
+    )
+
+
+def test_addresses_of_another_family_are_left_alone(town: Town, vip: str) -> None:
+    other = "2001:db8:9::52"
+    town.cluster.serve("web", vip, pod(1), externalIPs=[other])
+    town.cluster.create("endpointslices", slice_of("web", pod(2, ip=pod_ip6(2)), number=2, family="IPv6"))
+    wait_who(town.client, vip, {P1})
+    found = [one for one in town.daemons[NODE_1].get("listeners") if one["address"] == other]
+    assert [(one["state"], "no IPv6 clusterIP" in one["detail"]) for one in found] == [("Disabled", True)]
+    assert other not in town.one.run("ip", "-6", "rule")
+
+
 # Affinity
 
 
@@ -433,10 +487,33 @@ def test_external_traffic_policy_local(town: Town, vip: str) -> None:
     wait_who(town.client, NODE_IP, {P1}, 30104)
 
 
+def test_external_traffic_policy_local_at_foreign_addresses(town: Town, vip: str) -> None:
+    cluster = town.cluster
+    foreign = ("203.0.113.91", "192.0.2.91")
+    cluster.serve(
+        "web",
+        vip,
+        pod(1),
+        pod(2, node=NODE_2),
+        type="LoadBalancer",
+        externalTrafficPolicy="Local",
+        ingress=[{"ip": foreign[0]}],
+        externalIPs=[foreign[1]],
+    )
+    for ip in foreign:
+        wait_who(town.client, ip, {P1})
+        wait_who(town.two, ip, {P2})
+    cluster.endpoints("web", pod(1))
+    for ip in foreign:
+        wait_for(lambda ip=ip: not_answered(town.two, ip), f"{ip} to be refused")  # type: ignore[misc]  # a bound default has no type
+        wait_who(town.client, ip, {P1})
+    wait_who(town.two, vip, {P1})  # the clusterIP is not concerned
+
+
 @pytest.mark.parametrize("policy", ["Cluster", "Local"])
 @pytest.mark.parametrize("ready", [True, False], ids=["one-ready", "all-terminating"])
 def test_terminating_endpoints(town: Town, vip: str, policy: str, ready: bool) -> None:
-    """Serving, terminating endpoints are used where no ready one is left, for each policy by itself."""
+    """Serving, terminating endpoints are used where no ready one is left, for each policy by itself, inside and outside."""
     going = {"ready": False, "serving": True, "terminating": True}
     gone = {"ready": False, "serving": False, "terminating": True}
     endpoints = [
@@ -444,12 +521,15 @@ def test_terminating_endpoints(town: Town, vip: str, policy: str, ready: bool) -
         pod(3, **gone),
         pod(2, node=NODE_1 if policy == "Local" else NODE_2, ready=ready),
     ]
-    town.cluster.serve("web", vip, *endpoints, internalTrafficPolicy=policy)
-    wait_who(town.one, vip, {P2} if ready else {P1})
-    if policy == "Cluster":
-        wait_who(town.two, vip, {P2} if ready else {P1})
-    else:
-        wait_who(town.two, vip, NOBODY)
+    ports = [{"name": "http", "port": 80, "nodePort": 30107}]
+    policies = {"internalTrafficPolicy": policy, "externalTrafficPolicy": policy}
+    town.cluster.serve("web", vip, *endpoints, ports=ports, type="NodePort", **policies)
+    expected = {P2} if ready else {P1}
+    wait_who(town.one, vip, expected)
+    wait_who(town.client, NODE_IP, expected, 30107)
+    other = expected if policy == "Cluster" else NOBODY
+    wait_who(town.two, vip, other)
+    wait_who(town.client, OUTSIDE_IP, other, 30107)
 
 
 def test_ready_elsewhere_does_not_spare_the_fallback_of_local(town: Town, vip: str) -> None:
@@ -644,7 +724,7 @@ def test_restarts_of_proxyd_and_the_api_server(made: Town, vip: str) -> None:
     cluster, town = made.cluster, made
     cluster.serve("web", vip, pod(1), pod(2))
     wait_who(town.client, vip, {P1, P2})
-    with Load(town.client, vip, 80) as load:
+    with Load(town.client, vip, 80) as load, connect(town.client, vip, 80) as held:
         for _ in range(20):
             cluster.kill()
             load.wait_more(5)
@@ -652,6 +732,9 @@ def test_restarts_of_proxyd_and_the_api_server(made: Town, vip: str) -> None:
         # It is followed again: after so many failures within a minute, half a minute later at most.
         cluster.endpoints("web", pod(1))
         wait_for(lambda: who(town.client, vip, count=4) == {P1}, "news", 60)
+        # It was there all the time.
+        held.sendall(b"who\n")
+        assert read_all(held).decode().strip() in {P1, P2}
     assert (load.outcome.refused, load.outcome.broken) == ([], [])
     daemon = town.daemons[NODE_1]
     cluster.kill()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from clients import ask, refused, wait_for
-from clusterlab import API_PORT, NODE_1, NODE_2, Cluster, pod, who
+from clusterlab import API_PORT, NODE_1, NODE_2, Cluster, pod, wait_who, who
 from daemon import Proxyd
 from kubeproxylib import KubeProxy, OtherKubeProxy, get, run_once, userspace_rules
-from manifests import endpoints, service, write
+from manifests import endpoints, mount, service, write
 from netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
 
 from proxyd.control.neighbours import neighbour
@@ -105,11 +107,11 @@ users:
 """
 
 
-def container(mounted: Path) -> tuple[str, ...]:
+def container(mounted: Path, account: Path) -> tuple[str, ...]:
     """Executes a program as in a container of config/kubernetes.
 
-    It has a /run and /var/lib of its own, with a ConfigMap and a service account's token, and root has the capabilities
-    that are always needed, and no others.
+    It has a /run and /var/lib of its own, with a ConfigMap and a service account's token and CA, and root has the
+    capabilities that are always needed, and no others.
     """
     script = f"""
         mount -t tmpfs none /var/lib
@@ -117,7 +119,7 @@ def container(mounted: Path) -> tuple[str, ...]:
         mount --bind {mounted} /var/lib/kube-proxy
         mount -t tmpfs none /run
         mkdir -p /run/secrets/kubernetes.io/serviceaccount
-        echo token > /run/secrets/kubernetes.io/serviceaccount/token
+        mount --bind {account} /run/secrets/kubernetes.io/serviceaccount
         exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,+net_admin,+net_bind_service,+net_raw "$0" "$@"
     """
     return ("unshare", "--mount", "--propagation", "private", "sh", "-ec", script)
@@ -161,12 +163,14 @@ def test_kubeadms_configmap_and_command_line_start_it_unchanged(
     lab: Lab, folder: Path, cluster: Cluster
 ) -> None:
     lab.node.run("sh", "-c", userspace_rules("iptables-legacy", VIP, NODE_IP))
-    mounted = folder / "mounted"
+    mounted, account = folder / "mounted", folder / "account"
     mounted.mkdir()
+    account.mkdir()
+    (account / "token").write_text("token\n")
     (mounted / "config.conf").write_text(KUBEADM_CONFIG)
     (mounted / "kubeconfig.conf").write_text(KUBEADM_KUBECONFIG)
     flags = ("--config=/var/lib/kube-proxy/config.conf", f"--hostname-override={NODE_1}")
-    with KubeProxy(lab.node, folder, *flags, prefix=container(mounted)) as daemon:
+    with KubeProxy(lab.node, folder, *flags, prefix=container(mounted, account)) as daemon:
         served(lab)
         daemon.wait_healthy()
         assert daemon.ask(METRICS, "/proxyMode") == (200, "userspace")
@@ -189,6 +193,39 @@ def test_kubeadms_configmap_and_command_line_start_it_unchanged(
         )
         assert who(lab.outside, NODE_FAR_IP, 30080, count=1) == {"pod-1"}
     assert "warning" not in daemon.log().split("{")[0]
+
+
+def test_in_a_pod_without_a_kubeconfig(lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster is that of the Pod, by TLS; its token is replaced as the kubelet does, and the old one is void."""
+    pki, account = folder / "pki", folder / "account"
+    pki.mkdir()
+    key = ("-newkey", "rsa:2048", "-nodes", "-keyout", pki / "server.key")
+    names = ("-subj", "/CN=kubernetes", "-addext", f"subjectAltName=IP:{NODE_IP}")
+    openssl = ("openssl", "req", "-x509", *key, *names, "-days", "2", "-out", pki / "server.crt")
+    subprocess.run(openssl, check=True, capture_output=True, timeout=30)
+    shutil.copyfile(pki / "server.crt", pki / "ca.crt")
+
+    def give(token: str) -> None:
+        (pki / "token").write_text(token)
+        mount(account, {"token": token, "ca.crt": (pki / "ca.crt").read_text()})
+
+    give("first")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", NODE_IP)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(API_PORT))
+    with Cluster(lab, folder, pki=pki) as cluster:
+        cluster.add_nodes()
+        cluster.serve("web", VIP, pod(1))
+        prefix = container(account, account)
+        with KubeProxy(lab.node, folder, f"--hostname-override={NODE_1}", prefix=prefix) as daemon:
+            wait_who(lab.client, VIP, {"pod-1"})
+            daemon.wait_healthy()
+            for number, token in ((2, "second"), (3, "third")):
+                give(token)
+                cluster.request("POST", "/_test/cut", {})
+                cluster.endpoints("web", pod(number))
+                wait_who(lab.client, VIP, {f"pod-{number}"})
+            assert f"https://{NODE_IP}:{API_PORT}" in daemon.log()
+        assert "401" not in daemon.log()  # a token that is void is read again, without a word
 
 
 def test_gces_command_line_starts_it_unchanged(lab: Lab, folder: Path, cluster: Cluster) -> None:

@@ -149,6 +149,27 @@ def test_pods_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
     in_force(lab, "", "no Pods")
 
 
+def test_pods_that_are_not_ready_where_that_is_wanted(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    write(manifests / "web.yaml", service("web", VIP, selector={"app": "MyApp"}))
+    write(manifests / "pods.yaml", pod(1, ready=False), pod(2, ready=False, app="Other"))
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80, "NoEndpoints")
+    assert refused(lab.client, VIP, 80)
+    publishing = service("web", VIP, selector={"app": "MyApp"}, publishNotReadyAddresses=True)
+    write(manifests / "web.yaml", publishing)
+    in_force(lab, "pod-1", "what is not ready")
+    assert many(lab.client, VIP, 80, 5).answered == {"pod-1": 5}
+    failed = pod(1, ready=False)
+    failed["status"]["phase"] = "Failed"
+    write(manifests / "pods.yaml", failed, pod(2, ready=False, app="Other"))
+    daemon.wait_listener(VIP, 80, "NoEndpoints")
+    write(manifests / "pods.yaml", pod(1, ready=False))
+    in_force(lab, "pod-1", "a Pod that runs again")
+    write(manifests / "web.yaml", service("web", VIP, selector={"app": "MyApp"}))
+    daemon.wait_listener(VIP, 80, "NoEndpoints")
+    assert refused(lab.client, VIP, 80)
+
+
 def test_a_port_that_changes(lab: Lab, manifests: Path, proxyd: Run) -> None:
     write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
     daemon = proxyd()

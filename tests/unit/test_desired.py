@@ -109,6 +109,25 @@ def test_load_balancer_addresses_with_their_source_ranges() -> None:
     assert spec.role is Role.LOAD_BALANCER
 
 
+def test_addresses_of_a_family_that_the_service_has_not_are_left_alone() -> None:
+    balanced = ServiceStatus(
+        load_balancer=LoadBalancerStatus(ingress=(LoadBalancerIngress(ip="2001:db8::5"),))
+    )
+    given = {
+        "type": ServiceType.LOAD_BALANCER,
+        "external_ips": ("80.11.12.10", "2001:db8::6"),
+        "status": balanced,
+    }
+    state = desired(service(**given))
+    assert keys(state) == {"10.96.0.10:80/TCP", "80.11.12.10:80/TCP"}
+    why = "the Service has no IPv6 clusterIP; add IPv6 to spec.ipFamilies"
+    assert reasons(state) == {f"[2001:db8::{number}]:80/TCP": f"Disabled: {why}" for number in (5, 6)}
+    # Neither taken nor refused: whoever has them goes on to have them.
+    assert {key.ip for key in state.host.steering} == {"80.11.12.10"}
+    both = desired(service(cluster_ips=("10.96.0.10", "fd00::10"), **given), endpoints=False)
+    assert {key.ip for key in both.host.steering} == {"80.11.12.10", "2001:db8::5", "2001:db8::6"}
+
+
 def test_nothing_to_proxy_for_external_name_and_headless() -> None:
     for one in (
         service(type=ServiceType.EXTERNAL_NAME, cluster_ip="", external_name="db.example.com"),

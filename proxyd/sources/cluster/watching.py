@@ -124,6 +124,7 @@ class Watcher:
         async with aclosing(self._list()) as pages:
             async for step in pages:
                 yield step
+                del step  # a page is megabytes, and this lives as long as the watches after it
         self._absent = 0
         self._works("list")
         yield Marker.LISTED
@@ -170,6 +171,7 @@ class Watcher:
         async with self._client.stream(self.served.path, params, silent_seconds=silent) as pieces:
             opened, before = loop.time(), self._version
             steady = loop.call_later(self._tuning.steady_seconds, self._works, "watch")
+            error: ApiError | None = None
             try:
                 async with aclosing(_lines(pieces)) as batches:
                     async for lines in batches:
@@ -180,6 +182,7 @@ class Watcher:
                             raise error
             finally:
                 steady.cancel()
+                error = None  # raised, it refers to this frame: both would wait for the search for garbage
         if self._version == before and loop.time() - opened < min(1, seconds / 2):
             raise ApiError("the watch ended at once", dropped=True)
         self._works("watch")
