@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import select
+import shlex
 import shutil
 import stat
 import subprocess
@@ -55,18 +56,27 @@ def demo(args: argparse.Namespace, env: Env) -> int:
         }
 
         def on_serving(picture: views.Picture) -> None:
-            env.stdout.write(welcome(picture, told, colour=env.colour, width=env.width))
+            called = _called(env.environ.get("PATH", ""))
+            env.stdout.write(welcome(picture, told, called, colour=env.colour, width=env.width))
             env.stdout.flush()
 
         return serve(settings_of(values, env), env, on_serving)
 
 
-def welcome(picture: views.Picture, told: str = "", *, colour: bool = False, width: int | None = None) -> str:
+def welcome(
+    picture: views.Picture,
+    told: str = "",
+    called: str = "proxyd",
+    *,
+    colour: bool = False,
+    width: int | None = None,
+) -> str:
     """What the demo says once it serves: the table, what does not work, and what to try.
 
     Args:
         picture: the daemon.
         told: flags that other commands need to find it, with a space before them.
+        called: how this program is called in a shell.
         colour: whether escape sequences may be used.
         width: of the terminal; None where there is none.
     """
@@ -76,13 +86,24 @@ def welcome(picture: views.Picture, told: str = "", *, colour: bool = False, wid
     lines += ["" for _ in bad[:1]]
     lines += [
         f"Try:   curl {_URL}        a few times: the backends take turns",
-        f"       proxyd get endpoints{told}        in another terminal",
+        f"       {called} get endpoints{told}        in another terminal",
         "Stop:  Ctrl-C",
         "",
         "Connections, as they end:",
         "",
     ]
     return "\n".join(lines)
+
+
+def _called(path: str) -> str:
+    """What to type for this program: its name where a shell finds it, else where it is, as after `make demo`."""
+    own = Path(sys.argv[0])
+    if own.name == "__main__.py":
+        return f"{sys.executable} -m proxyd"
+    if shutil.which(own.name, path=path):
+        return own.name
+    own = own.absolute()
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
 def manifests() -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Container, Mapping
 from collections.abc import Set as AbstractSet
 
 from proxyd.control.guarding import Guarding
-from proxyd.control.logs import get_logger
+from proxyd.control.logs import get_logger, say_some
 from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
@@ -147,7 +147,6 @@ class Addresses:
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:
     """Log the first few of many errors of one kind, and count the rest."""
-    for subject, error in list(errors.items())[:3]:
-        log.warning(what, address=str(subject), error=error)
-    if len(errors) > 3:
-        log.warning(what, more=len(errors) - 3)
+    say_some(
+        log.warning, what, [{"address": str(subject), "error": error} for subject, error in errors.items()], 3
+    )

@@ -57,6 +57,8 @@ __all__ = ["Daemon", "StartError", "run"]
 log = get_logger("proxyd")
 # The admin API and health answer after so many seconds at the latest, also where a worker is slow to start.
 ANSWER_SECONDS = 2.0
+# Between two looks at what was logged once and went on.
+_SUMMED_UP_SECONDS = 5.0
 _ANSWER_GIVEN_SECONDS = 0.05
 
 
@@ -126,7 +128,7 @@ class Daemon:
         self.faces = Faces()
         self.succession = Succession(self, left)
         self.reloading = Reloading(self.reload)
-        self._hearing = Hearing(self)
+        self._hearing = Hearing(self, self._said)
 
     async def run(self) -> int:
         """Start, serve until told to stop, take everything back."""
@@ -200,6 +202,7 @@ class Daemon:
                 sctp_max_message=settings.sctp_max_message,
             ),
             self._hearing.events(),
+            said=self._said,
         )
 
     def _start_feed(self) -> None:
@@ -218,6 +221,7 @@ class Daemon:
         loop.add_reader(self._monitor.fileno(), self._addresses_changed)
         self.watchdog.start()
         loop.call_later(ANSWER_SECONDS, self._answering.begin)
+        loop.call_later(_SUMMED_UP_SECONDS, self._sum_up)
         following = spawn(self.feed.follow(), name="sources", on_failure=self.failed)
         try:
             await self._first_lists()
@@ -264,11 +268,13 @@ class Daemon:
                 if time.monotonic() >= resync:
                     self.reconciler.observe()
                     self._answering.look()
-                    self._said.flush()
-                    self._hearing.flush()
                     resync = time.monotonic() + self.settings.sync_period
         finally:
             stopped.cancel()
+
+    def _sum_up(self) -> None:
+        self._said.flush()
+        self._loop.call_later(_SUMMED_UP_SECONDS, self._sum_up)
 
     def _reconcile_or_say_why(self) -> None:
         try:
@@ -425,6 +431,7 @@ class Daemon:
             )
             self.reconciler.remove_addresses()
         await self._answering.stop()
+        self._said.flush(everything=True)
 
     def serving(self) -> int:
         """How many listeners serve."""

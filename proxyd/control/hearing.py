@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from proxyd.control.logs import Summariser, get_logger
+from proxyd.control.logs import Summariser
 from proxyd.control.supervisor import Events
 from proxyd.relay.messages import Connections, Failures
 
@@ -18,11 +18,12 @@ class Hearing:
 
     Args:
         daemon: whose workers they are.
+        said: says what happens often.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, said: Summariser) -> None:
         self._daemon = daemon
-        self._said = Summariser(get_logger("proxyd"))
+        self._said = said
 
     def events(self) -> Events:
         """What the supervisor calls."""
@@ -34,10 +35,6 @@ class Hearing:
             trouble=self._trouble,
             failures=self._failures,
         )
-
-    def flush(self) -> None:
-        """Sum up in the log what was said often."""
-        self._said.flush()
 
     def _drained(self, worker: int, numbers: list[int]) -> None:
         if self._daemon.reconciler.drained(worker, numbers):

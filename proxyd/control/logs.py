@@ -221,6 +221,23 @@ def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
     return msgspec.json.encode({**first, **event}, enc_hook=str).decode()
 
 
+def say_some(
+    say: Callable[..., None], event: str, lines: Sequence[Mapping[str, Any]], most: int = 20
+) -> None:
+    """Say what happened to many things at once: the fields of the first `most`, and how many more there are.
+
+    Args:
+        say: a method of a logger.
+        event: what happened to each.
+        lines: the fields of each.
+        most: lines that are written one by one.
+    """
+    for fields in lines[:most]:
+        say(event, **fields)
+    if len(lines) > most:
+        say(event, more=len(lines) - most)
+
+
 class _Repeat:
     """What is known of one kind of failure."""
 

@@ -11,7 +11,7 @@ from proxyd.control.addresses import Addresses
 from proxyd.control.handover import ListeningSocket
 from proxyd.control.inheritance import Inheritance
 from proxyd.control.leaving import LeavingWorkers
-from proxyd.control.logs import get_logger
+from proxyd.control.logs import get_logger, say_some
 from proxyd.control.publication import Held, Publication, Retired, Update
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
@@ -40,6 +40,7 @@ _LAST_RETRY = 5.0
 _BACKLOG = 4096
 # Of balancers, and of listeners: so many are one update.
 _PUBLISHED_AT_ONCE = 1000
+_MENDED = "listener opened after failures"
 
 
 @dataclass(slots=True)
@@ -96,6 +97,7 @@ class Reconciler:
         self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
         self._inheritance = Inheritance()
         self._leaving: LeavingWorkers | None = None
+        self._lines: dict[str, list[dict[str, str]]] = {}  # to be logged, by event
 
     @property
     def observed(self) -> HostState:
@@ -235,6 +237,9 @@ class Reconciler:
             self._open_sctp(of_sctp)
         if not said and (new := [failure for failure in self.failures.values() if failure.exhausted]):
             log.warning("listeners failed", count=len(new), error=new[0].message)
+        said_late, self._lines = self._lines, {}
+        for event, lines in said_late.items():
+            say_some(log.info if event is _MENDED else log.warning, event, lines)
 
     def _due(self, spec: ListenerSpec) -> bool:
         """Whether to try to open a listener now: not so soon after it has failed."""
@@ -267,9 +272,7 @@ class Reconciler:
         message = self._addresses.vip_errors.get(spec.key.ip) or str(error)
         if failure is None or failure.message != message:
             if not error.exhausted:
-                log.warning(
-                    "listener failed", listener=str(spec.key), service=str(spec.service_port), error=message
-                )
+                self._note_line("listener failed", spec, error=message)
             self._note(spec.service_port, f"Failed {spec.key}: {message}")
         # What takes somebody to mend it is not tried again in a hurry.
         pause = (
@@ -280,9 +283,14 @@ class Reconciler:
 
     def _opened(self, spec: ListenerSpec) -> None:
         if self.failures.pop(spec.key, None):
-            log.info("listener opened after failures", listener=str(spec.key), service=str(spec.service_port))
+            self._note_line(_MENDED, spec)
         self._note(spec.service_port, f"Opened {spec.key}")
         self._listeners[spec.key] = spec
+
+    def _note_line(self, event: str, spec: ListenerSpec, **fields: str) -> None:
+        """Have a line logged when all is opened: of hundreds that fail alike a few are enough."""
+        line = {"listener": str(spec.key), "service": str(spec.service_port), **fields}
+        self._lines.setdefault(event, []).append(line)
 
     def _change(self, spec: ListenerSpec) -> None:
         # Relays of a Service that lost the address drain; a new spec of the same service port leaves its relays alone.

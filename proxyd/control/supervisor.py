@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from proxyd.control.logs import get_logger
+from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.publication import Held, Publication, Update, still_open
 from proxyd.control.roundup import Roundups
 from proxyd.relay.channel import Channel, ChannelError, send_much
@@ -41,7 +41,8 @@ MAX_QUEUED = 20_000
 # A worker that leaves this many probes unanswered is not fit; one that leaves more is replaced.
 SILENT_PROBES = 4
 MAX_UNANSWERED = 7
-# A worker that lived this long is started again at once; one that keeps dying, after a growing pause.
+# A worker that lived this long is started again at once; one that keeps dying, after a growing pause, which is
+# below a second up to its fourth death.
 STEADY_SECONDS = 10.0
 MAX_PAUSE_SECONDS = 5.0
 
@@ -99,10 +100,26 @@ class Worker:
 
 
 class Supervisor:
-    """Owns the worker processes and the channels to them."""
+    """Owns the worker processes and the channels to them.
+
+    Args:
+        count: of worker processes; 0 for one worker inside control.
+        slots: counters that it shares with them.
+        publication: what they are told.
+        options: what they are started with.
+        events: called when they say something.
+        said: logs what may happen over and over.
+    """
 
     def __init__(
-        self, count: int, slots: Slots, publication: Publication, options: WorkerOptions, events: Events
+        self,
+        count: int,
+        slots: Slots,
+        publication: Publication,
+        options: WorkerOptions,
+        events: Events,
+        *,
+        said: Summariser,
     ) -> None:
         self.count = count
         self.restarts: dict[int, int] = {}
@@ -112,6 +129,7 @@ class Supervisor:
         self._publication = publication
         self._options = options
         self._events = events
+        self._said = said
         self._deaths: dict[int, int] = {}
         self._timers: set[asyncio.TimerHandle] = set()
         self._stopping = False
@@ -334,7 +352,12 @@ class Supervisor:
         code = worker.process.wait()
         if not self._stopping:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            log.error("worker died: it is started again, its relays are lost", worker=worker.index, how=how)
+            self._said.error(
+                f"worker {worker.index} died",
+                "worker died: it is started again, its relays are lost",
+                worker=worker.index,
+                how=how,
+            )
         self._remove(worker)
 
     def _remove(self, worker: Worker) -> None:
@@ -361,7 +384,7 @@ class Supervisor:
         self.restarts[worker.index] = self.restarts.get(worker.index, 0) + 1
         steady = time.monotonic() - worker.started > STEADY_SECONDS
         deaths = self._deaths[worker.index] = 0 if steady else self._deaths.get(worker.index, 0) + 1
-        pause = 0.0 if deaths <= 1 else min(0.1 * 2**deaths, MAX_PAUSE_SECONDS)
+        pause = 0.0 if deaths <= 1 else min(0.05 * 2**deaths, MAX_PAUSE_SECONDS)
         timer: asyncio.TimerHandle
 
         def again() -> None:

@@ -14,7 +14,7 @@ import pytest
 from clients import ask, connect, many, new_key, read_all, read_line, wait_for
 from daemon import Proxyd, resident_kib
 from manifests import endpoints, service, write
-from netlab import POD_PORT, Lab, pod_ip
+from netlab import CLIENT_POD_IP, POD_PORT, Lab, pod_ip
 from servers import RESET_ON_CLOSE, read_digest, stream, stream_digest
 
 VIP = "10.96.0.10"
@@ -214,3 +214,17 @@ def test_two_thousand_idle_connections(lab: Lab, manifests: Path, proxyd: Run) -
             sock.sendall(b"again %d\n" % number)
         for number, sock in enumerate(idle):
             assert read_line(sock) == f"again {number}"
+
+
+def test_both_sides_of_a_connection_are_kept_alive(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    serve(manifests, proxyd, 1)
+    with connect(lab.client, VIP, 80) as sock:
+        sock.sendall(b"echo\nhello\n")
+        assert read_line(sock) == "hello"
+
+        def peers_with_keepalive() -> set[str]:
+            lines = lab.node.run("ss", "-Htno", "state", "established").splitlines()
+            return {line.split()[3].rpartition(":")[0] for line in lines if "timer:(keepalive," in line}
+
+        # The endpoint's side gets it only when the connection has lasted some seconds.
+        wait_for(lambda: peers_with_keepalive() == {CLIENT_POD_IP, pod_ip(1)}, "keepalive on both sides", 20)

@@ -46,6 +46,17 @@ def fetch(url: str) -> bytes:
 def test_the_demo_serves_and_ends_at_once(folder):
     with Namespace("demo") as namespace, demo(namespace, folder) as (process, said):
         assert "curl http://127.96.0.10:8080/" in said
+        (hint,) = [line for line in said.splitlines() if " get endpoints" in line]
+        # It is not on the PATH under this name: what is told can be typed as it stands.
+        told = subprocess.run(
+            hint.partition("  in another")[0],
+            shell=True,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "127.1.0.1:9376" in told.stdout
         rows = [line.split() for line in said.splitlines() if line.startswith("default")]
         assert {(row[1], row[-1]) for row in rows} == {("web", "Serving"), ("web-sticky", "Serving")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import time
@@ -301,3 +302,37 @@ def test_what_a_stranger_flushed_is_put_back(lab: Lab, manifests: Path, proxyd: 
     wait_for(lambda: ask(lab.outside, EXTERNAL_IP, 80) == "pod-1", "the externalIP")
     wait_for(lambda: refused(lab.outside, EXTERNAL_IP, 81, within=0.5), "a refusal again")
     assert sorted(lab.node.run("nft", "list", "tables").split()) == sorted(tables.split())
+
+
+def test_failures_without_number_are_few_lines_and_all_counted(
+    lab: Lab, manifests: Path, proxyd: Run
+) -> None:
+    write(manifests / "web.yaml", service("web", VIP), endpoints_at("web", "10.244.0.100"))  # it refuses
+    daemon = proxyd(workers=2)
+    daemon.wait_listener(VIP, 80)
+    outcome = at_once(lab.client, VIP, 80, 500, clients=10)
+    assert outcome.total == 0
+    wait_for(lambda: "Connection refused" in daemon.log(), "a line about the endpoint", 10)
+    assert daemon.stop() == 0
+    said = [
+        line for line in map(json.loads, daemon.log().splitlines()) if "Connection refused" in line["event"]
+    ]
+    assert len(said) <= 4
+    assert sum(line.get("count", 1) for line in said) == 500
+
+
+def test_listeners_that_fail_alike_are_few_lines(lab: Lab, folder: Path, manifests: Path) -> None:
+    documents = [
+        document
+        for number in range(200)
+        for document in (service(f"low{number}", port=80), endpoints(f"low{number}", 1))
+    ]
+    write(manifests / "low.yaml", *documents)
+    with Proxyd(lab.node, folder, manifests, unprivileged=True) as daemon:
+        daemon.wait_listeners(
+            lambda found: len(found) == 200 and all(each.state == "Failed" for each in found),
+            "every listener's failure",
+        )
+        lines = [json.loads(line) for line in daemon.log().splitlines()]
+        assert 1 < len(lines) < 30
+        assert any(line.get("more", 0) >= 150 for line in lines)

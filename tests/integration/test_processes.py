@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -99,6 +100,37 @@ def test_killing_the_only_worker_makes_clients_wait_but_not_fail(
     print(f"answers again after {', '.join(f'{seconds * 1000:.0f} ms' for seconds in took)}")
     # The quicker one, as other programs may keep the machine busy; on a quiet one it is less than a second.
     assert min(took) < 5
+
+
+def test_a_worker_killed_four_times_in_a_row_is_back_each_time(
+    lab: Lab, manifests: Path, proxyd: Run
+) -> None:
+    write_web(manifests)
+    daemon = proxyd(workers=1)
+    wait_serving(daemon)
+    took = []
+    with Load(lab.client, VIP, 80, clients=2) as load:
+        for _ in range(4):
+            load.wait_more(20)
+            (victim,) = daemon.worker_pids()
+            os.kill(victim, signal.SIGKILL)
+            killed = time.monotonic()
+            wait_for(
+                lambda pid=victim: daemon.worker_pids() not in ([], [pid]),  # type: ignore[misc]  # as above
+                "a new worker",
+                pause=0.005,
+            )
+            took.append(time.monotonic() - killed)
+    print(f"a new worker after {', '.join(f'{seconds * 1000:.0f} ms' for seconds in took)}")
+    assert load.outcome.refused == []
+    assert len(load.outcome.broken) <= 4 * 2
+    # Less than a second on a quiet machine.
+    assert max(took) < 3
+    # The first death is a line of its own, the others are summed up.
+    assert daemon.log().count("worker died") == 1
+    assert daemon.stop() == 0
+    (first, rest) = [json.loads(line) for line in daemon.log().splitlines() if "worker died" in line]
+    assert (first.get("count", 1), rest["count"]) == (1, 3)
 
 
 def test_a_new_worker_has_the_changes_made_since(lab: Lab, manifests: Path, proxyd: Run) -> None:

@@ -35,7 +35,11 @@ ports = st.lists(
     ),
     min_size=1,
     max_size=3,
-    unique_by=(lambda port: port.name, lambda port: (port.port, port.protocol)),
+    unique_by=(
+        lambda port: port.name,
+        lambda port: (port.port, port.protocol),
+        lambda port: (port.node_port or port.name, port.protocol),  # as validation has it
+    ),
 ).map(tuple)
 
 
