@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def versions(proxies: Iterable[type[Proxy]]) -> dict[str, str]:
     return {
         **{kind.name: kind.version() for kind in proxies},
         "proxyd commit": _commit(),
-        "Python": platform.python_version(),
+        "Python": f"{platform.python_version()} ({os.path.realpath(sys.executable)})",
         "uvloop": importlib.metadata.version("uvloop"),
         "wrk": _tool("wrk"),
         "iperf3": _tool("iperf3"),
