@@ -99,11 +99,14 @@ def _called(path: str) -> str:
     """What to type for this program: its name where a shell finds it, else where it is, as after `make demo`."""
     own = Path(sys.argv[0])
     if own.name == "__main__.py":
-        return f"{sys.executable} -m proxyd"
+        return f"{shlex.quote(sys.executable)} -m proxyd"
     if shutil.which(own.name, path=path):
         return own.name
     own = own.absolute()
-    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+    if not own.is_relative_to(Path.cwd()):
+        return shlex.quote(str(own))
+    near = str(own.relative_to(Path.cwd()))
+    return shlex.quote(near if "/" in near else f"./{near}")
 
 
 def manifests() -> Path:

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from proxyd.control.logs import get_logger
+from proxyd.control.orders import leave_to_main
 from proxyd.relay.messages import Connection
 
 log = get_logger("access")
@@ -108,6 +109,7 @@ class AccessLog:
     # In the thread
 
     def _run(self) -> None:
+        leave_to_main()
         sink = _Sink(self.path)
         try:
             while True:

@@ -11,7 +11,7 @@ from proxyd.api.problems import Problem
 # What is said of a Service that has no listener.
 ALIAS = "Alias"  # ExternalName: a DNS name, nothing to proxy
 HEADLESS = "Headless"  # clusterIP None: clients go to the endpoints by themselves
-NOT_SERVED = "NotServed"  # nothing that it asks for is served here, as with --vip-mode=none
+NOT_SERVED = "NotServed"  # nothing that it asks for is served here, as of a NodePort that no address admits
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

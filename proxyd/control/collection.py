@@ -20,7 +20,7 @@ def paused() -> Iterator[None]:
 
 
 def seldom() -> None:
-    """Search seldom from now on, and hardly ever through everything.
+    """Search seldom from now on, and hardly ever through everything: the daemon does that with each --config-sync-period.
 
     Ten thousand Services are half a million objects, and what is made of them refers to itself nowhere: each search of
     all of them took 0.2 s in which nothing was put in force, and found nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -264,6 +265,7 @@ class Daemon:
                     # Whatever was remembered of earlier plans is forgotten: a safety net.
                     log.debug("planning everything anew")
                     self._planner = Planner()
+                    gc.collect()
                     renewal = time.monotonic() + self.settings.config_sync_period
                 if time.monotonic() >= resync:
                     self.reconciler.observe()
@@ -402,6 +404,7 @@ class Daemon:
         admin = await self._answering.leave()
         await hold_signals()
         if self.succession.due:
+            self._said.flush(everything=True)
             self.access.close()
             self.succession.hand_over(admin)
             self._fatal = "stopped: the next program could not be executed"

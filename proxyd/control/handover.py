@@ -18,7 +18,6 @@ import msgspec
 
 from proxyd.api.service import Protocol
 from proxyd.control.logs import get_logger
-from proxyd.control.signals import keep_signals
 from proxyd.state.spec import ListenerKey
 
 log = get_logger("upgrade")
@@ -192,7 +191,6 @@ def replace_program(handover: Handover) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    keep_signals()
     os.execve(command[0], command, {**os.environ, VARIABLE: str(memory)})  # noqa: S606 - our own program
 
 

@@ -192,20 +192,27 @@ class LeavingWorkers:
             worker.outgoing.popleft()
 
     def _readable(self, worker: _Worker) -> None:
-        try:
-            for _ in range(64):
+        for _ in range(64):
+            try:
                 received = worker.channel.receive()
-                if received is None:
-                    return
+            except EOFError:
+                self._loop.remove_reader(worker.channel.fileno())
+                return
+            except (
+                ChannelError
+            ) as error:  # something that only its own program understands: it lives all the same
+                log.debug("from a worker of an earlier program", pid=worker.pid, error=str(error))
                 worker.unanswered = 0
-                if isinstance(received[0], Drained):
-                    for number in received[0].listeners:
-                        worker.listeners.pop(number, None)
-                    self._drained()
-                else:
-                    self._heard(-worker.pid, received[0])
-        except (EOFError, ChannelError):
-            self._loop.remove_reader(worker.channel.fileno())
+                continue
+            if received is None:
+                return
+            worker.unanswered = 0
+            if isinstance(received[0], Drained):
+                for number in received[0].listeners:
+                    worker.listeners.pop(number, None)
+                self._drained()
+            else:
+                self._heard(-worker.pid, received[0])
 
     def _remove(self, worker: _Worker) -> None:
         if self._workers.pop(worker.pid, None) is None:

@@ -7,13 +7,13 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
+from proxyd.control.orders import ORDERS, executor
 from proxyd.control.reloading import has_terminal
 
 if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon
 
 
-_ORDERS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP})
 # So long the event loop has for what came before signals are held: it sees them in its next turn.
 _SEEN_SECONDS = 0.01
 
@@ -36,7 +36,8 @@ def handle_signals(daemon: Daemon) -> None:
     loop.add_signal_handler(signal.SIGINT, daemon.stop_after, 0.0)
     loop.add_signal_handler(signal.SIGUSR2, daemon.succession.ask)
     loop.add_signal_handler(signal.SIGHUP, hung_up if has_terminal() else daemon.reloading.ask)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDERS)
+    loop.set_default_executor(executor())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)
 
 
 async def hold_signals() -> None:
@@ -44,13 +45,10 @@ async def hold_signals() -> None:
 
     Blocked signals stay pending across execve(2). No child may be started until then: it would never get them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ORDERS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
     await asyncio.sleep(_SEEN_SECONDS)
-
-
-def keep_signals() -> None:
-    """Right before the program is replaced: what other threads get is for the main thread too, the only one to live on."""
+    # What a library's thread gets, which does not leave it to the main one (`orders`), is for the one that lives on.
     main = threading.main_thread().ident
     assert main is not None
-    for number in _ORDERS:
+    for number in ORDERS:
         signal.signal(number, lambda came, _frame: signal.pthread_kill(main, came))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from proxyd.control.logs import get_logger
+from proxyd.control.orders import leave_to_main
 
 _T = TypeVar("_T")
 _log = get_logger("tasks")
@@ -67,6 +68,7 @@ async def in_thread(work: Callable[..., _T], *args: object) -> _T:
             future.set_exception(error)
 
     def run() -> None:
+        leave_to_main()
         result, failed = None, None
         try:
             result = work(*args)
@@ -74,6 +76,7 @@ async def in_thread(work: Callable[..., _T], *args: object) -> _T:
             failed = error
         with contextlib.suppress(RuntimeError):  # the event loop has ended
             loop.call_soon_threadsafe(settle, result, failed)
+        failed = None  # its traceback has this frame
 
     threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
     return await future

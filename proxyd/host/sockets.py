@@ -32,7 +32,7 @@ _IPV6_FREEBIND = 78
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-# Of a UDP listener: a burst of some 4,000 small datagrams, or 60 of the largest.
+# Of a UDP listener: a burst of some 10,000 small datagrams, or 60 of the largest.
 _UDP_BUFFER = 4 * 1024 * 1024
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 

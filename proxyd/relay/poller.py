@@ -2,7 +2,7 @@
 
 The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop goes on. In a
 process of its own the poller stays for a moment while events come quickly: the way through the loop costs a system call and
-as much of Python as moving a request does. Timers and callbacks of the loop wait for _TURN_SECONDS at most.
+as much of Python as moving a request does. Timers and callbacks of the loop wait for _TURN_SECONDS and one _LINGER_SECONDS at most.
 
 Three rules keep it right:
 

@@ -29,8 +29,8 @@ _ENDING = RDHUP | HUP | ERR | PRI
 _READ = IN | _ENDING
 _WRITE = OUT | HUP | ERR
 _NOWAIT = int(socket.MSG_DONTWAIT)
-# For what is read from a socket whose FIN has come: the kernel keeps the last, partial packet back until the FIN, which
-# then goes with it in one packet. It never waits long: a side that has seen a FIN reads on to the end.
+# For what is read from a socket whose FIN has come, and no reset: the kernel keeps the last, partial packet back until the
+# FIN, which then goes with it in one packet. It never waits long: a side that has seen a FIN reads on to the end.
 _MORE_COMES = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
 
 
@@ -115,7 +115,7 @@ class Side:
             return False
         if events & _ENDING:
             self.thorough = True
-            if events & RDHUP:
+            if events & (RDHUP | ERR) == RDHUP:
                 self.flags = _MORE_COMES
             if events & PRI:
                 # The urgent byte is not lost but stays in its place in the stream.

@@ -125,12 +125,15 @@ def _frontends(service: Service, port: ServicePort, node: NodeView, options: Opt
         for ip in service_addresses(service.metadata.annotations):
             if ip not in spec.all_cluster_ips and ip not in spec.external_ips:
                 yield Frontend(ip, port.port, Role.SCTP_ADDRESS)
+    families = _families(service)
     if spec.type is ServiceType.LOAD_BALANCER:
         for ingress in service.status.load_balancer.ingress:
-            if ingress.ip and ingress.ip_mode != "Proxy":
+            if not ingress.ip or ingress.ip_mode == "Proxy":
+                continue
+            # A load balancer may have addresses that the Service has no use for.
+            if _family(ingress.ip) in families or port.protocol is Protocol.SCTP:
                 yield Frontend(ingress.ip, port.port, Role.LOAD_BALANCER)
     if port.node_port and spec.type in (ServiceType.NODE_PORT, ServiceType.LOAD_BALANCER):
-        families = _families(service)
         for ip in nodeport_addresses(node, options):
             if _family(ip) in families:
                 yield Frontend(ip, port.node_port, Role.NODE_PORT)
@@ -189,14 +192,18 @@ def _listener(
         source_ranges=_source_ranges(service, family) if frontend.role is Role.LOAD_BALANCER else (),
     )
     if (
-        frontend.role in (Role.EXTERNAL_IP, Role.LOAD_BALANCER)
+        frontend.role is Role.EXTERNAL_IP
+        and options.vip_mode.serve
         and name.protocol is not Protocol.SCTP  # whose associations have addresses of both
         and family not in _families(service)
     ):
         # kubernetes pkg/proxy/serviceport.go: each family's proxy takes its own addresses, and needs a clusterIP.
         refusal = (
             ListenerState.DISABLED,
-            f"the Service has no IPv{family} clusterIP; add IPv{family} to spec.ipFamilies",
+            (
+                f"the Service has no IPv{family} clusterIP; add IPv{family} to spec.ipFamilies, and for manifests such a"
+                " range to --service-cluster-ip-range"
+            ),
         )
     if frontend.role is Role.CLUSTER_IP and not options.vip_mode.serve:
         refusal = (ListenerState.DISABLED, "--vip-mode=none")

@@ -360,6 +360,32 @@ def test_a_clients_reset_reaches_the_endpoint(worker):
     assert worker.records[0].reason == "reset by client"
 
 
+def test_the_answer_of_an_endpoint_that_resets_reaches_the_client(worker):
+    """As of a server that refuses a large request: it answers, and ends without having read what came."""
+    for length in (1, 1000, 20_000):
+        answer = random.Random(length).randbytes(length)
+
+        def refuse(conn: socket.socket, answer: bytes = answer) -> None:
+            conn.recv(1)
+            # The worker is held, so that the answer and the reset come to it at once.
+            os.kill(worker.pid, signal.SIGSTOP)
+            try:
+                conn.sendall(answer)
+                conn.close()  # the rest is unread, which makes it a reset
+            finally:
+                os.kill(worker.pid, signal.SIGCONT)
+
+        front = worker.forward(worker.serve(refuse).port)
+        for _ in range(5):
+            with front.connect() as client:
+                client.sendall(b"large request")
+                got = b""
+                with pytest.raises(ConnectionResetError):  # noqa: PT012 - it comes behind the answer
+                    while True:
+                        got += client.recv(1 << 16)
+                assert got == answer
+
+
 def test_an_endpoints_reset_reaches_the_client_behind_its_data(worker):
     def slam(conn: socket.socket) -> None:
         conn.sendall(b"ready")

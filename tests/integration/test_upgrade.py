@@ -257,6 +257,7 @@ def test_children_that_nobody_waits_for_leave_no_zombie(lab: Lab, manifests: Pat
         child.unlink()
         wait_for(lambda: pid not in daemon.worker_pids(), "the child to be gone, not a zombie")
     finally:
+        child.unlink(missing_ok=True)
         daemon.__exit__()
 
 

@@ -120,8 +120,11 @@ def test_addresses_of_a_family_that_the_service_has_not_are_left_alone() -> None
     }
     state = desired(service(**given))
     assert keys(state) == {"10.96.0.10:80/TCP", "80.11.12.10:80/TCP"}
-    why = "the Service has no IPv6 clusterIP; add IPv6 to spec.ipFamilies"
-    assert reasons(state) == {f"[2001:db8::{number}]:80/TCP": f"Disabled: {why}" for number in (5, 6)}
+    why = (
+        "the Service has no IPv6 clusterIP; add IPv6 to spec.ipFamilies, and for manifests such a range to"
+        " --service-cluster-ip-range"
+    )
+    assert reasons(state) == {"[2001:db8::6]:80/TCP": f"Disabled: {why}"}
     # Neither taken nor refused: whoever has them goes on to have them.
     assert {key.ip for key in state.host.steering} == {"80.11.12.10"}
     both = desired(service(cluster_ips=("10.96.0.10", "fd00::10"), **given), endpoints=False)

@@ -32,6 +32,42 @@ assert VARIABLE not in os.environ
 print(*(os.path.exists(f"/proc/self/fd/{one}") for one in (inherited, memory, own)))
 """
 
+# Has another thread when signals are held and one comes; then it becomes a program that says what waits for it.
+HOLDS = """
+import asyncio, os, signal, sys
+from proxyd.control.orders import executor
+from proxyd.control.signals import hold_signals
+
+async def main():
+    loop = asyncio.get_running_loop()
+    heard = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        loop.add_signal_handler(number, heard.append, number)
+    loop.set_default_executor(executor())
+    await asyncio.to_thread(int)
+    await hold_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not heard
+    says = "import signal; print([one.name for one in signal.sigpending()])"
+    os.execv(sys.executable, [sys.executable, "-c", says])
+
+import uvloop
+uvloop.run(main())
+"""
+
+
+def test_a_signal_that_comes_right_before_the_next_program_waits_for_it() -> None:
+    for _ in range(5):  # any of the threads may get it
+        done = subprocess.run(
+            [sys.executable, "-c", HOLDS],
+            env={"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert (done.stdout, done.stderr) == ("['SIGTERM']\n", "")
+
 
 @pytest.mark.parametrize(
     ("text", "are_open"),
