@@ -10,7 +10,7 @@ from typing import Any
 
 import proxyd
 from bench.net import OUR_RANGE
-from bench.peers import Proxy, Service
+from bench.peers import ONE_SHOT_IDLE, Proxy, Service
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,9 @@ class Proxyd(Proxy):
         protocol = service.protocol.upper()
         metadata: dict[str, Any] = {"name": service.name}
         if service.protocol == "udp":
-            metadata["annotations"] = {"proxyd.io/udp-idle-timeout": "2s" if service.one_shot else "10s"}
+            metadata["annotations"] = {
+                "proxyd.io/udp-idle-timeout": ONE_SHOT_IDLE if service.one_shot else "10s"
+            }
         target = service.targets[0][1]
         return [
             {
