@@ -73,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-pin", action="store_true", help="do not keep a CPU for the proxy")
     made.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     made.add_argument(
+        "--into",
+        type=Path,
+        metavar="PATH",
+        help="put the figures into those of a whole run, and make the page anew",
+    )
+    made.add_argument(
         "--publish", type=Path, metavar="PATH", help="measure nothing: make docs/performance.md from results"
     )
     return made
@@ -116,6 +122,9 @@ def main() -> None:
     _say(
         f"{results.about['minutes']} minutes; other programs kept {results.about['others_cpus']} CPUs busy meanwhile"
     )
+    if args.into:
+        _renew(args.into, results)
+        return
     whole = list(names) == list(RUN) and len(kinds) == len(PROXIES) and not args.tiny
     path = args.json or (RESULTS / f"{results.about['date']}.json" if whole else PARTIAL)
     results.save(path)
@@ -160,6 +169,17 @@ def _publish(path: Path) -> None:
         page.publish(Results.load(path))
     except (OSError, ValueError, KeyError) as error:
         _fail(f"{path} can't be published: {error!r}")
+
+
+def _renew(path: Path, results: Results) -> None:
+    try:
+        whole = Results.load(path)
+    except (OSError, ValueError, KeyError) as error:
+        _fail(f"{path} is no file of results: {error!r}")
+    whole.renew(results)
+    whole.save(path)
+    page.publish(whole)
+    _say(f"results: {path}; page: {page.PAGE}")
 
 
 def _choice(given: str, known: list[str], flag: str) -> list[str]:

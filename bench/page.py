@@ -54,6 +54,10 @@ def tables(results: Results) -> str:
             f" stretches of {settings['seconds']:g} s, {pinned}. {versions}. Other programs kept"
             f" {about['others_cpus']} CPUs busy meanwhile."
         ),
+        *(
+            f"Measured in a later run of its own: {name}, at proxyd commit {commit}."
+            for name, commit in about.get("again", {}).items()
+        ),
         f"![CPU, latency and memory as multiples of the best peer's]({PLOT.name})",
     ]
     for section, metrics in results.sections():

@@ -29,6 +29,18 @@ class Results:
         for key, value in found.items():
             self.figures.setdefault(key, {}).setdefault(proxy, []).append(value)
 
+    def renew(self, other: Results) -> None:
+        """Take the sections that another run on the same machine has in place of the same ones here."""
+        renewed = {section.name for section, _ in other.sections()}
+        for metric in METRICS:
+            if metric.section in renewed:
+                self.figures.pop(metric.key, None)
+        self.figures |= other.figures
+        self.failures = [one for one in self.failures if one.partition(",")[0] not in renewed]
+        self.failures += other.failures
+        commit = other.about["versions"]["proxyd commit"]
+        self.about["again"] = self.about.get("again", {}) | dict.fromkeys(sorted(renewed), commit)
+
     def median(self, key: str, proxy: str) -> float:
         """NaN where the proxy has no such figure."""
         values = self.figures.get(key, {}).get(proxy)

@@ -59,6 +59,20 @@ def test_results_are_the_same_after_saving(results: Results, tmp_path: Path) -> 
     assert "it failed" in page.tables(again)
 
 
+def test_a_section_that_was_measured_anew_takes_the_place_of_the_old_one(results: Results) -> None:
+    results.add("nginx", {"udp.live.cpu": 5.0})
+    kept = {key: dict(found) for key, found in results.figures.items()}
+    results.failures = ["udp, round 1: no answer", "bulk, round 2: no answer"]
+    again = Results(results.proxies, {"versions": {"proxyd commit": "abc"}})
+    again.add("proxyd", {"udp.live.cpu": 7.0})
+    results.renew(again)
+    assert results.figures == {key: found for key, found in kept.items() if not key.startswith("udp.")} | {
+        "udp.live.cpu": {"proxyd": [7.0]}
+    }
+    assert results.failures == ["bulk, round 2: no answer"]
+    assert results.about["again"] == {"udp": "abc"}
+
+
 def test_the_page_keeps_what_people_wrote(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
