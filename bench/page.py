@@ -16,7 +16,7 @@ BEGIN, END = "<!-- written by the bench: begin -->", "<!-- written by the bench:
 
 # Colours that are told apart in light and in dark, and without colour by their order.
 _COLOURS = {OURS: "#e4572e", "haproxy": "#4c8bbf", "nginx": "#5a9a68", "envoy": "#9a7bb5"}
-_BAR, _GAP, _LEFT, _RIGHT, _WIDTH, _TOP = 9, 12, 190, 90, 760, 78
+_BAR, _GAP, _LEFT, _RIGHT, _WIDTH, _TOP = 9, 12, 190, 120, 790, 78
 _MOST = 3.0  # times the best peer; a longer bar is cut and says how long it would be
 _STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f }
