@@ -36,11 +36,15 @@ def test_hangups_that_come_at_once_are_few_reloads(
     daemon.wait_listener(VIP, 80)
     for _ in range(300):
         daemon.signal(signal.SIGHUP)
-        time.sleep(0.002)  # each is seen by itself
+        time.sleep(0.0002)  # each is seen by itself, and a reading takes many times as long on any machine
     # The last of them counts as much as the first.
     done = daemon.cli("reload", timeout=60)
     assert "1,001 services" in done.stdout
-    assert 1 < daemon.log().count('"event":"reloading"') < 150
+    readings = daemon.log().count('"event":"reloading"')
+    assert 1 < readings < 150
+    # None is left but one that was asked for last, and the one of this order.
+    daemon.cli("reload", timeout=60)
+    assert daemon.log().count('"event":"reloading"') <= readings + 2
     assert many(lab.client, VIP, 80, 3).answered == {"pod-1": 3}
 
 
