@@ -22,6 +22,7 @@ from proxyd.relay.poller import IN
 from proxyd.relay.slots import DROPPED_OVERRUN, OPENED, REFUSED
 from proxyd.relay.udp_figures import overruns
 from proxyd.relay.udp_flow import Flow
+from proxyd.relay.udp_postponed import Postponed
 from proxyd.relay.udp_table import LEAVE_SECONDS, FlowTable, Victim
 from proxyd.relay.udp_upstream import TALKING
 from proxyd.relay.udp_vector import SLOTS, ClientKey, ClientName, client_address, client_key
@@ -63,6 +64,7 @@ class UdpListener:
             )
         self._until: float | None = None  # while only replies under way are waited for
         self.victims: deque[Victim] = deque()  # of its flows those that make room for others next
+        self.postponed = Postponed(plane.poller, self._later)
         self._last_turn = 0
         self._batches = 0  # to be tried yet, of which none has had two datagrams
         self._socket = Socket(fileno=fd)
@@ -105,7 +107,7 @@ class UdpListener:
         for flow in [flow for flow in self.flows.values() if flow.endpoint is None or flow.endpoint.removed]:
             flow.leave()
 
-    def first(self, key: ClientKey, data: memoryview) -> None:
+    def first(self, key: ClientKey, data: memoryview | bytes) -> None:
         """Begin a flow with a client's datagram."""
         balancer = self._balancer
         counters = self.plane.counters
@@ -122,6 +124,16 @@ class UdpListener:
         if flow.dial(data):
             flow.datagrams_in = 1
             flow.bytes_in = len(data)
+
+    def _later(self, key: ClientKey, data: bytes) -> None:
+        """Send on what was postponed."""
+        if self.closed or self._until is not None or self.table.listeners.get(self.address) is not self:
+            return
+        flow = self.flows.get(key)
+        if flow is None:
+            self.first(key, data)
+        else:
+            flow.forward(data)
 
     def count(self) -> None:
         """Bring the counter of datagrams that found the receive buffer full up to date."""

@@ -31,7 +31,7 @@ class Flow(Upstream):
 
     # -- client to endpoint ---------------------------------------------------------------------------------------
 
-    def forward(self, data: memoryview) -> None:
+    def forward(self, data: memoryview | bytes) -> None:
         """Send a datagram of the client. `UdpListener` has the same written out where it does this most."""
         if self.stage != TALKING:
             self.early(data)
@@ -57,7 +57,7 @@ class Flow(Upstream):
         self.datagrams_in += -(-len(train) // segment)
         return True
 
-    def early(self, data: memoryview) -> None:
+    def early(self, data: memoryview | bytes) -> None:
         """Take a datagram of the client on a flow that is not TALKING yet, before it is sent."""
         if self.stage == WAITING:
             self._kept = bytes(data) if len(data) <= KEPT_BYTES else None

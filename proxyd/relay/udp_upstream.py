@@ -126,9 +126,14 @@ class Upstream:
                 self.send(data)
             except OSError as error:
                 if error.errno in _SHORTAGES:
-                    self._drop(error, DROPPED)
                     table.short()
                     self.finish("out of resources")
+                    if self.listener.postponed.keep(self.key, data):
+                        table.plane.reporter.trouble(
+                            f"{self._shortage(error)}: idle flows are ended to make room for those of {balancer.name}"
+                        )
+                    else:
+                        self._drop(error, DROPPED)
                     return False
                 if error.errno == errno.EMSGSIZE:  # as it would be at any other
                     self._drop(error, DROPPED_TO_ENDPOINT)
@@ -167,7 +172,7 @@ class Upstream:
 
     # -- errors ---------------------------------------------------------------------------------------------------
 
-    def send_failed(self, error: OSError, data: memoryview) -> None:
+    def send_failed(self, error: OSError, data: memoryview | bytes) -> None:
         """Act on an error of `send`: the datagram has not left. It may tell of the one before it."""
         code = error.errno
         if code == errno.EMSGSIZE:
@@ -225,8 +230,12 @@ class Upstream:
         if error.errno == errno.EAGAIN and self._sock is not None:
             why = "the send buffer is full"
         else:
-            why = "no local port left" if error.errno == errno.EAGAIN else os.strerror(error.errno or 0)
+            why = self._shortage(error)
         self._table.plane.reporter.trouble(f"datagrams of {self.balancer.name} were dropped: {why}")
+
+    @staticmethod
+    def _shortage(error: OSError) -> str:
+        return "no local port left" if error.errno == errno.EAGAIN else os.strerror(error.errno or 0)
 
     # -- figures --------------------------------------------------------------------------------------------------
 

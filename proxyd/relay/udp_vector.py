@@ -100,7 +100,9 @@ class Vector:
         self.to = -1  # the descriptor by which they leave
         self.name: ClientName | None = None  # of the client in the slot filled last, where it is known
         self.dropped: dict[int, int] = {}  # datagrams that the kernel refused, by descriptor
-        self.to_end: Callable[[], None] | None = None  # called before the first is queued: see that `end` is called
+        self.to_end: Callable[[], None] | None = (
+            None  # called before the first is queued: see that `end` is called
+        )
         self._sendto: Callable[[memoryview, ClientName], object] | None = None
 
     def receive(self, fd: int) -> list[int]:
