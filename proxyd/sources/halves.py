@@ -193,9 +193,7 @@ def _orders_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def second_half(
-    entries: Sequence[FileEntry], idle: Callable[[], None] | None = None
-) -> SecondHalf | None:
+def second_half(entries: Sequence[FileEntry], idle: Callable[[], None] | None = None) -> SecondHalf | None:
     """What another process is to read of these files, the second half by bytes; None where that is of no use.
 
     Args:

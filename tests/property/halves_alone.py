@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -133,7 +134,7 @@ def test_a_signal_that_raises_leaves_no_process(tmp_path: Path, moment: str) -> 
     def kill_and_come(pid: int, number: int) -> None:
         kill(pid, number)
         if number == signal.SIGKILL:
-            come()
+            kill(os.getpid(), signal.SIGTERM)
 
     kill, due = os.kill, moment == "while it is started"
     # The system's call has not returned yet: the parent knows no pid.
@@ -141,18 +142,13 @@ def test_a_signal_that_raises_leaves_no_process(tmp_path: Path, moment: str) -> 
     before = signal.signal(signal.SIGTERM, end)
     try:
         source = ManifestSource([str(tmp_path)], Rules())
-        if due:
-            with pytest.raises(Ended):
-                source.scan()
-        else:
-            # Nobody waits for what the process finds: it runs when it is ended.
-            with (
-                mock.patch.object(ManifestSource, "_look", side_effect=lambda *_: 0),
-                mock.patch.object(os, "kill", kill_and_come),
-                pytest.raises(Ended),
-            ):
-                due = True
-                source.scan()
+        with contextlib.ExitStack() as stack:
+            if not due:
+                # Nobody waits for what the process finds: it runs when it is ended.
+                stack.enter_context(mock.patch.object(ManifestSource, "_look", side_effect=lambda *_: 0))
+                stack.enter_context(mock.patch.object(os, "kill", kill_and_come))
+            stack.enter_context(pytest.raises(Ended))
+            source.scan()
     finally:
         due = False
         signal.signal(signal.SIGTERM, before)
