@@ -341,11 +341,11 @@ def test_drain_lets_connections_finish(lab: Lab, daemon: Proxyd) -> None:
         sock.sendall(b"echo\nbefore\n")
         assert read_line(sock) == "before"
         assert (
-            output(daemon, "drain", "--no-wait", "--timeout", "90s") == "draining 1 connection, 90s at most\n"
+            output(daemon, "drain", "--no-wait", "--timeout", "50s") == "draining 1 connection, 50s at most\n"
         )
         wait_for(lambda: refused(lab.outside, NODE_IP, 30080), "new connections to be refused")
         # Again: it stays as it was told first.
-        assert output(daemon, "drain", "--no-wait", "--timeout", "0").startswith("draining 1 connection, 90s")
+        assert output(daemon, "drain", "--no-wait", "--timeout", "0").startswith("draining 1 connection, 50s")
         assert json.loads(output(daemon, "status", "-o", "json"))["phase"] == "draining"
         sock.sendall(b"after\n")
         assert read_line(sock) == "after"
