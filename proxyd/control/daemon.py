@@ -201,6 +201,7 @@ class Daemon:
                 settings.udp_timeout,
                 records=bool(settings.access_log),
                 sctp_max_message=settings.sctp_max_message,
+                tcp_splice=settings.tcp_splice,
             ),
             self._hearing.events(),
             said=self._said,

@@ -88,6 +88,14 @@ FLAGS: tuple[Flag, ...] = (
         help="end TCP connections that carried nothing for so long; 0 never",
     ),
     Flag(
+        name="tcp-splice",
+        metavar="true|false",
+        kind="switch",
+        parse=values.boolean,
+        default="true",
+        help="move bulk between TCP sockets without a copy; false where the kernel's splice(2) is not to be trusted",
+    ),
+    Flag(
         name="udp-timeout",
         kube=True,
         metavar="DURATION",

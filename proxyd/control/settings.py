@@ -60,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1  # 0 = inside the control process
     drain_timeout: float = 25.0
     tcp_idle_timeout: float = 0.0  # 0 = off
+    tcp_splice: bool = True
     udp_timeout: float = 60.0
     sctp_max_message: int = 256 * 1024  # bytes
     sctp_max_streams: int = 1024  # of an association, in each direction

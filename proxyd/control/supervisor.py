@@ -55,6 +55,7 @@ class WorkerOptions:
     udp_timeout: float = 60.0
     records: bool = False
     sctp_max_message: int = 256 * 1024
+    tcp_splice: bool = True
 
     def arguments(self) -> list[str]:
         """As command-line arguments."""
@@ -62,6 +63,7 @@ class WorkerOptions:
             f"--tcp-idle-timeout={self.tcp_idle_timeout}",
             f"--udp-timeout={self.udp_timeout}",
             f"--sctp-max-message={self.sctp_max_message}",
+            *([] if self.tcp_splice else ["--no-tcp-splice"]),
             *(["--records"] if self.records else []),
         ]
 
@@ -242,6 +244,7 @@ class Supervisor:
 
         chosen = data_plane.Options(
             tcp_idle_timeout=self._options.tcp_idle_timeout,
+            tcp_splice=self._options.tcp_splice,
             udp_timeout=self._options.udp_timeout,
             records=self._options.records,
             sctp_max_message=self._options.sctp_max_message,

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from proxyd.relay.options import Options
+from proxyd.relay.pipes import MAX_PIPES, Pipe, Pipes
 from proxyd.relay.poller import Handler, Poller
 from proxyd.relay.reporter import Reporter
 from proxyd.relay.slots import Slots
@@ -37,6 +38,8 @@ TICK_SECONDS = 1.0
 PAUSE_SECONDS = 0.15
 # Descriptors that are never given to relays.
 _SPARE_DESCRIPTORS = 40
+# One pipe, of two more, for so many descriptors.
+_PIPE_PART = 64
 
 
 class SharedRelay(Protocol):
@@ -96,6 +99,7 @@ class Plane:
         self._buffer = memoryview(bytearray(READ_BYTES))
         self.view = self._buffer  # what to read into
         self._pending = 0
+        self.pipes = Pipes(_most_pipes() if options.tcp_splice else 0)
         self._scan_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._pause_timer: asyncio.TimerHandle | None = None
@@ -147,6 +151,10 @@ class Plane:
         elif self._pending < PENDING_LIMIT // 2:
             self.view = self._buffer
 
+    def take_pipe(self) -> Pipe | None:
+        """A pipe for bulk; none while memory is short."""
+        return self.pipes.take() if self.view is self._buffer else None
+
     # -- limits ---------------------------------------------------------------------------------------------------
 
     def measure_descriptors(self) -> None:
@@ -158,7 +166,8 @@ class Plane:
             in_use = sum(1 for _ in os.scandir("/proc/self/fd")) - 2 * len(self.relays) - self.flows
         except OSError:  # out of descriptors at this very moment
             in_use = soft // 4
-        self.max_relays = max((soft - in_use - _SPARE_DESCRIPTORS) // 2, 1)
+        spare = _SPARE_DESCRIPTORS + 2 * (self.pipes.most - self.pipes.made)
+        self.max_relays = max((soft - in_use - spare) // 2, 1)
 
     def may_accept(self) -> bool:
         """Whether there is room for one more relay; where there is not, accepting is paused."""
@@ -223,4 +232,10 @@ class Plane:
                 timer.cancel()
         if self.flow_table is not None:
             self.flow_table.shut()
+        self.pipes.shut()
         self.poller.shut()
+
+
+def _most_pipes() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(MAX_PIPES, soft // _PIPE_PART)

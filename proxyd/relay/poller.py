@@ -34,8 +34,9 @@ EDGES = IN | OUT | PRI | RDHUP | select.EPOLLET
 
 _BATCH = 256
 
-# How long the next events are waited for before the loop is asked; they must have come so soon before.
-_LINGER_SECONDS = 0.001
+# How long the next events are waited for before the loop is asked; they must have come so soon before. No less than the
+# kernel's tick, 4 ms mostly: a shorter wait programs a timer, which costs more than the wait saves.
+_LINGER_SECONDS = 0.005
 # After so long the loop has its turn, whatever comes.
 _TURN_SECONDS = 0.003
 
@@ -88,7 +89,8 @@ class Poller:
         self._alone = alone
         self._shut = False
         self._left = 0.0  # when the last turn was over
-        self.before_end: Callable[[], None] | None = None  # ends each batch; it raises nothing
+        self.lone = False  # the event being dispatched is its batch's only one
+        self._at_end: list[Callable[[], None]] = []
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     def add(self, fd: int, handler: Handler, events: int = EDGES) -> None:
@@ -131,6 +133,13 @@ class Poller:
             self._loop.call_soon(self._continue)
         self._again.append(handler)
 
+    def at_end(self, what: Callable[[], None]) -> None:
+        """Have `what`, which raises nothing, called once: at the end of this batch, before sockets are closed; or soon."""
+        if self._inside:
+            self._at_end.append(what)
+        else:
+            self._loop.call_soon(what)
+
     def shut(self) -> None:
         """Stop. Sockets are their owners' to close, before this."""
         self._shut = True
@@ -140,39 +149,33 @@ class Poller:
 
     def _turn(self) -> None:
         """Dispatch a batch, and those that come soon after."""
-        if not self._alone:
-            self._dispatch(0)
-            return
-        now = monotonic()
-        if self._dispatch(0) and now - self._left < _LINGER_SECONDS:
-            until = now + _TURN_SECONDS
-            while not self._again and self._dispatch(_LINGER_SECONDS) and monotonic() < until:
-                pass
-        self._left = monotonic()
-
-    def _dispatch(self, timeout: float) -> bool:
-        """Dispatch one batch; False where nothing came within `timeout` seconds, or the poller was shut in it."""
-        batch = self._epoll.poll(timeout, _BATCH)
-        if not batch:
-            return False
-        self.turns += 1
-        self._inside = True
+        poll = self._epoll.poll
         handlers = self.handlers
-        ready = iter(batch)
-        handler: Handler = _ignore
-        while True:
-            try:
-                for fd, events in ready:
-                    handler = handlers[fd]
-                    handler(events)
+        now = monotonic()
+        until = now + _TURN_SECONDS if self._alone and now - self._left < _LINGER_SECONDS else 0.0
+        timeout = 0.0
+        while batch := poll(timeout, _BATCH):
+            self.turns += 1
+            self.lone = len(batch) == 1
+            self._inside = True
+            ready = iter(batch)
+            handler: Handler = _ignore
+            while True:
+                try:
+                    for fd, events in ready:
+                        handler = handlers[fd]
+                        handler(events)
+                    break
+                except Exception as error:  # noqa: BLE001 one relay's error must not reach another
+                    self._on_error(handler, error)
+            if self._closing or self._at_end:
+                self._end_batch()
+            else:
+                self._inside = False
+            if self._again or self._shut or monotonic() >= until:
                 break
-            except Exception as error:  # noqa: BLE001 one relay's error must not reach another
-                self._on_error(handler, error)
-        if self._closing or self.before_end is not None:
-            self._end_batch()
-        else:
-            self._inside = False
-        return not self._shut
+            timeout = _LINGER_SECONDS
+        self._left = monotonic()
 
     def _continue(self) -> None:
         """Give another turn to those who asked for one."""
@@ -186,8 +189,10 @@ class Poller:
         self._end_batch()
 
     def _end_batch(self) -> None:
-        if self.before_end is not None:
-            self.before_end()
+        if self._at_end:
+            for what in self._at_end:
+                what()
+            self._at_end.clear()
         self._inside = False
         if self._closing:
             handlers = self.handlers

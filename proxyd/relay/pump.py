@@ -10,15 +10,20 @@ Sockets are edge-triggered, so a side must know at all times why it is not readi
 - it had its share of this turn and is in the poller's queue for another.
 
 A side is in exactly one of these states whenever no code of it runs.
+
+A side that has brought much, and still fills what it is read into, is *bulk*: a pipe takes the place of the buffer, and
+nothing is copied, until it brings little again.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from typing import TYPE_CHECKING
 
-from proxyd.relay.plane import TURN_BYTES, Plane
+from proxyd.relay.pipes import Pipe
+from proxyd.relay.plane import READ_BYTES, TURN_BYTES, Plane
 from proxyd.relay.poller import ERR, HUP, IN, OUT, PRI, RDHUP
 
 if TYPE_CHECKING:
@@ -32,13 +37,16 @@ _NOWAIT = int(socket.MSG_DONTWAIT)
 # For what is read from a socket whose FIN has come, and no reset: the kernel keeps the last, partial packet back until the
 # FIN, which then goes with it in one packet. It never waits long: a side that has seen a FIN reads on to the end.
 _MORE_COMES = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
+# From so many bytes on a side may be bulk. Short transfers never pay for the change.
+BULK_BYTES = 1024 * 1024
+_NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS})
 
 
 class Side:
     """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
 
     __slots__ = (
-        "broken", "eof", "flags", "held", "moved", "peer", "pending", "plane", "readable", "relay", "sock", "thorough",
+        "broken", "bulk", "eof", "flags", "held", "moved", "peer", "pending", "plane", "readable", "relay", "sock", "thorough",
     )  # fmt: skip
 
     peer: Side
@@ -48,11 +56,12 @@ class Side:
         self.sock = sock
         self.plane = plane
         self.moved = 0  # bytes read
-        self.pending: memoryview | None = None  # to be written to this socket before anything else
+        self.pending: memoryview | Pipe | None = None  # to be written to this socket before anything else
         self.held = held  # not to be read now
         self.readable = False  # an edge came while held
         self.thorough = False  # a short read does not mean that the socket is drained
         self.broken = False  # an error was reported
+        self.bulk = False  # `ready_bulk` is the handler
         self.flags = _NOWAIT  # of sending on what is read
         self.eof = False
 
@@ -87,21 +96,91 @@ class Side:
                 self.relay.write_failed(peer)
                 return
             if sent != size:
-                self._stall(view[sent:size], size == len(view))
+                self._stall(memoryview(bytes(view[sent:size])), more=size == len(view))
                 return
             if size != len(view) and not self.thorough:
+                return
+            if self.moved > BULK_BYTES and not self.thorough and self._set_bulk(True):
+                self.ready_bulk(_IN_OUT)
                 return
             budget -= size
             if budget <= 0:
                 plane.poller.again(self.ready)
                 return
 
+    def ready_bulk(self, events: int) -> None:
+        """Act on an edge as `ready` does, but through a pipe. A short read says nothing here: it reads until it can't."""
+        if (events != _IN_OUT or self.held or self.pending is not None) and not self._may_read(events):
+            return
+        plane = self.plane
+        pipe = None if self.thorough else plane.take_pipe()
+        if pipe is None:
+            self._set_bulk(False)
+            self.ready(_IN_OUT)
+            return
+        sock = self.sock
+        peer = self.peer
+        end = self.moved + TURN_BYTES
+        begin = self.moved
+        try:
+            while self.moved < end:
+                size = pipe.fill(sock)
+                if not size:
+                    plane.pipes.give(pipe)
+                    self._end_of_stream()
+                    return
+                self.moved += size
+                while pipe.left:
+                    try:
+                        pipe.drain(peer.sock)
+                    except BlockingIOError:
+                        self._stall(pipe, more=True)
+                        return
+                    except OSError:
+                        plane.pipes.give(pipe)
+                        self.relay.write_failed(peer)
+                        return
+        except BlockingIOError:
+            plane.pipes.give(pipe)
+            if self.moved - begin < READ_BYTES:
+                self._set_bulk(False)
+            if self.broken:
+                self.relay.reset_by(self)
+        except OSError as error:
+            plane.pipes.give(pipe)
+            if error.errno in _NO_SPLICE:
+                plane.pipes.refuse()
+                self._set_bulk(False)
+                self.ready(_IN_OUT)
+            else:
+                self.relay.reset_by(self)
+        else:
+            plane.pipes.give(pipe)
+            plane.poller.again(self.ready_bulk)
+
+    def _set_bulk(self, bulk: bool) -> bool:
+        """Change the handler; whether that is done."""
+        plane = self.plane
+        if bulk:
+            pipe = plane.take_pipe()
+            if pipe is None:
+                return False
+            plane.pipes.give(pipe)
+            for side in (self, self.peer):
+                side.sock.setblocking(False)
+        self.bulk = bulk
+        plane.poller.handlers[self.sock.fileno()] = self.ready_bulk if bulk else self.ready
+        return True
+
     def release(self) -> None:
         """Lift the hold. What came meanwhile is read."""
         self.held = False
         if self.readable:
             self.readable = False
-            self.ready(_IN_OUT)
+            if self.bulk:
+                self.ready_bulk(_IN_OUT)
+            else:
+                self.ready(_IN_OUT)
 
     def crash(self) -> None:
         """End after an internal error."""
@@ -134,18 +213,25 @@ class Side:
 
     def _flush(self) -> bool:
         """Write what is pending; False when the relay is over."""
-        assert self.pending is not None
+        pending = self.pending
+        assert pending is not None
         try:
-            sent = self.sock.send(self.pending, _NOWAIT)
+            if isinstance(pending, Pipe):
+                self.plane.keep(-pending.drain(self.sock))
+                if pending.left:
+                    return True
+                self.plane.pipes.give(pending)
+            else:
+                sent = self.sock.send(pending, _NOWAIT)
+                self.plane.keep(-sent)
+                if sent != len(pending):
+                    self.pending = pending[sent:]
+                    return True
         except BlockingIOError:
             return True
         except OSError:
             self.relay.write_failed(self)
             return False
-        self.plane.keep(-sent)
-        if sent != len(self.pending):
-            self.pending = self.pending[sent:]
-            return True
         self.pending = None
         if self.peer.eof:
             self._finish_writing()
@@ -153,9 +239,9 @@ class Side:
             self.peer.release()
         return not self.relay.done
 
-    def _stall(self, rest: memoryview, more: bool) -> None:
+    def _stall(self, rest: memoryview | Pipe, *, more: bool) -> None:
         """Keep what the peer has no room for, and read no more until it is gone."""
-        self.peer.pending = memoryview(bytes(rest))
+        self.peer.pending = rest
         self.plane.keep(len(rest))
         self.held = True
         self.readable = more or self.thorough

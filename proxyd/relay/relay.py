@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from proxyd.relay.dialler import Dialler, close_with_reset
 from proxyd.relay.messages import Connection, LiveConnection
+from proxyd.relay.pipes import Pipe
 from proxyd.relay.poller import IN, RDHUP
 from proxyd.relay.pump import Side
 from proxyd.relay.slots import BYTES_IN, BYTES_OUT, CLOSED, OPENED
@@ -146,6 +147,8 @@ class Relay(Dialler):
         side.held = True  # another turn may have been asked for
         if side.pending is not None:
             self._plane.keep(-len(side.pending))
+            if isinstance(side.pending, Pipe):
+                self._plane.pipes.give(side.pending)
             side.pending = None
         if reset:
             close_with_reset(self._plane, side.sock)

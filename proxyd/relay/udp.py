@@ -151,7 +151,7 @@ class UdpListener:
         self.closed = True
         for flow in [*self.flows.values(), *(f for f in self.table.leaving if f.listener is self)]:
             flow.finish("drained")
-        self.sender.leave()  # the number may be another socket's next
+        self.sender.end()  # the number may be another socket's next
         self.plane.poller.close_shared(self._socket)
         self.plane.reporter.drained(self.id)
         if self._until is not None:

@@ -75,7 +75,6 @@ class FlowTable:
         self._ports = int(_local_ports() * _PORT_SHARE / max(workers, 1))
         self._receivers: dict[int, Vector] = {}
         self._senders: dict[int, Vector] = {}
-        self._sending: tuple[Vector, ...] = ()  # the same, as it is gone through after each batch
         self._timer: asyncio.TimerHandle | None = None
         self._tick_seconds = TICK_SECONDS
         self._swept = 0.0  # the clock, when flows were last collected
@@ -87,7 +86,6 @@ class FlowTable:
         # of one listener.
         self.limit = self._listener_limit = self._measured = 0
         self._measure()
-        self.poller.before_end = self._flush
 
     def receiver(self, family: int) -> Vector:
         """What listeners of a family receive into."""
@@ -98,8 +96,8 @@ class FlowTable:
     def sender(self, family: int) -> Vector:
         """What replies to clients of a family are queued in until the end of the batch."""
         if family not in self._senders:
-            self._senders[family] = Vector(family)
-            self._sending = tuple(self._senders.values())
+            sender = self._senders[family] = Vector(family)
+            sender.to_end = self._batch_begun
         return self._senders[family]
 
     # -- flows ----------------------------------------------------------------------------------------------------
@@ -230,11 +228,14 @@ class FlowTable:
         if self._due:
             self._due_timer = self.plane.loop.call_later(_PAUSE_SECONDS, self._go_through)
 
-    def _flush(self) -> None:
-        """Send the replies of one batch."""
-        for vector in self._sending:
-            if vector.queued:
-                vector.flush()
+    def _batch_begun(self) -> None:
+        """See that the first reply of a batch, and those that follow, are sent."""
+        self.poller.at_end(self.end_batch)
+
+    def end_batch(self) -> None:
+        """Send the replies of one batch; count what was dropped of them."""
+        for vector in self._senders.values():
+            vector.end()
             if vector.dropped:
                 self._note_dropped(vector)
 

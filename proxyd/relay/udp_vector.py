@@ -100,6 +100,7 @@ class Vector:
         self.to = -1  # the descriptor by which they leave
         self.name: ClientName | None = None  # of the client in the slot filled last, where it is known
         self.dropped: dict[int, int] = {}  # datagrams that the kernel refused, by descriptor
+        self.to_end: Callable[[], None] | None = None  # called before the first is queued: see that `end` is called
         self._sendto: Callable[[memoryview, ClientName], object] | None = None
 
     def receive(self, fd: int) -> list[int]:
@@ -134,6 +135,8 @@ class Vector:
 
     def turn_to(self, fd: int, sendto: Callable[[memoryview, ClientName], object]) -> None:
         """Send what is queued; what is queued from now on goes out by `fd`, whose socket's method `sendto` is."""
+        if self.to < 0 and self.to_end is not None:
+            self.to_end()
         self.flush()
         self.to = fd
         self._sendto = sendto
@@ -143,8 +146,8 @@ class Vector:
         if count:
             self.dropped[self.to] = self.dropped.get(self.to, 0) + count
 
-    def leave(self) -> None:
-        """Send what is queued, before the descriptor is closed."""
+    def end(self) -> None:
+        """Send what is queued: a batch is over, or the descriptor is about to be closed."""
         self.flush()
         self.to = -1
 

@@ -294,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--slots-fd", type=int, required=True, help="shared counters")
     parser.add_argument("--index", type=int, required=True, help="whose counters to write")
     parser.add_argument("--tcp-idle-timeout", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--no-tcp-splice", action="store_true", help="copy bulk")
     parser.add_argument("--udp-timeout", type=float, default=Options().udp_timeout, metavar="SECONDS")
     parser.add_argument("--sctp-max-message", type=int, default=Options().sctp_max_message, metavar="BYTES")
     parser.add_argument("--workers", type=int, default=1, help="that share the node's local ports")
@@ -306,6 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     drop_privileges()
     options = Options(
         tcp_idle_timeout=given.tcp_idle_timeout,
+        tcp_splice=not given.no_tcp_splice,
         udp_timeout=given.udp_timeout,
         sctp_max_message=given.sctp_max_message,
         workers=given.workers,

@@ -148,6 +148,7 @@ def test_kubeadms_zero_values_are_defaults():
         ("proxyd: {workers: 0}", "workers", 0),
         ("proxyd: {drainTimeout: 0s}", "drain_timeout", 0.0),
         ("proxyd: {tcpIdleTimeout: 1h}", "tcp_idle_timeout", 3600.0),
+        ("proxyd: {tcpSplice: false}", "tcp_splice", False),
         ("proxyd: {accessLog: '-'}", "access_log", "-"),
         ("proxyd: {adminSocket: /x/a.sock}", "admin_socket", "/x/a.sock"),
         ("proxyd: {stateFile: /x/state}", "state_file", "/x/state"),
