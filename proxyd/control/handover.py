@@ -164,9 +164,10 @@ async def check() -> None:
             f"the new program did not say within {_CHECK_SECONDS:.0f} s that it would start"
         ) from None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            if process.returncode is None:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            await process.wait()  # also where the daemon ends meanwhile: it leaves no process behind
     if process.returncode != 0:
         lines = said.decode("utf-8", "replace").strip().splitlines()
         why = lines[-1] if lines else f"it ended with status {process.returncode}"

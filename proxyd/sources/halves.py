@@ -34,6 +34,8 @@ _MINE = 0.42
 # The other half is as large as one's own: one that takes this much longer is not coming.
 _PATIENCE = 1.0  # seconds
 _LIFETIME = 60  # seconds that the second process may run, whatever becomes of the first
+# Their handlers may raise. One that came between fork(2) and the note of its pid would leave the process to nobody.
+_ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _KINDS = (Service, Endpoints, EndpointSlice, Pod)
 _DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
@@ -61,24 +63,46 @@ class SecondHalf(Mapping[str, Decoded]):
     state.
 
     Args:
-        pid: of the other process.
-        descriptor: of the file that it writes to.
-        start: number of the first file that it reads.
-        first: characters of documents in that file that it leaves to the caller.
+        descriptor: of the file that the process is to write to.
+        entries: all files.
+        start: number of the first file that it is to read.
+        first: characters of documents in that file that it is to leave to the caller.
         idle: called before it waits for that process.
     """
 
     def __init__(
-        self, pid: int, descriptor: int, start: int, first: int, idle: Callable[[], None] | None = None
+        self,
+        descriptor: int,
+        entries: Sequence[FileEntry],
+        start: int,
+        first: int,
+        idle: Callable[[], None] | None = None,
     ) -> None:
         self._idle = idle
-        self._pid = pid
+        self._pid = 0
         self._descriptor = descriptor
+        self._entries = entries
         self._start = start
         self._left = first
         self._began = time.monotonic()
         self._found: dict[str, Decoded] = {}
         self._states: dict[int, FileState] = {}
+
+    def begin(self, rules: Rules) -> None:
+        """Start the other process. Where that is not possible, it has nothing.
+
+        Args:
+            rules: what is valid.
+        """
+        with _orders_held():
+            try:
+                pid = os.fork()
+            except OSError:
+                self._end()
+                return
+            if pid == 0:
+                _read_half(self._descriptor, self._entries[self._start :], self._start, rules, self._left)
+            self._pid = pid
 
     def __contains__(self, text: object) -> bool:
         if self._left > 0 and isinstance(text, str):
@@ -109,7 +133,14 @@ class SecondHalf(Mapping[str, Decoded]):
         return self._states.get(number)
 
     def close(self) -> None:
-        """End the other process, if it has not ended."""
+        """End the other process, if it has not ended, and wait until it has."""
+        try:
+            with _orders_held():
+                self._end()
+        finally:
+            self._end()  # an order may have come just before they were held
+
+    def _end(self) -> None:
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
@@ -151,18 +182,26 @@ class SecondHalf(Mapping[str, Decoded]):
         return status == 0
 
 
-def second_half(
-    entries: Sequence[FileEntry], rules: Rules, idle: Callable[[], None] | None = None
-) -> SecondHalf | None:
-    """Have another process read the second half of these files, by bytes; None where that is of no use.
+@contextlib.contextmanager
+def _orders_held() -> Iterator[None]:
+    """In this block no signal to end comes; it comes after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ORDERS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def second_half(entries: Sequence[FileEntry], idle: Callable[[], None] | None = None) -> SecondHalf | None:
+    """What another process is to read of these files, the second half by bytes; None where that is of no use.
 
     Args:
         entries: the files, in the order in which the caller reads them.
-        rules: what is valid.
         idle: what to do when there is nothing to do but to wait for that process.
 
     Returns:
-        What the process finds; to be closed.
+        What the process finds, once it is told to `begin`; to be closed.
     """
     total = sum(entry.stamp.size for entry in entries)
     if not WORTHWHILE <= total <= _TOO_MUCH or len(os.sched_getaffinity(0)) < 2:
@@ -177,14 +216,7 @@ def second_half(
         descriptor = os.memfd_create("proxyd-manifests")
     except OSError:
         return None
-    try:
-        pid = os.fork()
-    except OSError:
-        os.close(descriptor)
-        return None
-    if pid == 0:
-        _read_half(descriptor, entries[start:], start, rules, middle)
-    return SecondHalf(pid, descriptor, start, middle, idle)
+    return SecondHalf(descriptor, entries, start, middle, idle)
 
 
 def _read_half(
@@ -196,6 +228,7 @@ def _read_half(
         signal.set_wakeup_fd(-1)
         for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
             signal.signal(ending, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDERS)
         signal.alarm(_LIFETIME)
         # It must not hold anything open that its parent closes: sockets, locks, channels of the workers.
         os.closerange(3, descriptor)

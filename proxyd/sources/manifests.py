@@ -71,8 +71,11 @@ class ManifestSource:
         seen = survey(self._paths) if change is None else change
         states = self._unseen(seen)
         # What was read before is not read again: only the first time is there enough for two.
-        other = None if self._states else second_half(seen.files, self._rules, idle)
+        other = None if self._states else second_half(seen.files, idle)
         try:
+            # Within this block: it is ended, whatever signal comes and raises.
+            if other is not None:
+                other.begin(self._rules)
             self._total = self._look(seen.files, states, other)
         finally:
             if other is not None:

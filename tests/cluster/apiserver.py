@@ -21,6 +21,7 @@ import logging
 import signal
 import ssl
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +46,7 @@ class Fault:
     retry_after: int = 0
     body: str = ""  # sent instead, with status 200 where none is given
     hang: bool = False  # never answered
+    answered: float = 0.0  # on the monotonic clock: the last time
 
 
 @dataclass(eq=False)
@@ -191,6 +193,7 @@ class ApiServer:
                 fault.times -= 1
                 if not fault.times:
                     self.faults.remove(fault)
+            fault.answered = time.monotonic()
             if fault.hang:
                 await asyncio.sleep(3600)
             if fault.body:

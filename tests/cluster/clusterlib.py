@@ -44,7 +44,7 @@ def endpoints(name: str, *ips: str) -> dict[str, Any]:
     return slice_body("default", name, ips)
 
 
-async def wait_for(condition: Callable[[], Any], seconds: float = 10) -> None:
+async def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  what is waited for has no event of its own
             await asyncio.sleep(0.005)

@@ -28,7 +28,7 @@ async def process(folder: Path, *arguments: str) -> AsyncIterator[tuple[asyncio.
     )
     assert running.stdout is not None
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             ready = (await running.stdout.readline()).decode()
         yield running, ready.split()[1]
     finally:

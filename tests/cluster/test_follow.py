@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -370,11 +371,12 @@ async def test_a_storm_comes_in_few_reports(server: ApiServer, tmp_path: Path) -
     server.store.bulk(50, 50)
     async with follow(server, tmp_path) as seen:
         await wait_for(lambda: len(server.watches) == 3)
-        reports = len(seen.states)
+        reports, began = len(seen.states), time.monotonic()
         await server.storm(rate=1000, seconds=1, services=50)
         last = name_of("ns-49/bulk-49")
         await wait_for(lambda: seen.state.slices[last][0].endpoints[0].addresses[0] == "10.201.3.231")
-        assert len(seen.states) - reports <= 110, "at most one each 10 ms"
+        most = 10 + (time.monotonic() - began) / 0.01
+        assert len(seen.states) - reports <= most, "at most one each 10 ms"
 
 
 async def test_the_rate_of_requests_is_limited(server: ApiServer, tmp_path: Path) -> None:

@@ -105,10 +105,9 @@ async def test_lists_that_fail_are_tried_again_and_told_of_once(
 async def test_retry_after_is_heeded(server: ApiServer, tmp_path: Path) -> None:
     fault = server.fail("/api/v1/services", status=429, retry_after=1)
     async with follow(server, tmp_path, sync=False) as seen:
-        await wait_for(lambda: fault not in server.faults)
-        started = time.monotonic()
         await seen.sync()
-        assert 0.9 <= time.monotonic() - started < 5
+        assert fault not in server.faults
+        assert time.monotonic() - fault.answered >= 1
 
 
 async def test_watches_that_are_refused(server: ApiServer, tmp_path: Path) -> None:
@@ -196,7 +195,7 @@ async def test_a_server_that_ends_watches_at_once_is_not_asked_all_the_time(
         await wait_for(lambda: seen.said("the watch ended at once"))
         started, asked = time.monotonic(), len(server.requests)
         await wait_for(lambda: time.monotonic() > started + 1.5)
-        assert len(server.requests) - asked < 40
+        assert len(server.requests) - asked < 27 * (time.monotonic() - started)
 
 
 async def test_what_was_said_is_bounded(server: ApiServer, tmp_path: Path) -> None:

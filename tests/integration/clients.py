@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 import threading
@@ -10,9 +11,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from netlab import Namespace
 
@@ -106,6 +108,26 @@ def answers(namespace: Namespace, ip: str, port: int, timeout: float = 2) -> boo
         return bool(ask(namespace, ip, port, timeout=timeout))
     except OSError:
         return False
+
+
+def answer(namespace: Namespace, ip: str, port: int, timeout: float = 5) -> str:
+    """Who answers there; "" for nobody, whatever the reason."""
+    try:
+        return ask(namespace, ip, port, timeout=timeout)
+    except OSError:
+        return ""
+
+
+def lines_of(path: Path) -> list[str]:
+    """The whole lines of a file that another process writes; none where it is not there yet."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def records(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` records of an access log, once they are there."""
+    wait_for(lambda: len(lines_of(path)) >= count, f"{count} records")
+    return [json.loads(line) for line in lines_of(path)[:count]]
 
 
 def wait_for(condition: Callable[[], T | None], what: str, timeout: float = 20, pause: float = 0.01) -> T:

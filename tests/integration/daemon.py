@@ -134,7 +134,7 @@ class Proxyd:
                 and all(each["state"] == "ready" for each in status["workers"])
             )
 
-        wait_for(answered, "an answer on the admin socket, and ready workers", 20, pause=0.02)
+        wait_for(answered, "an answer on the admin socket, and ready workers", 60, pause=0.02)
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -160,10 +160,14 @@ class Proxyd:
         self.signal(signal.SIGTERM)
         return self.wait(timeout)
 
-    def worker_pids(self) -> list[int]:
-        """Pids of the workers, lowest first: the children of the control process."""
+    def children(self) -> list[int]:
+        """Pids of all processes that the control process has started and not waited for, lowest first."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return sorted(int(pid) for pid in children)
+
+    def worker_pids(self) -> list[int]:
+        """Pids of the workers that run, lowest first; control has other children now and then, such as `nft`."""
+        return [pid for pid in self.children() if b"proxyd.relay.worker" in command_line(pid)]
 
     def log(self) -> str:
         """Everything that it wrote."""
@@ -177,18 +181,18 @@ class Proxyd:
             return
         print(f"log of proxyd {self.pid}:\n{self.log()[-6000:]}")
         if self._process.poll() is None:
-            workers = self.worker_pids()
+            children = self.children()
             self._process.kill()
             self._process.wait()
             # Workers end with control; a test that shows they do not must not leave them either.
-            for pid in workers:
+            for pid in children:
                 if is_alive(pid):
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
 
     # Questions
 
-    def cli(self, *words: str, timeout: float = 20) -> subprocess.CompletedProcess[str]:
+    def cli(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run another command of the program against this daemon."""
         return subprocess.run(
             [*COMMAND, *words, "--admin-socket", str(self.socket)],
@@ -261,7 +265,7 @@ class Proxyd:
             return found if found and found.state == state else None
 
         try:
-            return wait_for(reached, f"{ip}:{port} {state}", 10, pause=0.02)
+            return wait_for(reached, f"{ip}:{port} {state}", 30, pause=0.02)
         except AssertionError as error:
             listing = "\n".join(str(each) for each in self.listeners())
             raise AssertionError(f"{error}\n{listing}\n{self.log()}") from None
@@ -273,7 +277,7 @@ class Proxyd:
             found = self.listeners()
             return (found,) if condition(found) else None
 
-        return wait_for(reached, what, 10, pause=0.02)[0]
+        return wait_for(reached, what, 30, pause=0.02)[0]
 
     def vip(self, service: str) -> str:
         """The clusterIP that a Service (`namespace/name`) was given, once it is served."""
@@ -284,13 +288,21 @@ class Proxyd:
                     return str(next(iter(entry["clusterIps"]), ""))
             return ""
 
-        return wait_for(given, f"a clusterIP for {service}", 10, pause=0.02)
+        return wait_for(given, f"a clusterIP for {service}", 30, pause=0.02)
 
 
 def resident_kib(pid: int) -> int:
     """Resident memory of a process in KiB, without what it shares (the counters' memory)."""
     values = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(values["RssAnon"].split()[0])
+
+
+def command_line(pid: int) -> bytes:
+    """Of a process; nothing of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def is_alive(pid: int) -> bool:

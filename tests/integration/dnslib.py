@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.request import urlopen
 
+from clients import wait_for
 from manifests import Document
 from netlab import Namespace, pod_ip, pod_ip6
 
@@ -73,10 +75,21 @@ def programs(*started: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def echo(pod: Namespace, ip: str = "::") -> subprocess.Popen[bytes]:
-    return pod.popen([sys.executable, "-c", _ECHO, str(DNS_PORT), pod.name, ip])
+    """A server in a pod, once it can be asked."""
+    started = pod.popen([sys.executable, "-c", _ECHO, str(DNS_PORT), pod.name, ip])
+    wait_for(lambda: listens(pod), f"the server in {pod.name}")
+    return started
 
 
-def ask(host: Namespace, ip: str, port: int = 53, data: bytes = b"who", timeout: float = 2) -> bytes:
+def listens(pod: Namespace) -> bool:
+    """Whether a UDP socket is bound to the servers' port."""
+    tables = [pod.call(Path(f"/proc/thread-self/net/{name}").read_text) for name in ("udp", "udp6")]
+    return any(
+        line.split()[1].endswith(f":{DNS_PORT:04X}") for table in tables for line in table.splitlines()[1:]
+    )
+
+
+def ask(host: Namespace, ip: str, port: int = 53, data: bytes = b"who", timeout: float = 10) -> bytes:
     """The answer to one datagram from a new port; it must come from the address that was asked."""
     with host.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(timeout)

@@ -99,8 +99,8 @@ def question(
 ) -> str:
     """The answer of a Naming server, or REFUSED, UNREACHABLE, SILENCE.
 
-    A refusal has to come at once: one that took 0.9 s (the first SYN was lost) counts as SILENCE. Without `connected` a
-    UDP client uses sendto, as some resolvers do.
+    A refusal of a connection has to come at once: one that took 0.9 s (the first SYN was lost) counts as SILENCE. Without
+    `connected` a UDP client uses sendto, as some resolvers do.
     """
     kind = socket.SOCK_DGRAM if protocol == "UDP" else socket.SOCK_STREAM
     with namespace.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind) as client:
@@ -110,6 +110,7 @@ def question(
                 client.bind((source, 0))
             if connected:
                 client.connect((ip, port))
+            client.settimeout(10)  # the server is a thread of this process
             if protocol == "UDP" and connected:
                 client.send(b"?")
             elif protocol == "UDP":

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from clients import connect, wait_for
-from daemon import REPOSITORY, is_alive
+from daemon import REPOSITORY, command_line, is_alive
 from netlab import Namespace
 
 # As pip writes it for the console script.
@@ -85,7 +86,8 @@ class KubeProxy:
         return self.log_file.read_text()
 
     def workers(self) -> list[int]:
-        return [int(p) for p in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [pid for pid in map(int, children) if b"proxyd.relay.worker" in command_line(pid)]
 
     def start(self) -> Self:
         with self.log_file.open("ab") as log:
@@ -104,7 +106,7 @@ class KubeProxy:
         return get(self.node, port, path)
 
     def wait_healthy(self, port: int = 10256) -> None:
-        wait_for(lambda: (self.ask(port, "/healthz") or (0,))[0] == 200, "health", 30, pause=0.05)
+        wait_for(lambda: (self.ask(port, "/healthz") or (0,))[0] == 200, "health", 60, pause=0.05)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -117,7 +119,8 @@ class KubeProxy:
             self.process.wait()
             for pid in workers:
                 if is_alive(pid):
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
 
 def run_once(node: Namespace, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:

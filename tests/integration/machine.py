@@ -143,7 +143,7 @@ class Machine:
                 == 0
             ),
             "the cgroup to be empty",
-            5,
+            30,
             pause=0.1,
         )
 

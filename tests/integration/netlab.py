@@ -18,6 +18,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -218,12 +219,28 @@ class Lab:
         for namespace in (self.node, self.client, self.outside):
             namespace.sysctl(net__ipv4__ip_local_port_range="10000\t29999", net__ipv4__tcp_tw_reuse="1")
 
+        self._settle()
         self.servers = self._cleanup.enter_context(PodServers())
         for pod in self.pods:
             self.servers.add(pod.name, pod.listen("::", POD_PORT))
         for port in (POD_PORT, 80, 8080):
             self.servers.add("far", self.far.listen("::", port))
         self.servers.start()
+
+    def _settle(self) -> None:
+        """Wait until the kernel has found every link of the node up, and it has its own IPv6 addresses.
+
+        Both come a moment after a link is made; what tests compare would change under them.
+        """
+        deadline = time.monotonic() + 30
+        while True:
+            links = [line for line in self.node.run("ip", "-o", "link").splitlines() if ": lo: " not in line]
+            addresses = self.node.run("ip", "-o", "-6", "addr", "show", "scope", "link").splitlines()
+            up = all("LOWER_UP" in line for line in links)
+            if up and "tentative" not in str(addresses) and len(addresses) in {0, len(links)}:
+                return
+            assert time.monotonic() < deadline, f"links do not come up: {links} {addresses}"
+            time.sleep(0.01)
 
     def _namespace(self, name: str) -> Namespace:
         return self._cleanup.enter_context(Namespace(name))

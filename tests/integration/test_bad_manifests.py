@@ -313,7 +313,7 @@ def test_every_bad_file_beside_a_good_one_in_a_running_daemon(node: Namespace, f
         wait_for(lambda: stored <= _errors(daemon), "the errors of every file", 30, pause=0.1)
         kept = [name for name in EVERY if name not in RENAMED | {"only-comments"}]
         wait_for(
-            lambda: _vips(daemon).keys() == {*site.beside, *kept}, "those of files without them gone", 10
+            lambda: _vips(daemon).keys() == {*site.beside, *kept}, "those of files without them gone", 30
         )
         _serving(node, vips, [*site.beside, *kept])
         for name in RENAMED:
@@ -336,21 +336,21 @@ def test_a_watched_folder_that_is_removed(node: Namespace, folder: Path) -> None
         (path / "deeper" / "web.yaml").write_text(_list(*_good(f"{path.name}-deeper")))
     with Proxyd(node, folder, one, other, flags=FLAGS, unprivileged=True) as daemon:
         names = ["one", "one-deeper", "other", "other-deeper"]
-        wait_for(lambda: len(_vips(daemon)) == 4, "the Services", 10, pause=0.02)
+        wait_for(lambda: len(_vips(daemon)) == 4, "the Services", 30, pause=0.02)
         vips = _vips(daemon)
         _serving(node, vips, names)
         shutil.rmtree(one / "deeper")
-        wait_for(lambda: "one-deeper" not in _vips(daemon), "the Service of a removed folder gone", 5)
+        wait_for(lambda: "one-deeper" not in _vips(daemon), "the Service of a removed folder gone", 30)
         assert _errors(daemon) == set()
         # What the operator named is not believed to be gone.
         shutil.rmtree(one)
         line = f"{one}: error: no such file or folder: what it defined stays in force"
-        wait_for(lambda: _errors(daemon) == {line}, "a line about the missing folder", 5)
+        wait_for(lambda: _errors(daemon) == {line}, "a line about the missing folder", 30)
         assert json.dumps(line)[1:-1] in daemon.log()
         _serving(node, vips, ["one", "other", "other-deeper"])
         one.mkdir()
         (one / "web.yaml").write_text(_list(*_good("one")))
-        wait_for(lambda: not _errors(daemon), "the folder is there again", 5)
+        wait_for(lambda: not _errors(daemon), "the folder is there again", 30)
         _serving(node, vips, ["one", "other", "other-deeper"])
 
 
@@ -361,7 +361,7 @@ def test_ten_thousand_problems_fill_no_log(node: Namespace, folder: Path, manife
     )
     write(manifests / "good.yaml", _list(*_good("good")))
     with Proxyd(node, folder, manifests, flags=FLAGS, unprivileged=True) as daemon:
-        wait_for(lambda: "good" in _vips(daemon), "the good Service", 10)
+        wait_for(lambda: "good" in _vips(daemon), "the good Service", 30)
         before = len(daemon.log().splitlines())
         write(manifests / "bad.yaml", bad)
         wait_for(

@@ -140,7 +140,7 @@ def test_a_service_manager_waits_with_it(lab: Lab, folder: Path, monkeypatch: py
         try:
             first = manager.wait("EXTEND_TIMEOUT_USEC", "60000000")
             assert first["STATUS"] == f"waiting for the first list of kube http://{NODE_IP}:6443"
-            manager.wait("EXTEND_TIMEOUT_USEC", "60000000", count=2)
+            manager.wait("EXTEND_TIMEOUT_USEC", "60000000", 60, count=2)
             assert not any("READY" in message for message in manager.read())
             with cluster:
                 cluster.serve("web", VIP, pod(1))
@@ -383,10 +383,11 @@ def test_a_health_check_port_that_is_taken(cluster: Cluster, lab: Lab) -> None:
             "node node-1 failed to start healthcheck default/web on port 30199: in use by" in event["message"]
         )
         # The other addresses, and the Service, are not concerned.
+        wait_for(lambda: not refused(lab.node, NODE_FAR_IP, 30199), "the port at another address")
         assert fetch(lab.node, 30199, "/", NODE_FAR_IP)[0] == 200
         wait_who(lab.client, VIP, {P1})
         holder.close()
-        wait_for(lambda: not problems(daemon), "it to be opened", 20)
+        wait_for(lambda: not problems(daemon), "it to be opened", 60)
         assert fetch(lab.node, 30199, "/", NODE_IP)[0] == 200
         # Another port, and then none.
         cluster.patch("services", "web", {"spec": {"healthCheckNodePort": 30198}})
@@ -418,7 +419,7 @@ def test_events_about_services(cluster: Cluster, lab: Lab) -> None:
             wait_who(lab.client, VIP, {P2})
             (event,) = events(cluster, "PortConflict")
             assert event["count"] == 1
-            (event,) = events(cluster, "Starting")
+            (event,) = wait_for(lambda: events(cluster, "Starting"), "the node's event")
             assert event["involvedObject"] == {
                 "kind": "Node",
                 "apiVersion": "v1",

@@ -131,17 +131,17 @@ def test_an_end_is_not_passed_on_as_a_reset(lab: Lab, manifests: Path, proxyd: R
 
 
 def stands_still(figure: Callable[[], int], still: float = 0.5) -> int:
-    """Wait until a figure has not changed for `still` seconds; the figure."""
+    """Wait until a figure is more than 0 and has not changed for `still` seconds; the figure."""
     last, since = figure(), time.monotonic()
 
     def settled() -> bool:
         nonlocal last, since
         now = figure()
-        if now != last:
+        if now != last or not now:
             last, since = now, time.monotonic()
         return time.monotonic() - since >= still
 
-    wait_for(settled, "the flow to stand still", 20, pause=0.05)
+    wait_for(settled, "the flow to stand still", 60, pause=0.05)
     return last
 
 
@@ -227,4 +227,4 @@ def test_both_sides_of_a_connection_are_kept_alive(lab: Lab, manifests: Path, pr
             return {line.split()[3].rpartition(":")[0] for line in lines if "timer:(keepalive," in line}
 
         # The endpoint's side gets it only when the connection has lasted some seconds.
-        wait_for(lambda: peers_with_keepalive() == {CLIENT_POD_IP, pod_ip(1)}, "keepalive on both sides", 20)
+        wait_for(lambda: peers_with_keepalive() == {CLIENT_POD_IP, pod_ip(1)}, "keepalive on both sides", 60)

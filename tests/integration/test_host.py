@@ -161,7 +161,7 @@ def test_netlink_works_within_a_running_loop(space: Namespace) -> None:
             assert VipRoutes().add([VIP]) == {}
             present = VipRoutes().present()
             subprocess.run(["ip", "addr", "add", "10.0.0.2/24", "dev", "d0"], check=True)  # noqa: ASYNC221 - short
-            await asyncio.wait_for(changed.wait(), 5)
+            await asyncio.wait_for(changed.wait(), 30)
         finally:
             loop.remove_reader(monitor.fileno())
             monitor.close()

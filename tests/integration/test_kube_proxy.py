@@ -297,14 +297,15 @@ def test_changes_are_spaced_and_the_last_one_counts(proxyd: Run, lab: Lab, manif
             if line.startswith("kubeproxy_sync_proxy_rules_duration_seconds_count")
         )
 
-    before, began = turns(), time.monotonic()
+    began = time.monotonic()
+    before = turns()
     for number in range(30):
         name = f"s{number}"
         write(manifests / "more.yaml", service(name, f"10.96.1.{number + 1}"), endpoints(name, 1))
         time.sleep(0.05)  # apart enough to be seen one by one
     daemon.wait_listener("10.96.1.30", 80)
-    elapsed = time.monotonic() - began
-    assert 1 <= turns() - before <= elapsed / spacing + 2
+    made = turns() - before
+    assert 1 <= made <= (time.monotonic() - began) / spacing + 2
 
 
 def test_everything_is_planned_anew_now_and_then(proxyd: Run, lab: Lab, manifests: Path) -> None:
@@ -470,7 +471,7 @@ def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains_until_it_e
 ) -> None:
     lab.node.run("iptables-nft", "-t", "nat", "-N", "KUBE-PORTALS-HOST")
     with OtherKubeProxy(lab.node, folder, METRICS, HEALTH) as other, cluster.proxyd(NODE_1) as daemon:
-        wait_for(lambda: daemon.log().count("tried again every 5 s") >= 2, "both addresses", 20, pause=0.05)
+        wait_for(lambda: daemon.log().count("tried again every 5 s") >= 2, "both addresses", 60, pause=0.05)
         lines = log_lines(daemon)
         (running,) = [line for line in lines if line["event"].startswith("a kube-proxy still runs")]
         assert running["running"] == f"kube-proxy (kube-proxy (pid {other.pid}))"
@@ -483,7 +484,7 @@ def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains_until_it_e
         assert "KUBE-PORTALS-HOST" in lab.node.run("iptables-nft-save", "-t", "nat")
         # Only then: until it has ended its chains serve.
         other.end()
-        wait_for(lambda: "removed chains of kube-proxy's" in daemon.log(), "the chains to go", 20, pause=0.1)
+        wait_for(lambda: "removed chains of kube-proxy's" in daemon.log(), "the chains to go", 60, pause=0.1)
         assert "KUBE-PORTALS-HOST" not in lab.node.run("iptables-nft-save", "-t", "nat")
         daemon.wait_listener(VIP, 80)
 
@@ -496,8 +497,7 @@ def test_who_holds_an_address_is_told(proxyd: Run, lab: Lab, manifests: Path) ->
     daemon = proxyd()
     daemon.wait_listener(VIP, 80)
     for port in (HEALTH, METRICS):
-        wait_for(lambda port=port: lab.node.call(neighbour, ("0.0.0.0", port)), "an answer", 20)
-        assert who_has(port).startswith("another proxyd (python")
+        wait_for(lambda port=port: who_has(port).startswith("another proxyd (python"), "an answer", 60)
     assert lab.node.call(neighbour, ("127.0.0.1", 9)) is None
     with lab.node.listen("127.0.0.1", 8001):  # of this process, which does not answer
         assert f"(pid {os.getpid()})" in str(lab.node.call(neighbour, ("127.0.0.1", 8001)))

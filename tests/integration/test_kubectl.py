@@ -103,8 +103,11 @@ if KUBECTL is not None or DEBIAN:
                 wait_who(lab.client, VIP, {P2})
                 kubectl("delete", "service", "web")
                 wait_for(lambda: not daemon.get("services"), "the Service to be gone")
-                assert refused(lab.outside, NODE_IP, 30080)
-                assert VIP not in lab.node.run("ip", "route", "show", "table", "local")
+                wait_for(lambda: refused(lab.outside, NODE_IP, 30080), "its NodePort to close")
+                wait_for(
+                    lambda: VIP not in lab.node.run("ip", "route", "show", "table", "local"),
+                    "its route to go",
+                )
                 # The same address for another Service, and both in one command.
                 both = {
                     "apiVersion": "v1",

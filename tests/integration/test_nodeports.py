@@ -31,7 +31,7 @@ def test_listeners_follow_the_node_s_addresses(lab: Lab, proxyd: Run) -> None:
     daemon.wait_listener(NODE_IP, 30080)
     for _ in range(2):
         lab.node.ip(f"addr add {ADDED_IP}/24 dev out0")
-        assert wait_for(lambda: answers(lab.outside, ADDED_IP, 30080), "the new address to serve", 5)
+        assert wait_for(lambda: answers(lab.outside, ADDED_IP, 30080), "the new address to serve")
         daemon.wait_listener(ADDED_IP, 30080)
         assert refused(lab.outside, ADDED_IP, 80)
         lab.node.ip(f"addr del {ADDED_IP}/24 dev out0")

@@ -14,15 +14,16 @@ from collections import Counter
 
 import pytest
 from workerlib import (
+    DEADLINE,
     RESET_ON_CLOSE,
     WorkerDriver,
     echo,
     listen,
     names,
     read_all,
+    refusing_port,
     reset,
     running,
-    unused_port,
     wait_for,
 )
 
@@ -126,6 +127,7 @@ def test_endpoints_change_under_load_and_no_connection_fails(worker):
     for number in range(150):
         worker.balancer(ports[number % 3 :] + ports[: number % 2], number=balancer)
         time.sleep(0.005)
+    wait_for(lambda: len(answers) == 3 or failures)
     stop.set()
     for thread in threads:
         thread.join()
@@ -153,14 +155,13 @@ def test_an_established_relay_outlives_its_endpoint_and_its_balancer(worker):
 
 def test_a_refusing_endpoint_is_passed_over(worker):
     alive = worker.serve(names(b"alive"))
-    front = worker.forward(unused_port(), alive.port, unused_port())
-    started = time.monotonic()
+    front = worker.forward(refusing_port(), alive.port, refusing_port())
     assert [front.ask() for _ in range(30)] == [b"alive"] * 30
-    assert time.monotonic() - started < 7  # not 0.25 s for each
     worker.wait(lambda: len(worker.records) == 30)
     assert {record.endpoint for record in worker.records} == {f"127.0.0.1:{alive.port}"}
     assert max(record.attempts for record in worker.records) > 1
     worker.wait(lambda: any("prod/web: Connection refused" in text for text in worker.trouble))
+    assert not any("no answer" in text for text in worker.trouble), "a refusal is not waited for"
 
 
 @pytest.fixture
@@ -204,8 +205,11 @@ def test_a_silent_endpoint_delays_only_those_that_tried_it(worker, silent_port):
     for thread in threads:
         thread.join()
     assert len(times) == 40
-    assert 0.24 < max(times) < 3.0, "one attempt of 0.25 s, not four"
-    assert sorted(times)[len(times) // 2] < 0.24, "live endpoints are not slower"
+    assert max(times) > 0.24, "some tried it"
+    worker.wait(lambda: len(worker.records) == 40)
+    attempts = [record.attempts for record in worker.records]
+    assert attempts.count(1) >= 20, "whose turn it was to get the live endpoint did not try it"
+    assert max(attempts) < 4, "one attempt of 0.25 s, not all of them"
 
 
 def test_a_lone_silent_endpoint_is_tried_four_times(worker, silent_port):
@@ -213,13 +217,13 @@ def test_a_lone_silent_endpoint_is_tried_four_times(worker, silent_port):
     started = time.monotonic()
     with pytest.raises(ConnectionResetError):
         front.read()
-    assert 3.7 < time.monotonic() - started < 15  # 0.25 + 0.5 + 1 + 2
+    assert time.monotonic() - started > 3.7  # 0.25 + 0.5 + 1 + 2
     worker.wait(lambda: worker.records)
     assert (worker.records[0].attempts, worker.records[0].reason) == (4, "no endpoint")
 
 
 def test_a_client_is_reset_when_no_endpoint_can_be_reached(worker):
-    balancer = worker.balancer([unused_port()])
+    balancer = worker.balancer([refusing_port()])
     front = worker.listener(balancer)
     with pytest.raises(ConnectionResetError):
         front.read()
@@ -265,11 +269,13 @@ def test_a_client_that_leaves_while_dialling_is_let_go(worker, silent_port):
     balancer = worker.balancer([silent_port])
     front = worker.listener(balancer)
     client = front.connect()
-    wait_for(lambda: worker.total(1000, s.ATTEMPTS) == 1)
+    wait_for(lambda: worker.total(1000, s.ATTEMPTS))
     reset(client)
-    wait_for(lambda: idle(worker, balancer), seconds=0.24)
+    wait_for(lambda: idle(worker, balancer))
     worker.wait(lambda: worker.records)
+    # Else it would have gone on to the last of four attempts, and say "no endpoint".
     assert worker.records[0].reason == "reset by client"
+    assert worker.records[0].attempts < 4
 
 
 def test_source_ranges(worker):
@@ -279,7 +285,7 @@ def test_source_ranges(worker):
     assert front.ask("127.0.0.2") == b"in"
     with pytest.raises(ConnectionResetError):
         front.read("127.0.0.3")
-    assert worker.total(balancer, s.REFUSED) == 1
+    wait_for(lambda: worker.total(balancer, s.REFUSED) == 1)
     nobody = worker.listener(balancer, ranges=["nonsense"])
     with pytest.raises(ConnectionResetError):
         nobody.read()
@@ -441,9 +447,7 @@ def test_a_stalled_reader_stops_the_writer_and_gets_everything_later(worker):
             time.sleep(0.3)
         assert len(sent) < 60, "the writer must feel the reader's stop"
         assert worker.rss() - before < 4 * MIB
-        cpu = worker.cpu()
-        time.sleep(0.3)
-        assert worker.cpu() - cpu < 0.05, "it must not spin meanwhile"
+        worker.wait_idle()  # it does not spin meanwhile
         assert read_digest(client) == digest_of(1, 64)
     assert worker.rss() - before < 4 * MIB
 
@@ -541,7 +545,7 @@ def test_a_request_as_large_as_the_buffer(worker, size, at_once):
 
 def test_timers_and_control_have_their_turn_under_constant_traffic():
     """The poller stays with the sockets while events come quickly, but not for ever."""
-    with running("--records", "--tcp-idle-timeout=1") as worker:
+    with running("--records", "--tcp-idle-timeout=3") as worker:
         balancer = worker.balancer([worker.serve(echo).port])
         front, closing = worker.listener(balancer), worker.listener(balancer)
         stop = threading.Event()
@@ -610,18 +614,17 @@ def test_a_bulk_stream_does_not_starve_small_ones(worker):
     clients = [small_front.connect() for _ in range(200)]
     flooder = threading.Thread(target=flood, args=(bulk_front.connect(),))
     flooder.start()
-    slowest = 0.0
     for _ in range(3):
         for client in clients:
-            started = time.monotonic()
             client.sendall(b"ping")
-            assert client.recv(4) == b"ping"
-            slowest = max(slowest, time.monotonic() - started)
+            assert (
+                client.recv(4) == b"ping"
+            )  # those that wait for the bulk stream, which has no end, wait too long
+    assert flooder.is_alive()
     stop.set()
     flooder.join()
     for client in clients:
         client.close()
-    assert slowest < 2, "they wait for the bulk stream"
 
 
 # -- descriptors and limits -------------------------------------------------------------------------------------------
@@ -672,6 +675,7 @@ def test_nothing_is_left_of_closed_relays(worker):
 
 def test_out_of_descriptors_accepting_pauses_and_recovers():
     with running(files=128) as worker:
+        began = time.monotonic()
         balancer = worker.balancer([worker.serve(echo).port])
         front = worker.listener(balancer)
         clients = [front.connect() for _ in range(120)]
@@ -681,10 +685,8 @@ def test_out_of_descriptors_accepting_pauses_and_recovers():
         for client in clients[:20]:  # those that are served are served well meanwhile
             client.sendall(b"x")
             assert client.recv(1) == b"x"
-        cpu = worker.cpu()
-        time.sleep(0.5)
-        assert worker.cpu() - cpu < 0.1, "it must not spin"
-        assert worker.trouble_messages < 5
+        worker.wait_idle()  # it does not spin
+        assert worker.trouble_messages <= 2 + (time.monotonic() - began)  # once a second at most
         for client in clients[:60]:
             client.close()
         for client in clients[60:100]:  # these waited in the backlog
@@ -818,11 +820,11 @@ def test_a_drain_ends_what_is_left_and_touches_no_other_listener(worker):
             sock.sendall(b"x")
             assert sock.recv(1) == b"x"
         started = time.monotonic()
-        worker.close_listener(front, drain=0.4)
+        worker.close_listener(front, drain=2)
         client.sendall(b"y")
         assert client.recv(1) == b"y"
         expect_reset(client)
-        assert 0.35 < time.monotonic() - started < 10
+        assert time.monotonic() - started > 1.9
         worker.wait(lambda: worker.drained == [front.number])
         bystander.sendall(b"z")
         assert bystander.recv(1) == b"z"
@@ -835,12 +837,12 @@ def test_shutdown_waits_for_relays_then_ends(worker):
     with front.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        worker.shutdown(10)
-        worker.wait(lambda: worker.drained == [] and worker.process.poll() is None)
+        worker.shutdown(100)
+        assert worker.process.poll() is None
         client.sendall(b"y")
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"y"
-    assert worker.process.wait(5) == 0
+    assert worker.process.wait(DEADLINE) == 0
 
 
 def test_shutdown_ends_relays_when_the_time_is_over(worker):
@@ -850,7 +852,7 @@ def test_shutdown_ends_relays_when_the_time_is_over(worker):
         assert client.recv(1) == b"x"
         worker.shutdown(0.3)
         expect_reset(client)
-    assert worker.process.wait(5) == 0
+    assert worker.process.wait(DEADLINE) == 0
 
 
 def test_the_worker_ends_when_control_is_gone_and_ignores_the_terminal():
@@ -861,15 +863,15 @@ def test_the_worker_ends_when_control_is_gone_and_ignores_the_terminal():
         assert front.ask() == b"a"
         with front.connect():
             worker.channel.close()
-            assert worker.process.wait(5) == 1
+            assert worker.process.wait(DEADLINE) == 1
 
 
 def test_idle_relays_are_ended_and_busy_ones_are_not():
-    with running("--records", "--tcp-idle-timeout=1.5") as worker:
+    with running("--records", "--tcp-idle-timeout=2.5") as worker:
         front = worker.forward(worker.serve(echo).port)
         with front.connect() as silent, front.connect() as busy:
             silent.settimeout(0.2)
-            end = time.monotonic() + 5
+            end = time.monotonic() + DEADLINE
             while time.monotonic() < end:
                 busy.sendall(b"x")
                 assert busy.recv(1) == b"x"
@@ -895,7 +897,7 @@ def test_counters_and_records(worker):
     front = worker.listener(balancer)
     with front.connect() as client:
         client.sendall(b"x" * 1000)
-        wait_for(lambda: worker.total(balancer, s.BYTES_OUT) == 1000, seconds=3)  # while it is open
+        wait_for(lambda: worker.total(balancer, s.BYTES_OUT) == 1000)  # while it is open
         assert (worker.total(balancer, s.OPENED), worker.total(balancer, s.CLOSED)) == (1, 0)
         client.shutdown(socket.SHUT_WR)
         assert len(read_all(client)) == 1000
@@ -909,12 +911,12 @@ def test_counters_and_records(worker):
     assert (record.service, record.endpoint) == ("prod/web", f"127.0.0.1:{server.port}")
     assert record.frontend == f"127.0.0.1:{front.port}"
     assert (record.bytes_in, record.bytes_out, record.attempts, record.reason) == (1000, 1000, 1, "closed")
-    assert 0 < record.seconds < 10
-    assert abs(record.finished - time.time()) < 10
+    assert 0 < record.seconds < 60
+    assert abs(record.finished - time.time()) < 60
 
 
 def test_records_are_bounded_while_control_does_not_read(worker):
-    balancer = worker.balancer([unused_port()])
+    balancer = worker.balancer([refusing_port()])
     front = worker.listener(balancer)
 
     def clients() -> None:
@@ -958,9 +960,7 @@ def test_a_listening_socket_that_was_shut_down_is_let_go(worker):
     before = worker.descriptors()
     front.socket.shutdown(socket.SHUT_RDWR)
     worker.wait(lambda: worker.descriptors() == before - 1)
-    cpu = worker.cpu()
-    time.sleep(0.3)
-    assert worker.cpu() - cpu < 0.05, "it must not spin"
+    worker.wait_idle()  # it does not spin
     worker.close_listener(front)
     worker.wait(lambda: worker.drained == [front.number])
     assert other.ask() == b"a"

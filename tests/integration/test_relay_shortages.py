@@ -186,7 +186,7 @@ def test_a_client_that_cannot_be_watched_is_reset(inner: InnerWorker) -> None:
     wait_for(lambda: inner.total(balancer, s.CLOSED) == 1)
     with failing(inner, lambda number: number == 1), pytest.raises(ConnectionResetError):
         front.read()
-    assert inner.total(balancer, s.FAILED) == 1
+    wait_for(lambda: inner.total(balancer, s.FAILED) == 1)
     assert front.ask() == b"a"
     wait_for(lambda: inner.total(balancer, s.CLOSED) == 3)
     inner.wait(lambda: not inner.plane.relays and not inner.plane.dialling)

@@ -91,7 +91,7 @@ def test_gate_on_without_sctp_in_the_kernel(lab: Lab, manifests: Path, proxyd: R
     assert set(sctp_states(daemon).values()) == {f"Failed: {NO_SCTP}"}
     assert ask(lab.client, MIXED, 80) == ask(lab.client, "10.96.0.12", 80) == "pod-1"
     # Tried again, said once: not for each listener and attempt.
-    tried = wait_for(lambda: daemon.status()["counters"], "an answer while it tries again", 10)
+    tried = wait_for(lambda: daemon.status()["counters"], "an answer while it tries again", 30)
     assert tried["opened"] == 2
     said = events(daemon, NO_SCTP)
     assert [line["event"] for line in said] == ["listeners failed"]

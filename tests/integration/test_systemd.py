@@ -143,12 +143,12 @@ def test_stopping_is_said_and_the_time_it_takes_asked_for(
             sock.sendall(b"echo\nbefore\n")
             assert read_line(sock) == "before"
             daemon.signal(signal.SIGTERM)
-            stopping = manager.wait("STOPPING", "1", 3)
+            stopping = manager.wait("STOPPING", "1")
             assert 70 < int(stopping["EXTEND_TIMEOUT_USEC"]) / 1e6 < 100
             assert stopping["STATUS"] == "draining: connections may go on for 70 s"
             sock.sendall(b"after\n")
             assert read_line(sock) == "after"
-        assert daemon.wait(5) == 0
+        assert daemon.wait() == 0
         messages = manager.read()
         assert "STOPPING" in messages[-1]  # nothing is said after the last word
         assert routes_and_rules(lab.node) == clean
@@ -164,19 +164,28 @@ def test_the_watchdog_is_fed_while_workers_answer(
     daemon = start(lab, folder, manifests, workers=2)
     try:
         manager.wait("READY", "1")
-        wait_for(lambda: manager.fed() >= 5, "to be fed", 10, pause=0.02)
+        wait_for(lambda: manager.fed() >= 5, "to be fed", pause=0.02)
         times = [when for when, message in manager.seen if "WATCHDOG" in message]
         assert max(b - a for a, b in itertools.pairwise(times)) < 2.4
 
         hanging = daemon.worker_pids()[0]
         os.kill(hanging, signal.SIGSTOP)
-        manager.wait("STATUS", ".*1 of 2 workers do not answer")
-        fed = manager.fed()
+        told = manager.wait("STATUS", ".*1 of 2 workers do not answer")
+
+        def until_well() -> list[dict[str, str]]:
+            """What came from that word on, with the next one that says nothing of workers."""
+            came = manager.read()
+            came = came[came.index(told) :]
+            well = [
+                re.fullmatch(r"serving: 1 service, \d+ listeners?", one.get("STATUS", "")) for one in came
+            ]
+            return came[: 1 + [bool(each) for each in well].index(True)] if any(well) else []
+
         # It is replaced; the other one goes on.
-        wait_for(lambda: hanging not in daemon.worker_pids(), "the hanging worker to be replaced", 10)
-        assert manager.fed() == fed
-        manager.wait("STATUS", r"serving: 1 service, \d+ listeners?", count=2)
-        wait_for(lambda: manager.fed() > fed + 2, "to be fed again", 10, pause=0.02)
+        wait_for(lambda: hanging not in daemon.worker_pids(), "the hanging worker to be replaced")
+        assert not any("WATCHDOG" in message for message in wait_for(until_well, "health"))
+        fed = manager.fed()
+        wait_for(lambda: manager.fed() > fed + 2, "to be fed again", pause=0.02)
         assert ask(lab.client, VIP, 80) == "pod-1"
         assert '"worker does not answer: it is replaced"' in daemon.log()
     finally:
@@ -195,10 +204,10 @@ def test_it_is_fed_while_it_drains(
             sock.sendall(b"echo\nbefore\n")
             assert read_line(sock) == "before"
             daemon.signal(signal.SIGTERM)
-            manager.wait("STOPPING", "1", 3)
+            manager.wait("STOPPING", "1")
             fed = manager.fed()
-            wait_for(lambda: manager.fed() > fed + 3, "to be fed", 5, pause=0.02)
-        assert daemon.wait(5) == 0
+            wait_for(lambda: manager.fed() > fed + 3, "to be fed", pause=0.02)
+        assert daemon.wait() == 0
     finally:
         daemon.__exit__()
 
@@ -263,7 +272,7 @@ def test_a_user_with_two_capabilities_may_do_it_all(lab: Lab, folder: Path, mani
                 assert ask(lab.outside, "80.11.12.10", 80) == "pod-1"
             finally:
                 process.terminate()
-                assert process.wait(20) == 0
+                assert process.wait(60) == 0
     assert routes_and_rules(lab.node) == clean
 
 
@@ -360,7 +369,7 @@ def test_systemctl_reload_returns_when_it_is_in_force(running: Machine) -> None:
     pid = running.show("MainPID")
     put(running, "other", service("other", OTHER_VIP), endpoints_at("other", POD_IP))
     running.ok("systemctl", "reload", "proxyd")
-    wait_for(lambda: running.show("StatusText") == "serving: 2 services, 2 listeners", "the new status", 5)
+    wait_for(lambda: running.show("StatusText") == "serving: 2 services, 2 listeners", "the new status")
     assert running.ask(OTHER_VIP, 80) == "hello\n"
     assert running.show("MainPID") == pid
 
@@ -373,7 +382,7 @@ def test_one_that_hangs_or_dies_is_started_again(running: Machine, number: signa
     wait_for(
         lambda: (int(running.show("NRestarts")), running.show("ActiveState")) == (before + 1, "active"),
         "a new start",
-        20,
+        60,
         pause=0.1,
     )
     assert running.show("MainPID") != pid
@@ -384,7 +393,7 @@ def test_one_that_hangs_or_dies_is_started_again(running: Machine, number: signa
 def test_stopping_leaves_nothing(running: Machine) -> None:
     began = time.monotonic()
     running.ok("systemctl", "stop", "proxyd")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25  # the drain: with no connection there is nothing to wait for
     assert (running.show("Result"), running.show("ExecMainStatus")) == ("success", "0")
     assert running.ok("ip", "route", "show", "table", "local", "proto", "112") == ""
     assert running.run("nft", "list", "table", "inet", "proxyd").returncode != 0
@@ -395,7 +404,7 @@ def test_wrong_flags_are_not_tried_for_ever(machine: Machine) -> None:
     before = machine.show("NRestarts")
     try:
         assert machine.run("systemctl", "start", "proxyd").returncode != 0
-        wait_for(lambda: machine.show("ActiveState") == "failed", "the service to have failed", 5)
+        wait_for(lambda: machine.show("ActiveState") == "failed", "the service to have failed")
         assert (machine.show("ExecMainStatus"), machine.show("NRestarts")) == ("2", before)
         assert "--vip-mode" in machine.log().splitlines()[-1]
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from udplib import UdpServer, balancer, bound, close, echo, listen, named, query, serving
-from workerlib import WorkerDriver, running, unused_port, wait_for
+from workerlib import DEADLINE, WorkerDriver, running, wait_for
 
 from proxyd.relay import slots as s
 
@@ -27,8 +27,11 @@ def worker() -> Iterator[WorkerDriver]:
 
 
 def unused_udp_port() -> int:
-    """A port that refuses datagrams for as long as nobody takes it."""
-    return unused_port()
+    """A port that refuses datagrams for as long as nobody takes it; below the range for outgoing ones."""
+    for port in range(25_000 + os.getpid() % 5000, 32_000):
+        with contextlib.suppress(OSError), bound(port=port):
+            return port
+    raise AssertionError("no free port")
 
 
 def active(worker: WorkerDriver, number: int) -> int:
@@ -46,11 +49,14 @@ def test_each_client_has_a_flow_and_flows_go_round(worker: WorkerDriver) -> None
             assert [query(client, b"two") for client in clients] == [b"a two", b"b two", b"c two"] * 2
         assert [len(server.peers) for server in servers] == [2, 2, 2]
         assert worker.total(number, s.OPENED) == 6
-        wait_for(lambda: worker.total(number, s.DATAGRAMS_IN) == 12)
-        assert worker.total(number, s.DATAGRAMS_OUT) == 12
-        assert worker.total(number, s.BYTES_IN) == 12 * 3
-        assert worker.total(number, s.BYTES_OUT) == 12 * 5
-        assert worker.total(1000, s.DATAGRAMS_IN) == 4
+        for slot, field, count in (
+            (number, s.DATAGRAMS_IN, 12),
+            (number, s.DATAGRAMS_OUT, 12),
+            (number, s.BYTES_IN, 12 * 3),
+            (number, s.BYTES_OUT, 12 * 5),
+            (1000, s.DATAGRAMS_IN, 4),
+        ):
+            wait_for(lambda slot=slot, field=field, count=count: worker.total(slot, field) == count)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -141,6 +147,7 @@ def test_no_refusal_takes_the_listener_down(worker: WorkerDriver) -> None:
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 query(client)
+        client.settimeout(DEADLINE)
         with UdpServer(named(b"a"), port=dead):
             assert query(client, b"!") == b"a !"
     assert worker.total(number, s.FAILED) >= 1
@@ -150,12 +157,14 @@ def test_a_conversation_moves_when_its_endpoint_dies(worker: WorkerDriver) -> No
     with serving(named(b"a")) as alive, UdpServer(named(b"b")) as dying:
         number = balancer(worker, [dying, alive[0]])
         front = listen(worker, number)
-        with front.client(1) as client:
+        with front.client(DEADLINE) as client:
             assert query(client) == b"b ?"
             assert query(client) == b"b ?"
             dying.close()
+            client.settimeout(1)
             with contextlib.suppress(TimeoutError):
                 query(client)  # this one meets the refusal
+            client.settimeout(DEADLINE)
             assert query(client) == b"a ?"
 
 
@@ -171,7 +180,7 @@ def test_source_ranges(worker: WorkerDriver) -> None:
         front = listen(worker, number, ranges=["127.0.0.2/32"])
         with front.client(0.3) as client, pytest.raises(TimeoutError):
             query(client)
-        assert worker.total(number, s.REFUSED) == 1
+        wait_for(lambda: worker.total(number, s.REFUSED) == 1)
         assert not servers[0].seen
         with bound("127.0.0.2") as client:
             client.settimeout(5)
@@ -185,11 +194,11 @@ def test_a_slow_first_reply_is_waited_for() -> None:
         return [b"at last"]
 
     with running("--udp-timeout=0.25") as worker, serving(slow) as servers:
-        assert listen(worker, balancer(worker, servers)).ask(timeout=8) == b"at last"
+        assert listen(worker, balancer(worker, servers)).ask(timeout=DEADLINE) == b"at last"
 
 
 def test_idle_flows_end_and_busy_ones_stay() -> None:
-    with running("--udp-timeout=1", "--records") as worker, serving(echo, echo) as servers:
+    with running("--udp-timeout=3", "--records") as worker, serving(echo, echo) as servers:
         number = balancer(worker, servers[:1])
         front = listen(worker, number)
         other = balancer(
@@ -198,11 +207,14 @@ def test_idle_flows_end_and_busy_ones_stay() -> None:
         lasting = listen(worker, other)
         with front.client() as busy:
             assert front.ask(b"once") == lasting.ask(b"once") == b"once"
-            end = time.monotonic() + 4
-            while time.monotonic() < end:
+            end = time.monotonic() + DEADLINE
+            assert query(busy) == b"?"
+            while active(worker, number) == 2:
+                assert time.monotonic() < end
                 assert query(busy) == b"?"
                 time.sleep(0.1)
-            assert active(worker, number) == 1
+            assert query(busy) == b"?"
+            assert (active(worker, number), worker.total(number, s.OPENED)) == (1, 2)
             assert active(worker, other) == 1
         wait_for(lambda: active(worker, number) == 0)
         worker.wait(lambda: len(worker.records) == 2)
@@ -215,7 +227,7 @@ def test_a_closed_listener_refuses_and_its_port_is_free(worker: WorkerDriver) ->
     with serving(named(b"a")) as servers:
         number = balancer(worker, servers)
         front = listen(worker, number)
-        with front.client(1) as client:
+        with front.client(DEADLINE) as client:
             for _ in range(3):
                 assert query(client) == b"a ?"
                 close(worker, front)
@@ -307,6 +319,7 @@ def test_a_flood_leaves_conversations_alone(answered: bool) -> None:
     def answer(data: bytes) -> list[bytes]:
         return [b"b " + data] if answered or data != b"flood" else []
 
+    began = time.monotonic()
     with running("--max-relays=200") as worker, serving(named(b"a"), answer) as servers:
         number = balancer(worker, servers[:1])
         front = listen(worker, number)
@@ -336,7 +349,7 @@ def test_a_flood_leaves_conversations_alone(answered: bool) -> None:
             assert worker.descriptors() < 300
             assert worker.rss() - before < 2 << 20
             worker.wait(lambda: any("as many UDP flows" in text for text in worker.trouble))
-            assert worker.trouble_messages < 60  # once a second at most
+            assert worker.trouble_messages <= 2 + (time.monotonic() - began)  # once a second at most
 
 
 def test_what_came_too_fast_is_counted(worker: WorkerDriver) -> None:
@@ -524,12 +537,12 @@ def test_shutdown_waits_for_a_reply_under_way() -> None:
         with front.client() as client:
             client.send(b"?")
             assert asked.wait(5)
-            worker.shutdown(5)
+            worker.shutdown(100)
             time.sleep(0.2)
             assert worker.process.poll() is None
             go.set()
             assert client.recv(100) == b"late"
-            assert worker.process.wait(3) == 0
+            assert worker.process.wait(DEADLINE) == 0
 
 
 def test_shutdown_does_not_wait_for_idle_flows() -> None:
@@ -537,5 +550,5 @@ def test_shutdown_does_not_wait_for_idle_flows() -> None:
         front = listen(worker, balancer(worker, servers))
         with front.client() as client:
             assert query(client) == b"?"
-            worker.shutdown(20)
-            assert worker.process.wait(2) == 0
+            worker.shutdown(100)
+            assert worker.process.wait(DEADLINE) == 0

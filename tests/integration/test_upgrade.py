@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dnslib
 import pytest
-from clients import Load, ask, connect, many, read_line, refused, wait_for
+from clients import Load, ask, connect, lines_of, many, read_line, refused, wait_for
 from clusterlab import NODE_1, Cluster, pod
 from daemon import Proxyd, is_alive
 from manifests import endpoints, service, write
@@ -81,7 +81,7 @@ def test_five_upgrades_refuse_nobody_and_end_no_connection(lab: Lab, manifests: 
     assert load.outcome.broken == []
     # With their last connection the workers of before have ended.
     wait_for(lambda: len(daemon.worker_pids()) == 2, "the old workers to be gone")
-    assert daemon.status()["leavingWorkers"] == []
+    wait_for(lambda: daemon.status()["leavingWorkers"] == [], "control to have noticed")
     assert daemon.stop() == 0
     assert routes_and_rules(lab.node) == untouched
 
@@ -252,10 +252,10 @@ def test_children_that_nobody_waits_for_leave_no_zombie(lab: Lab, manifests: Pat
     daemon = Proxyd(lab.node, folder, manifests, before=("sh", "-c", script, "sh"))
     try:
         daemon.start()
-        pid = int(child.read_text())
-        assert pid in daemon.worker_pids()
+        (line,) = wait_for(lambda: lines_of(child), "the child")
+        assert int(line) in daemon.children()
         child.unlink()
-        wait_for(lambda: pid not in daemon.worker_pids(), "the child to be gone, not a zombie")
+        wait_for(lambda: int(line) not in daemon.children(), "the child to be gone, not a zombie")
     finally:
         child.unlink(missing_ok=True)
         daemon.__exit__()

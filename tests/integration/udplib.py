@@ -81,14 +81,14 @@ class UdpFront:
         self.balancer = balancer
         self.address = address
 
-    def client(self, timeout: float = 5.0) -> socket.socket:
+    def client(self, timeout: float = DEADLINE) -> socket.socket:
         """A connected client socket."""
         sock = socket.socket(socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET, socket.SOCK_DGRAM)
         sock.settimeout(timeout)
         sock.connect(self.address)
         return sock
 
-    def ask(self, data: bytes = b"?", timeout: float = 5.0) -> bytes:
+    def ask(self, data: bytes = b"?", timeout: float = DEADLINE) -> bytes:
         """The answer to one datagram from a new client."""
         with self.client(timeout) as sock:
             return query(sock, data)

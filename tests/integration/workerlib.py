@@ -32,7 +32,7 @@ from proxyd.relay.messages import (
     Trouble,
 )
 
-DEADLINE = 15.0
+DEADLINE = 30.0
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -55,15 +55,20 @@ def listen(backlog: int = 1024, host: str = "127.0.0.1") -> socket.socket:
     return sock
 
 
-def unused_port() -> int:
-    """A port that refuses connections for as long as nobody takes it; below the range for outgoing ones."""
+_refusing: list[socket.socket] = []
+
+
+def refusing_port() -> int:
+    """A port that refuses connections. It is held, so that nobody else can take it; below the range for outgoing ones."""
     for port in range(20_000 + os.getpid() % 5000, 32_000):
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        sock = socket.socket()
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            sock.close()
+            continue
+        _refusing.append(sock)  # it never listens
+        return port
     raise AssertionError("no free port")
 
 
@@ -155,15 +160,15 @@ class WorkerDriver:
         self.slots = s.Slots.create()
 
         with theirs:
+            # From its very beginning: it reads its limits when it starts.
+            limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
             command = [
-                sys.executable, "-m", "proxyd.relay.worker", f"--channel-fd={theirs.fileno()}",
+                *limited, sys.executable, "-m", "proxyd.relay.worker", f"--channel-fd={theirs.fileno()}",
                 f"--slots-fd={self.slots.fd}", "--index=0", *arguments,
             ]  # fmt: skip
             self.process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(), self.slots.fd), stderr=subprocess.PIPE
             )
-        if files is not None:
-            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (files, files))
         self.pid = self.process.pid
         self._listen_to(Channel(ours))
 
@@ -302,6 +307,16 @@ class WorkerDriver:
 
     def descriptors(self) -> int:
         return sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())
+
+    def wait_idle(self) -> None:
+        """Wait until it uses next to no CPU for a while: one that spins never comes to that."""
+
+        def quiet() -> bool:
+            before = self.cpu()
+            time.sleep(0.3)
+            return self.cpu() - before < 0.05
+
+        self.wait(quiet)
 
     def cpu(self) -> float:
         """Seconds of CPU, user and system."""

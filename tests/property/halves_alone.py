@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import tempfile
 import threading
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,11 +83,12 @@ def _entries(path: Path, count: int) -> tuple[FileEntry, ...]:
 
 def test_the_other_process_has_the_second_half_and_is_gone_after_it(tmp_path: Path) -> None:
     entries = _entries(tmp_path / "all.yaml", 10_000)
-    other = halves.second_half(entries, Rules())
+    other = halves.second_half(entries)
     if other is None:
         assert len(os.sched_getaffinity(0)) < 2
         return
     try:
+        other.begin(Rules())
         with mock.patch.object(halves, "_PATIENCE", 20.0):
             assert 2_000 < len(other) < 8_000
         assert all(len(decoded.objects) == 1 and not decoded.problems for decoded in other.values())
@@ -100,13 +104,55 @@ def test_the_other_process_has_the_second_half_and_is_gone_after_it(tmp_path: Pa
 def test_without_it_everything_is_read_all_the_same(tmp_path: Path) -> None:
     entries = _entries(tmp_path / "all.yaml", 10_000)
     gone = FileEntry(str(tmp_path / "gone.yaml"), Stamp(0, 0, 1 << 20, 0, 0))
-    other = halves.second_half((gone,), Rules())
+    other = halves.second_half((gone,))
     if other is not None:
+        other.begin(Rules())
         assert len(other) == 0
         other.close()
     with mock.patch.object(os, "memfd_create", side_effect=OSError):
-        assert halves.second_half(entries, Rules()) is None
+        assert halves.second_half(entries) is None
         assert len(ManifestSource([str(tmp_path)], Rules()).scan().services) == 10_000
+
+
+@pytest.mark.parametrize("moment", ["while it is started", "while it is ended"])
+def test_a_signal_that_raises_leaves_no_process(tmp_path: Path, moment: str) -> None:
+    """As `interruptible` has it: SIGTERM ends the program from within whatever it does."""
+    _entries(tmp_path / "all.yaml", 10_000)
+
+    class Ended(BaseException):
+        pass
+
+    def end(_number: int, _frame: object) -> None:
+        raise Ended
+
+    def come() -> None:
+        nonlocal due
+        if due:
+            due = False
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def kill_and_come(pid: int, number: int) -> None:
+        kill(pid, number)
+        if number == signal.SIGKILL:
+            kill(os.getpid(), signal.SIGTERM)
+
+    kill, due = os.kill, moment == "while it is started"
+    # The system's call has not returned yet: the parent knows no pid.
+    os.register_at_fork(after_in_parent=come)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        source = ManifestSource([str(tmp_path)], Rules())
+        with contextlib.ExitStack() as stack:
+            if not due:
+                # Nobody waits for what the process finds: it runs when it is ended.
+                stack.enter_context(mock.patch.object(ManifestSource, "_look", side_effect=lambda *_: 0))
+                stack.enter_context(mock.patch.object(os, "kill", kill_and_come))
+            stack.enter_context(pytest.raises(Ended))
+            source.scan()
+    finally:
+        due = False
+        signal.signal(signal.SIGTERM, before)
+    assert not Path("/proc/thread-self/children").read_text().split()
 
 
 def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
@@ -115,7 +161,7 @@ def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
     thread = threading.Thread(target=done.wait)
     thread.start()
     try:
-        assert halves.second_half(entries, Rules()) is None
+        assert halves.second_half(entries) is None
     finally:
         done.set()
         thread.join()

@@ -9,7 +9,6 @@ its own.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -75,12 +74,8 @@ class SctpLab:
         return self._daemon.start()
 
     def worker(self) -> int:
-        """Pid of its only worker; control has other children now and then, such as `nft`."""
-        for pid in self.proxyd.worker_pids():
-            with contextlib.suppress(OSError):  # such a child may be gone by now
-                if b"proxyd.relay.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return pid
-        raise AssertionError("proxyd has no worker")
+        """Pid of its only worker."""
+        return wait_for(self.proxyd.worker_pids, "a worker")[0]
 
     # Services
 

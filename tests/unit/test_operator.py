@@ -244,7 +244,7 @@ class Terminal:
     def say(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def until(self, text: str, seconds: float = 20) -> None:
+    def until(self, text: str, seconds: float = 60) -> None:
         """Wait until the program has printed a text after the last one."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
@@ -300,7 +300,7 @@ async def test_top_on_a_terminal(admin, key):
             else:
                 shown.say(key)
             shown.until("\x1b[?1049l")  # the screen is as it was
-            return shown.process.wait(10)
+            return shown.process.wait(60)
 
     assert await asyncio.to_thread(look) == 0
 
@@ -429,7 +429,7 @@ async def listed(relays: list[Relay], request: ListConnections) -> list[LiveConn
     listings.ask(request)
     parts: list[LiveConnections] = []
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not parts or not parts[-1].last:
                 await asyncio.sleep(0.001)
                 while (received := control.receive()) is not None:
@@ -528,7 +528,7 @@ def test_ctrl_c_while_it_starts_is_quiet(imported):
             pytest.fail(f"{imported} was never imported: {''.join(seen)[-500:]}")
         started.send_signal(signal.SIGINT)
         errors = [line for line in started.stderr if not line.startswith("import time:")]
-        started.wait(20)
+        started.wait(60)
     assert not [line for line in errors if "Traceback" in line or "KeyboardInterrupt" in line], errors
 
 
