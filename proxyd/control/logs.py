@@ -224,7 +224,9 @@ def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
 def say_some(
     say: Callable[..., None], event: str, lines: Sequence[Mapping[str, Any]], most: int = 20
 ) -> None:
-    """Say what happened to many things at once: the fields of the first `most`, and how many more there are.
+    """Say what happened to many things at once: the fields of `most` of them, and how many more there are.
+
+    One of each error comes first, so that none is hidden behind many others.
 
     Args:
         say: a method of a logger.
@@ -232,6 +234,10 @@ def say_some(
         lines: the fields of each.
         most: lines that are written one by one.
     """
+    if len(lines) > most:
+        first: dict[object, Mapping[str, Any]] = {}
+        others = [fields for fields in lines if first.setdefault(fields.get("error"), fields) is not fields]
+        lines = [*first.values(), *others]
     for fields in lines[:most]:
         say(event, **fields)
     if len(lines) > most:

@@ -143,7 +143,9 @@ def endpoints(
 def listeners(
     picture: Picture, *, namespace: str = "", name: str = "", selector: Selector | None = None
 ) -> list[ListenerView]:
-    """Every listener that is wanted, in order of address, port and protocol."""
+    """Every listener that is wanted, in order of address, port and protocol; none once they are closed for the end."""
+    if picture.phase == "draining":
+        return []
     admitted = chosen(picture, selector) if selector else None
     found = [
         _listener(status)
@@ -177,7 +179,7 @@ def status(picture: Picture, *, now: float) -> StatusView:
         workers=picture.workers,
         sources=picture.sources,
         services=len(picture.snapshot.services),
-        listeners=_states(picture.statuses),
+        listeners={} if picture.phase == "draining" else _states(picture.statuses),
         endpoints=len({endpoint for b in picture.balancers.values() for endpoint in b.endpoints}),
         connections=counters.active,
         counters=counters,

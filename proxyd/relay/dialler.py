@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from abc import abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -72,21 +73,21 @@ class Dialler:
         self._shortages = 0
         self._dial_started = monotonic()
 
+    @abstractmethod
     def connected(self, sock: Socket, events: int) -> None:
         """Take the connected socket, and the events that were reported with the connection."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, reason: str, *, reset_client: bool = False, reset_upstream: bool = False) -> None:
         """End."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tick(self, now: float) -> None:
         """Do what is done once a second."""
-        raise NotImplementedError
 
+    @abstractmethod
     def crash(self) -> None:
         """End after an internal error."""
-        raise NotImplementedError
 
     def _dial(self) -> None:
         """Begin to connect to the next endpoint; when none is left, turn the client away."""

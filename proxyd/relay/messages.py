@@ -100,7 +100,7 @@ class Connection(msgspec.Struct, frozen=True, array_like=True):
     bytes_in: int  # client to endpoint
     bytes_out: int  # endpoint to client
     seconds: float
-    reason: str  # closed, reset by client, reset by endpoint, no endpoint, idle, drained, internal error
+    reason: str  # why it ended: docs/configuration.md has all of them
     finished: float  # Unix time
     protocol: str = ""  # where it is not TCP
     streams: tuple[int, int] = (0, 0)  # SCTP: to the endpoint, to the client

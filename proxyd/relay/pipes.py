@@ -40,7 +40,7 @@ class Pipe:
 
         Raises:
             BlockingIOError: there is nothing, if the pipe was empty before.
-            OSError: as of recv(2); EINVAL, ENOSYS: this kernel can't.
+            OSError: as of recv(2); EINVAL, ENOSYS, EPERM: it is not to be had here.
         """
         size = os.splice(sock.fileno(), self._write_end, PIPE_BYTES, flags=_FLAGS)
         self.left += size

@@ -2,7 +2,8 @@
 
 The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop goes on. In a
 process of its own the poller stays for a moment while events come quickly: the way through the loop costs a system call and
-as much of Python as moving a request does. Timers and callbacks of the loop wait for _TURN_SECONDS and one _LINGER_SECONDS at most.
+as much of Python as moving a request does. Timers and callbacks of the loop wait for _TURN_SECONDS and one _LINGER_SECONDS at most;
+what `give_way_to` names does not wait.
 
 Three rules keep it right:
 
@@ -87,7 +88,7 @@ class Poller:
         self._again: list[Handler] = []
         self._inside = False
         self._alone = alone
-        self._shut = False
+        self._leave = False  # the loop has something more urgent to do than to wait for events
         self._left = 0.0  # when the last turn was over
         self.lone = False  # the event being dispatched is its batch's only one
         self._at_end: list[Callable[[], None]] = []
@@ -131,7 +132,16 @@ class Poller:
         """Call `handler(IN | OUT)` in the next turn of the loop, after everybody else had one."""
         if not self._again:
             self._loop.call_soon(self._continue)
+            self._leave = True
         self._again.append(handler)
+
+    def give_way_to(self, fd: int) -> None:
+        """Have the loop, which watches this descriptor, see at once when it is readable."""
+        if self._alone:
+            self.add(fd, self._give_way, IN)
+
+    def _give_way(self, _events: int) -> None:
+        self._leave = True
 
     def at_end(self, what: Callable[[], None]) -> None:
         """Have `what`, which raises nothing, called once: at the end of this batch, before sockets are closed; or soon."""
@@ -142,7 +152,7 @@ class Poller:
 
     def shut(self) -> None:
         """Stop. Sockets are their owners' to close, before this."""
-        self._shut = True
+        self._leave = True
         self._loop.remove_reader(self._epoll.fileno())
         self._again.clear()
         self._epoll.close()
@@ -154,6 +164,7 @@ class Poller:
         now = monotonic()
         until = now + _TURN_SECONDS if self._alone and now - self._left < _LINGER_SECONDS else 0.0
         timeout = 0.0
+        self._leave = bool(self._again)
         while batch := poll(timeout, _BATCH):
             self.turns += 1
             self.lone = len(batch) == 1
@@ -172,7 +183,7 @@ class Poller:
                 self._end_batch()
             else:
                 self._inside = False
-            if self._again or self._shut or monotonic() >= until:
+            if self._leave or monotonic() >= until:
                 break
             timeout = _LINGER_SECONDS
         self._left = monotonic()

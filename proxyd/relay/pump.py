@@ -39,7 +39,8 @@ _NOWAIT = int(socket.MSG_DONTWAIT)
 _MORE_COMES = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
 # From so many bytes on a side may be bulk. Short transfers never pay for the change.
 BULK_BYTES = 1024 * 1024
-_NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS})
+# As the first splice fails where the kernel has none, or a sandbox does not allow it.
+_NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 
 class Side:

@@ -1,7 +1,7 @@
 """Which class relays a protocol: proxyd's own, or the one that another distribution brings.
 
-Listeners are found by protocol name in the entry-point group `proxyd.listeners`. Control looks once, when the first
-listener is published, and tells the workers `module:class` only where that is not proxyd's own; so a worker never looks
+Listeners are found by protocol name in the entry-point group `proxyd.listeners`. Control looks once, after it
+has started the workers, and tells the workers `module:class` only where that is not proxyd's own; so a worker never looks
 through installed distributions, and imports the class of a protocol with its first listener.
 """
 

@@ -86,6 +86,7 @@ class Worker:
     def start(self) -> None:
         """Listen to control."""
         self._loop.add_reader(self._channel.fileno(), self._readable)
+        self._plane.poller.give_way_to(self._channel.fileno())
         self._reporter.answer(Ready(os.getpid()))
 
     def stop(self, code: int = 0) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -270,3 +272,15 @@ def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver
         with front.connect() as client:
             assert read_digest(client) == digest_of(1, 32)
         assert not pipes(worker)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+def test_where_splice_is_not_to_be_had_bulk_is_copied(error: int) -> None:
+    launcher = Path(__file__).with_name("without_splice.py")
+    with running("--records", before=(sys.executable, str(launcher), str(error))) as worker:
+        front = worker.forward(worker.serve(push(32)).port)
+        for _ in range(2):
+            with front.connect() as client:
+                assert read_digest(client) == digest_of(1, 32)
+        assert not pipes(worker)
+        worker.wait(lambda: [record.reason for record in worker.records] == ["closed"] * 2)

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from proxyd.control import logs
-from proxyd.control.logs import Summariser, get_logger
+from proxyd.control.logs import Summariser, get_logger, say_some
 from proxyd.control.tasks import spawn
 
 
@@ -181,3 +181,15 @@ async def test_a_cancelled_task_is_no_failure(out):
     await asyncio.wait([task])
     await asyncio.sleep(0)
     assert not lines(out)
+
+
+def test_of_many_alike_and_one_other_the_other_is_said_too():
+    out = io.StringIO()
+    logs.configure(stream=out)
+    failed = [{"listener": str(number), "error": "in use"} for number in range(40)]
+    failed[35]["error"] = "not allowed"
+    say_some(get_logger("test").warning, "listener failed", failed)
+    said = lines(out)
+    assert [line["listener"] for line in said[:3]] == ["0", "35", "1"]
+    assert len(said) == 21
+    assert said[-1]["more"] == 20
