@@ -347,7 +347,7 @@ def test_drain_lets_connections_finish(lab: Lab, daemon: Proxyd) -> None:
         # Again: it stays as it was told first.
         assert output(daemon, "drain", "--no-wait", "--timeout", "0").startswith("draining 1 connection, 50s")
         assert json.loads(output(daemon, "status", "-o", "json"))["phase"] == "draining"
-        assert json.loads(output(daemon, "get", "listeners", "-o", "json")) == []
+        assert json.loads(output(daemon, "get", "listeners", "-o", "json")) == {"items": []}
         assert "0 listeners" in output(daemon, "status")
         sock.sendall(b"after\n")
         assert read_line(sock) == "after"
