@@ -39,7 +39,8 @@ _NOWAIT = int(socket.MSG_DONTWAIT)
 _MORE_COMES = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
 # From so many bytes on a side may be bulk. Short transfers never pay for the change.
 BULK_BYTES = 1024 * 1024
-_NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS})
+# EPERM: a filter of system calls.
+_NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 
 class Side:
@@ -120,43 +121,45 @@ class Side:
             return
         sock = self.sock
         peer = self.peer
-        end = self.moved + TURN_BYTES
         begin = self.moved
-        try:
-            while self.moved < end:
+        while self.moved < begin + TURN_BYTES:
+            try:
                 size = pipe.fill(sock)
-                if not size:
-                    plane.pipes.give(pipe)
-                    self._end_of_stream()
-                    return
-                self.moved += size
+            except OSError as error:
+                plane.pipes.give(pipe)
+                self._not_filled(error, self.moved - begin)
+                return
+            if not size:
+                # The end, or urgent data with the end behind it: reading without a pipe tells.
+                plane.pipes.give(pipe)
+                self._set_bulk(False)
+                self.ready(_IN_OUT | PRI)
+                return
+            self.moved += size
+            try:
                 while pipe.left:
-                    try:
-                        pipe.drain(peer.sock)
-                    except BlockingIOError:
-                        self._stall(pipe, more=True)
-                        return
-                    except OSError:
-                        plane.pipes.give(pipe)
-                        self.relay.write_failed(peer)
-                        return
-        except BlockingIOError:
-            plane.pipes.give(pipe)
-            if self.moved - begin < READ_BYTES:
+                    pipe.drain(peer.sock)
+            except BlockingIOError:
+                self._stall(pipe, more=True)
+                return
+            except OSError:
+                plane.pipes.give(pipe)
+                self.relay.write_failed(peer)
+                return
+        plane.pipes.give(pipe)
+        plane.poller.again(self.ready_bulk)
+
+    def _not_filled(self, error: OSError, brought: int) -> None:
+        """Act on an error of `Pipe.fill`; `brought`: bytes in this turn before it."""
+        if isinstance(error, BlockingIOError):
+            if brought < READ_BYTES:
                 self._set_bulk(False)
-            if self.broken:
-                self.relay.reset_by(self)
-        except OSError as error:
-            plane.pipes.give(pipe)
-            if error.errno in _NO_SPLICE:
-                plane.pipes.refuse()
-                self._set_bulk(False)
-                self.ready(_IN_OUT)
-            else:
-                self.relay.reset_by(self)
+        elif error.errno in _NO_SPLICE:
+            self.plane.pipes.refuse()
+            self._set_bulk(False)
+            self.ready(_IN_OUT)
         else:
-            plane.pipes.give(pipe)
-            plane.poller.again(self.ready_bulk)
+            self.relay.reset_by(self)
 
     def _set_bulk(self, bulk: bool) -> bool:
         """Change the handler; whether that is done."""
@@ -217,9 +220,9 @@ class Side:
         assert pending is not None
         try:
             if isinstance(pending, Pipe):
-                self.plane.keep(-pending.drain(self.sock))
-                if pending.left:
-                    return True
+                # Until it can't: a signal cuts splice(2) short, as when the process is stopped, and then no edge follows.
+                while pending.left:
+                    self.plane.keep(-pending.drain(self.sock))
                 self.plane.pipes.give(pending)
             else:
                 sent = self.sock.send(pending, _NOWAIT)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from test_relay import MIB, blocks, digest_of, expect_reset, idle, read_digest
-from workerlib import Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
+from workerlib import DEADLINE, Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
 
 from proxyd.relay import slots as s
 from proxyd.relay.pipes import MAX_PIPES, PIPE_BYTES
@@ -235,6 +237,74 @@ def test_urgent_data_in_bulk_does_not_stop_the_stream(worker: WorkerDriver) -> N
             assert read_all(client) == b""
         wait_for(lambda count=round_ + 1: len(got) == count)
     assert set(got) == {4 * (3 * MIB + 1000)}
+
+
+def test_urgent_data_and_the_end_behind_bulk_do_not_cut_it_short(worker: WorkerDriver) -> None:
+    """At urgent data splice(2) gives nothing, and once FIN has come too that looks like the end."""
+    got: list[int] = []
+
+    def collect(conn: socket.socket) -> None:
+        total = 0
+        while part := conn.recv(MIB):
+            total += len(part)
+        got.append(total)
+
+    front = worker.forward(worker.serve(collect).port)
+    for round_ in range(60):
+        with front.connect() as client:
+            client.sendall(bytes(3 * MIB))
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(bytes(100_000))
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b""
+        wait_for(lambda count=round_ + 1: len(got) == count)
+    assert set(got) == {3 * MIB + 1 + 100_000}
+
+
+def test_a_worker_that_is_stopped_again_and_again_loses_no_edge(worker: WorkerDriver) -> None:
+    """A signal ends splice(2) before the other socket is full: no edge tells of room that was there all the time."""
+    front = worker.forward(worker.serve(push(100)).port)
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.wait(0.0003):
+            os.kill(worker.pid, signal.SIGSTOP)
+            os.kill(worker.pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+            client.settimeout(DEADLINE)
+            client.connect(front.address)
+            assert read_digest(client) == digest_of(1, 100)
+    finally:
+        done.set()
+        thread.join()
+
+
+# Forbids splice(2) to the program that it becomes, as a filter of systemd or of a container may.
+FORBIDDING = """
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 275, "aarch64": 76}[platform.machine()]
+steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = b"".join(struct.pack("HBBI", *step) for step in steps)
+buffer = ctypes.create_string_buffer(code, len(code))
+program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(buffer)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, program, 0, 0) == 0  # PR_SET_SECCOMP
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_where_splice_is_forbidden_bulk_is_copied() -> None:
+    with running(before=(sys.executable, "-c", FORBIDDING)) as worker:
+        front = worker.forward(worker.serve(push(32)).port)
+        with front.connect() as client:
+            assert read_digest(client) == digest_of(1, 32)
+        assert not pipes(worker)
 
 
 def test_few_descriptors_are_few_pipes() -> None:

@@ -153,9 +153,9 @@ def echo(conn: socket.socket) -> None:
 
 
 class WorkerDriver:
-    """A worker process. Use as a context manager."""
+    """A worker process. Use as a context manager; `before` is a command that becomes the one that follows it."""
 
-    def __init__(self, *arguments: str, files: int | None = None) -> None:
+    def __init__(self, *arguments: str, files: int | None = None, before: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.slots = s.Slots.create()
 
@@ -163,7 +163,7 @@ class WorkerDriver:
             # From its very beginning: it reads its limits when it starts.
             limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
             command = [
-                *limited, sys.executable, "-m", "proxyd.relay.worker", f"--channel-fd={theirs.fileno()}",
+                *limited, *before, sys.executable, "-m", "proxyd.relay.worker", f"--channel-fd={theirs.fileno()}",
                 f"--slots-fd={self.slots.fd}", "--index=0", *arguments,
             ]  # fmt: skip
             self.process = subprocess.Popen(
@@ -351,7 +351,7 @@ class Frontend:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, files: int | None = None) -> Iterator[WorkerDriver]:
+def running(*arguments: str, files: int | None = None, before: Sequence[str] = ()) -> Iterator[WorkerDriver]:
     """A worker process for one test."""
-    with WorkerDriver(*arguments, files=files) as worker:
+    with WorkerDriver(*arguments, files=files, before=before) as worker:
         yield worker
