@@ -18,7 +18,10 @@ nothing is copied, until it brings little again.
 from __future__ import annotations
 
 import errno
+import fcntl
 import socket
+import sys
+import termios
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from typing import TYPE_CHECKING
 
@@ -184,6 +187,11 @@ class Side:
                 self.ready_bulk(_IN_OUT)
             else:
                 self.ready(_IN_OUT)
+
+    def unsent(self) -> int:
+        """How many bytes are on the way to this socket's other end: pending, or not acknowledged."""
+        answer = fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(answer, sys.byteorder) + (0 if self.pending is None else len(self.pending))
 
     def crash(self) -> None:
         """End after an internal error."""

@@ -284,6 +284,23 @@ def test_a_worker_that_is_stopped_again_and_again_loses_no_edge(worker: WorkerDr
         thread.join()
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["spliced", "copied"])
+def test_a_slow_reader_is_not_idle_and_one_that_has_stopped_is(copied: bool) -> None:
+    """Between two reads of the relay it takes what the socket's buffer and the pipe hold, some MiB."""
+    with running("--records", "--tcp-idle-timeout=2", *["--no-tcp-splice"] * copied) as worker:
+        front = worker.forward(worker.serve(push(32)).port)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            client.settimeout(DEADLINE)
+            client.connect(front.address)
+            end = time.monotonic() + 9
+            while time.monotonic() < end:
+                assert client.recv(4096)
+                time.sleep(0.03)
+            assert not worker.records
+            worker.wait(lambda: [record.reason for record in worker.records] == ["idle"])
+
+
 # Forbids splice(2) to the program that it becomes, as a filter of systemd or of a container may.
 FORBIDDING = """
 import ctypes, os, platform, struct, sys
