@@ -343,6 +343,17 @@ def test_few_descriptors_are_few_pipes() -> None:
         assert not worker.trouble
 
 
+def test_many_workers_leave_half_of_a_users_pipes_to_others() -> None:
+    with running("--workers=4") as worker:
+        balancer = worker.balancer([worker.serve(push(32)).port])
+        front = worker.listener(balancer)
+        clients = stalled(worker, front, balancer, 24)
+        allowed = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text()) * os.sysconf("SC_PAGE_SIZE")
+        assert 0 < 4 * pipes(worker) * PIPE_BYTES <= allowed / 2
+        for client in clients:
+            reset(client)
+
+
 def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver) -> None:
     """All of a user's pipes count to fs.pipe-user-pages-soft, which a worker has no privilege to exceed."""
     front = worker.forward(worker.serve(push(32)).port)
