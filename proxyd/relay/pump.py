@@ -50,7 +50,8 @@ class Side:
     """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
 
     __slots__ = (
-        "broken", "bulk", "eof", "flags", "held", "moved", "peer", "pending", "plane", "readable", "relay", "sock", "thorough",
+        "broken", "bulk", "eof", "flags", "held", "inline", "moved", "peer", "pending", "plane", "readable", "relay", "sock",
+        "thorough",
     )  # fmt: skip
 
     peer: Side
@@ -66,6 +67,7 @@ class Side:
         self.thorough = False  # a short read does not mean that the socket is drained
         self.broken = False  # an error was reported
         self.bulk = False  # `ready_bulk` is the handler
+        self.inline = False  # urgent data is read in its place
         self.flags = _NOWAIT  # of sending on what is read
         self.eof = False
 
@@ -102,8 +104,11 @@ class Side:
             if sent != size:
                 self._stall(memoryview(bytes(view[sent:size])), more=size == len(view))
                 return
-            if size != len(view) and not self.thorough:
-                return
+            if size != len(view):
+                if not self.thorough:
+                    return
+            elif not self.inline:
+                self._read_urgent_inline()  # the next read may begin at it, before it is reported
             if self.moved > BULK_BYTES and not self.thorough and self._set_bulk(True):
                 self.ready_bulk(_IN_OUT)
                 return
@@ -208,8 +213,7 @@ class Side:
             if events & (RDHUP | ERR) == RDHUP:
                 self.flags = _MORE_COMES
             if events & PRI:
-                # The urgent byte is not lost but stays in its place in the stream.
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+                self._read_urgent_inline()
             if events & ERR:
                 self.broken = True
                 if self.held:
@@ -221,6 +225,11 @@ class Side:
             self.readable = True
             return False
         return True
+
+    def _read_urgent_inline(self) -> None:
+        """See that the urgent byte is not lost but stays in its place in the stream."""
+        self.inline = True
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
     def _flush(self) -> bool:
         """Write what is pending; False when the relay is over."""

@@ -20,6 +20,7 @@ from workerlib import DEADLINE, Frontend, WorkerDriver, echo, read_all, reset, r
 
 from proxyd.relay import slots as s
 from proxyd.relay.pipes import MAX_PIPES, PIPE_BYTES
+from proxyd.relay.plane import READ_BYTES
 from proxyd.relay.pump import BULK_BYTES
 
 # An event loop's own, for signals and threads.
@@ -282,6 +283,21 @@ def test_a_worker_that_is_stopped_again_and_again_loses_no_edge(worker: WorkerDr
     finally:
         done.set()
         thread.join()
+
+
+def test_urgent_data_where_one_read_ends_and_another_begins_is_kept(worker: WorkerDriver) -> None:
+    got: list[int] = []
+    front = worker.forward(worker.serve(lambda conn: got.append(len(read_all(conn)))).port)
+    for round_ in range(100):
+        with front.connect() as client:
+            for _ in range(2):
+                client.sendall(bytes(READ_BYTES))
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(bytes(1000))
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b""
+        wait_for(lambda count=round_ + 1: len(got) == count)
+    assert set(got) == {2 * READ_BYTES + 1 + 1000}
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["spliced", "copied"])
