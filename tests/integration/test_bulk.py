@@ -384,3 +384,11 @@ def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver
         with front.connect() as client:
             assert read_digest(client) == digest_of(1, 32)
         assert not pipes(worker)
+
+    # They are closed: the next may have one.
+    def spliced() -> bool:
+        with front.connect() as client:
+            assert read_digest(client) == digest_of(1, 32)
+        return pipes(worker) > 0
+
+    wait_for(spliced)
