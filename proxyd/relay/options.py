@@ -15,4 +15,4 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     udp_timeout: float = 60.0  # seconds after which an idle UDP flow is ended
     sctp_max_message: int = 256 * 1024  # bytes; a larger one ends its association
     alone: bool = False  # in a process of its own
-    workers: int = 1  # that share the node's local ports
+    workers: int = 1  # that share the node's local ports, and the user's pipes

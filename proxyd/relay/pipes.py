@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import os
 from _socket import socket as Socket  # noqa: N812 as in `pump`
+from time import monotonic
 
 # fs.pipe-max-size, as it is by default. 256 KiB take 15 % more processor time for each byte, 64 KiB 90 %.
 PIPE_BYTES = 1 << 20
-# With less than this a copy costs no more. A user who has used up fs.pipe-user-pages-soft gets one or two pages.
-_LEAST_BYTES = 1 << 17
 MAX_PIPES = 16
+# After so long it is tried again whether the user may have more (fs.pipe-user-pages-soft): others close theirs, such as
+# the workers from before an upgrade.
+_PAUSE_SECONDS = 1.0
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
@@ -29,14 +31,15 @@ class Pipe:
         self.left = 0
 
     def grow(self) -> bool:
-        """Make it large; whether it is large enough to be of use."""
+        """Make it large; whether the kernel allows it. Before, it holds 64 KiB or less, and a copy costs no more."""
         try:
-            return fcntl.fcntl(self._write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES) >= _LEAST_BYTES
+            fcntl.fcntl(self._write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         except OSError:
             return False
+        return True
 
     def fill(self, sock: Socket) -> int:
-        """Take from a socket what is there and fits; how many bytes, 0 at its end.
+        """Take from a socket what is there and fits; how many bytes, 0 at its end and at urgent data before its end.
 
         Raises:
             BlockingIOError: there is nothing, if the pipe was empty before.
@@ -78,13 +81,14 @@ class Pipes:
     def __init__(self, most: int = MAX_PIPES) -> None:
         self.most = most
         self.made = 0
+        self._not_before = 0.0  # the user had used up what there is
         self._free: list[Pipe] = []
 
     def take(self) -> Pipe | None:
         """An empty pipe; None where there is none to be had."""
         if self._free:
             return self._free.pop()
-        if self.made >= self.most:
+        if self.made >= self.most or monotonic() < self._not_before:
             return None
         try:
             pipe = Pipe()
@@ -92,7 +96,7 @@ class Pipes:
             return None
         if not pipe.grow():
             pipe.close()
-            self.most = self.made
+            self._not_before = monotonic() + _PAUSE_SECONDS
             return None
         self.made += 1
         return pipe

@@ -40,6 +40,9 @@ PAUSE_SECONDS = 0.15
 _SPARE_DESCRIPTORS = 40
 # One pipe, of two more, for so many descriptors.
 _PIPE_PART = 64
+# Of all workers: half of what fs.pipe-user-pages-soft gives a user. What this user's other programs, as root in any
+# container, and the workers after an upgrade ask for beyond that is cut to two pages each.
+_PIPES_OF_ALL = 32
 
 
 class SharedRelay(Protocol):
@@ -99,7 +102,7 @@ class Plane:
         self._buffer = memoryview(bytearray(READ_BYTES))
         self.view = self._buffer  # what to read into
         self._pending = 0
-        self.pipes = Pipes(_most_pipes() if options.tcp_splice else 0)
+        self.pipes = Pipes(_most_pipes(options.workers) if options.tcp_splice else 0)
         self._scan_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._pause_timer: asyncio.TimerHandle | None = None
@@ -236,6 +239,6 @@ class Plane:
         self.poller.shut()
 
 
-def _most_pipes() -> int:
+def _most_pipes(workers: int) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(MAX_PIPES, soft // _PIPE_PART)
+    return min(MAX_PIPES, soft // _PIPE_PART, max(_PIPES_OF_ALL // max(workers, 1), 1))

@@ -201,9 +201,9 @@ class Poller:
 
     def _end_batch(self) -> None:
         if self._at_end:
-            for what in self._at_end:
+            ending, self._at_end = self._at_end, []
+            for what in ending:
                 what()
-            self._at_end.clear()
         self._inside = False
         if self._closing:
             handlers = self.handlers

@@ -18,7 +18,10 @@ nothing is copied, until it brings little again.
 from __future__ import annotations
 
 import errno
+import fcntl
 import socket
+import sys
+import termios
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from typing import TYPE_CHECKING
 
@@ -47,7 +50,8 @@ class Side:
     """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
 
     __slots__ = (
-        "broken", "bulk", "eof", "flags", "held", "moved", "peer", "pending", "plane", "readable", "relay", "sock", "thorough",
+        "broken", "bulk", "eof", "flags", "held", "inline", "moved", "peer", "pending", "plane", "readable", "relay", "sock",
+        "thorough",
     )  # fmt: skip
 
     peer: Side
@@ -63,6 +67,7 @@ class Side:
         self.thorough = False  # a short read does not mean that the socket is drained
         self.broken = False  # an error was reported
         self.bulk = False  # `ready_bulk` is the handler
+        self.inline = False  # urgent data is read in its place
         self.flags = _NOWAIT  # of sending on what is read
         self.eof = False
 
@@ -99,8 +104,11 @@ class Side:
             if sent != size:
                 self._stall(memoryview(bytes(view[sent:size])), more=size == len(view))
                 return
-            if size != len(view) and not self.thorough:
-                return
+            if size != len(view):
+                if not self.thorough:
+                    return
+            elif not self.inline:
+                self._read_urgent_inline()  # the next read may begin at it, before it is reported
             if self.moved > BULK_BYTES and not self.thorough and self._set_bulk(True):
                 self.ready_bulk(_IN_OUT)
                 return
@@ -121,43 +129,45 @@ class Side:
             return
         sock = self.sock
         peer = self.peer
-        end = self.moved + TURN_BYTES
         begin = self.moved
-        try:
-            while self.moved < end:
+        while self.moved < begin + TURN_BYTES:
+            try:
                 size = pipe.fill(sock)
-                if not size:
-                    plane.pipes.give(pipe)
-                    self._end_of_stream()
-                    return
-                self.moved += size
+            except OSError as error:
+                plane.pipes.give(pipe)
+                self._not_filled(error, self.moved - begin)
+                return
+            if not size:
+                # The end, or urgent data with the end behind it: reading without a pipe tells.
+                plane.pipes.give(pipe)
+                self._set_bulk(False)
+                self.ready(_IN_OUT | PRI)
+                return
+            self.moved += size
+            try:
                 while pipe.left:
-                    try:
-                        pipe.drain(peer.sock)
-                    except BlockingIOError:
-                        self._stall(pipe, more=True)
-                        return
-                    except OSError:
-                        plane.pipes.give(pipe)
-                        self.relay.write_failed(peer)
-                        return
-        except BlockingIOError:
-            plane.pipes.give(pipe)
-            if self.moved - begin < READ_BYTES:
+                    pipe.drain(peer.sock)
+            except BlockingIOError:
+                self._stall(pipe, more=True)
+                return
+            except OSError:
+                plane.pipes.give(pipe)
+                self.relay.write_failed(peer)
+                return
+        plane.pipes.give(pipe)
+        plane.poller.again(self.ready_bulk)
+
+    def _not_filled(self, error: OSError, brought: int) -> None:
+        """Act on an error of `Pipe.fill`; `brought`: bytes in this turn before it."""
+        if isinstance(error, BlockingIOError):
+            if brought < READ_BYTES:
                 self._set_bulk(False)
-            if self.broken:
-                self.relay.reset_by(self)
-        except OSError as error:
-            plane.pipes.give(pipe)
-            if error.errno in _NO_SPLICE:
-                plane.pipes.refuse()
-                self._set_bulk(False)
-                self.ready(_IN_OUT)
-            else:
-                self.relay.reset_by(self)
+        elif error.errno in _NO_SPLICE:
+            self.plane.pipes.refuse()
+            self._set_bulk(False)
+            self.ready(_IN_OUT)
         else:
-            plane.pipes.give(pipe)
-            plane.poller.again(self.ready_bulk)
+            self.relay.reset_by(self)
 
     def _set_bulk(self, bulk: bool) -> bool:
         """Change the handler; whether that is done."""
@@ -183,6 +193,11 @@ class Side:
             else:
                 self.ready(_IN_OUT)
 
+    def unsent(self) -> int:
+        """How many bytes are on the way to this socket's other end: pending, or not acknowledged."""
+        answer = fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(answer, sys.byteorder) + (0 if self.pending is None else len(self.pending))
+
     def crash(self) -> None:
         """End after an internal error."""
         self.relay.crash()
@@ -198,8 +213,7 @@ class Side:
             if events & (RDHUP | ERR) == RDHUP:
                 self.flags = _MORE_COMES
             if events & PRI:
-                # The urgent byte is not lost but stays in its place in the stream.
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+                self._read_urgent_inline()
             if events & ERR:
                 self.broken = True
                 if self.held:
@@ -212,15 +226,20 @@ class Side:
             return False
         return True
 
+    def _read_urgent_inline(self) -> None:
+        """See that the urgent byte is not lost but stays in its place in the stream."""
+        self.inline = True
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
     def _flush(self) -> bool:
         """Write what is pending; False when the relay is over."""
         pending = self.pending
         assert pending is not None
         try:
             if isinstance(pending, Pipe):
-                self.plane.keep(-pending.drain(self.sock))
-                if pending.left:
-                    return True
+                # Until it can't: a signal cuts splice(2) short, as when the process is stopped, and then no edge follows.
+                while pending.left:
+                    self.plane.keep(-pending.drain(self.sock))
                 self.plane.pipes.give(pending)
             else:
                 sent = self.sock.send(pending, _NOWAIT)

@@ -41,7 +41,8 @@ class Relay(Dialler):
     """
 
     __slots__ = (
-        "_connected", "_counted_in", "_counted_out", "_idle_since", "_started", "_ticks", "client", "done", "upstream",
+        "_connected", "_counted_in", "_counted_out", "_idle_since", "_started", "_ticks", "_unsent", "client", "done",
+        "upstream",
     )  # fmt: skip
 
     client: Side
@@ -53,6 +54,7 @@ class Relay(Dialler):
         self._connected = False
         self._ticks = 0
         self._counted_in = self._counted_out = 0
+        self._unsent = 0  # bytes under way when it was last about to be idle
         self._started = self._idle_since = self._dial_started
         self.client = Side(self, sock, self._plane, held=True)
 
@@ -166,8 +168,13 @@ class Relay(Dialler):
             self._count_bytes(bytes_in, bytes_out)
             self._idle_since = now
         elif self._plane.idle_seconds and now - self._idle_since >= self._plane.idle_seconds:
-            self.abort("idle")
-            return
+            # Nothing was read; but a slow reader may be taking what was read before, MiB of it.
+            unsent = self.client.unsent() + self.upstream.unsent()
+            if not unsent or unsent == self._unsent:
+                self.abort("idle")
+                return
+            self._unsent = unsent
+            self._idle_since = now
         self._ticks += 1
         if self._ticks == _KEEPALIVE_TICKS:
             for level, option, value in _KEEPALIVE:

@@ -19,7 +19,7 @@ from proxyd.relay.listener import SourceRanges
 from proxyd.relay.messages import ListenerConfig
 from proxyd.relay.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.poller import IN
-from proxyd.relay.slots import DROPPED_OVERRUN, OPENED, REFUSED
+from proxyd.relay.slots import DROPPED, DROPPED_OVERRUN, OPENED, REFUSED
 from proxyd.relay.udp_figures import overruns
 from proxyd.relay.udp_flow import Flow
 from proxyd.relay.udp_postponed import Postponed
@@ -128,6 +128,7 @@ class UdpListener:
     def _later(self, key: ClientKey, data: bytes) -> None:
         """Send on what was postponed."""
         if self.closed or self._until is not None or self.table.listeners.get(self.address) is not self:
+            self.plane.counters[self._balancer.row + DROPPED] += 1
             return
         flow = self.flows.get(key)
         if flow is None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import socket
 import sys
 import threading
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import pytest
 from test_relay import MIB, blocks, digest_of, expect_reset, idle, read_digest
-from workerlib import Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
+from workerlib import DEADLINE, Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
 
 from proxyd.relay import slots as s
 from proxyd.relay.pipes import MAX_PIPES, PIPE_BYTES
+from proxyd.relay.plane import READ_BYTES
 from proxyd.relay.pump import BULK_BYTES
 
 # An event loop's own, for signals and threads.
@@ -239,6 +241,83 @@ def test_urgent_data_in_bulk_does_not_stop_the_stream(worker: WorkerDriver) -> N
     assert set(got) == {4 * (3 * MIB + 1000)}
 
 
+def test_urgent_data_and_the_end_behind_bulk_do_not_cut_it_short(worker: WorkerDriver) -> None:
+    """At urgent data splice(2) gives nothing, and once FIN has come too that looks like the end."""
+    got: list[int] = []
+
+    def collect(conn: socket.socket) -> None:
+        total = 0
+        while part := conn.recv(MIB):
+            total += len(part)
+        got.append(total)
+
+    front = worker.forward(worker.serve(collect).port)
+    for round_ in range(60):
+        with front.connect() as client:
+            client.sendall(bytes(3 * MIB))
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(bytes(100_000))
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b""
+        wait_for(lambda count=round_ + 1: len(got) == count)
+    assert set(got) == {3 * MIB + 1 + 100_000}
+
+
+def test_a_worker_that_is_stopped_again_and_again_loses_no_edge(worker: WorkerDriver) -> None:
+    """A signal ends splice(2) before the other socket is full: no edge tells of room that was there all the time."""
+    front = worker.forward(worker.serve(push(100)).port)
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.wait(0.0003):
+            os.kill(worker.pid, signal.SIGSTOP)
+            os.kill(worker.pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+            client.settimeout(DEADLINE)
+            client.connect(front.address)
+            assert read_digest(client) == digest_of(1, 100)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_urgent_data_where_one_read_ends_and_another_begins_is_kept(worker: WorkerDriver) -> None:
+    got: list[int] = []
+    front = worker.forward(worker.serve(lambda conn: got.append(len(read_all(conn)))).port)
+    for round_ in range(100):
+        with front.connect() as client:
+            for _ in range(2):
+                client.sendall(bytes(READ_BYTES))
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(bytes(1000))
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b""
+        wait_for(lambda count=round_ + 1: len(got) == count)
+    assert set(got) == {2 * READ_BYTES + 1 + 1000}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["spliced", "copied"])
+def test_a_slow_reader_is_not_idle_and_one_that_has_stopped_is(copied: bool) -> None:
+    """Between two reads of the relay it takes what the socket's buffer and the pipe hold, some MiB."""
+    with running("--records", "--tcp-idle-timeout=2", *["--no-tcp-splice"] * copied) as worker:
+        front = worker.forward(worker.serve(push(32)).port)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            client.settimeout(DEADLINE)
+            client.connect(front.address)
+            end = time.monotonic() + 9
+            while time.monotonic() < end:
+                assert client.recv(4096)
+                time.sleep(0.03)
+            assert not worker.records
+            worker.wait(lambda: [record.reason for record in worker.records] == ["idle"])
+
+
 def test_few_descriptors_are_few_pipes() -> None:
     with running(files=128) as worker:
         front = worker.forward(worker.serve(push(16)).port)
@@ -258,6 +337,17 @@ def test_few_descriptors_are_few_pipes() -> None:
         assert not worker.trouble
 
 
+def test_many_workers_leave_half_of_a_users_pipes_to_others() -> None:
+    with running("--workers=4") as worker:
+        balancer = worker.balancer([worker.serve(push(32)).port])
+        front = worker.listener(balancer)
+        clients = stalled(worker, front, balancer, 24)
+        allowed = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text()) * os.sysconf("SC_PAGE_SIZE")
+        assert 0 < 4 * pipes(worker) * PIPE_BYTES <= allowed / 2
+        for client in clients:
+            reset(client)
+
+
 def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver) -> None:
     """All of a user's pipes count to fs.pipe-user-pages-soft, which a worker has no privilege to exceed."""
     front = worker.forward(worker.serve(push(32)).port)
@@ -272,6 +362,14 @@ def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver
         with front.connect() as client:
             assert read_digest(client) == digest_of(1, 32)
         assert not pipes(worker)
+
+    # They are closed: the next may have one.
+    def spliced() -> bool:
+        with front.connect() as client:
+            assert read_digest(client) == digest_of(1, 32)
+        return pipes(worker) > 0
+
+    wait_for(spliced)
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)

@@ -153,7 +153,7 @@ def echo(conn: socket.socket) -> None:
 
 
 class WorkerDriver:
-    """A worker process. Use as a context manager."""
+    """A worker process. Use as a context manager; `before` is a command that becomes the one that follows it."""
 
     def __init__(self, *arguments: str, files: int | None = None, before: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
