@@ -305,6 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
     # A terminal's Ctrl-C reaches the whole process group; when and how to end is control's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # What nearly all need, while files can be read that afterwards may be out of reach.
+    load("TCP")
     drop_privileges()
     options = Options(
         tcp_idle_timeout=given.tcp_idle_timeout,
