@@ -198,9 +198,8 @@ class LeavingWorkers:
             except EOFError:
                 self._loop.remove_reader(worker.channel.fileno())
                 return
-            except (
-                ChannelError
-            ) as error:  # something that only its own program understands: it lives all the same
+            except ChannelError as error:
+                # Something that only its own program understands: it lives all the same.
                 log.debug("from a worker of an earlier program", pid=worker.pid, error=str(error))
                 worker.unanswered = 0
                 continue

@@ -100,9 +100,8 @@ class Vector:
         self.to = -1  # the descriptor by which they leave
         self.name: ClientName | None = None  # of the client in the slot filled last, where it is known
         self.dropped: dict[int, int] = {}  # datagrams that the kernel refused, by descriptor
-        self.to_end: Callable[[], None] | None = (
-            None  # called before the first is queued: see that `end` is called
-        )
+        # Called before the first of a batch is queued: to see that `end` is called after the last.
+        self.to_end: Callable[[], None] | None = None
         self._sendto: Callable[[memoryview, ClientName], object] | None = None
 
     def receive(self, fd: int) -> list[int]:

@@ -374,8 +374,8 @@ def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
 def test_where_splice_is_not_to_be_had_bulk_is_copied(error: int) -> None:
-    launcher = Path(__file__).with_name("without_splice.py")
-    with running("--records", before=(sys.executable, str(launcher), str(error))) as worker:
+    launcher = Path(__file__).with_name("without_call.py")
+    with running("--records", before=(sys.executable, str(launcher), "splice", str(error))) as worker:
         front = worker.forward(worker.serve(push(32)).port)
         for _ in range(2):
             with front.connect() as client:
