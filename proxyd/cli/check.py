@@ -19,6 +19,7 @@ from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
 from proxyd.cli.run import given
 from proxyd.cli.tables import clean, count
 from proxyd.control.configfile import ConfigError, Configuration
+from proxyd.control.options import planning_options
 from proxyd.control.settings import Settings, SettingsError, Surroundings
 from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import occupied
@@ -28,10 +29,8 @@ from proxyd.sources.standalone.allocation import Allocations
 from proxyd.sources.standalone.allocation import Settings as AllocationSettings
 from proxyd.sources.standalone.assemble import Assembled, assemble
 from proxyd.state.desired import DesiredState, desired_state
-from proxyd.state.snapshot import NodeView, Options, VipMode
+from proxyd.state.snapshot import NodeView, Options
 from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerState, ListenerStatus, Role
-
-_ANY_ADDRESS = ("0.0.0.0", "::", "")
 
 
 class Reading(NamedTuple):
@@ -104,7 +103,7 @@ def read(paths: list[str], settings: Settings) -> Reading:
     )
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
     assembled = assemble(found, Allocations(), ranges, now)
-    node, options = _node(settings), _options(settings)
+    node, options = _node(settings), planning_options(settings)
     desired = desired_state(assembled.snapshot, node, options)
     held: dict[ListenerKey, str] = {}
     with contextlib.suppress(OSError):  # a sandbox: then nothing is known of other processes
@@ -129,19 +128,6 @@ def _node(settings: Settings) -> NodeView:
     except OSError:
         addresses = ()
     return NodeView(name=settings.node_name, addresses=addresses)
-
-
-def _options(settings: Settings) -> Options:
-    mode = settings.vip_mode
-    return Options(
-        vip_mode=VipMode(route=mode in ("auto", "route"), loopback=mode == "loopback", serve=mode != "none"),
-        nodeport_addresses=settings.nodeport_addresses,
-        bind_addresses=() if settings.bind_address in _ANY_ADDRESS else (settings.bind_address,),
-        steer_external_ips=mode in ("auto", "route", "none") and settings.external_ip_mode == "steer",
-        protocols=settings.protocols,
-        pod_cidrs=settings.cluster_cidr,
-        localhost_nodeports=settings.iptables_localhost_nodeports,
-    )
 
 
 def _placed(found: ManifestSet, problems: Iterable[Problem]) -> Iterator[Problem]:

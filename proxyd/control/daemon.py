@@ -23,15 +23,14 @@ from proxyd.control.logs import Summariser, get_logger
 from proxyd.control.notify import Notifier
 from proxyd.control.observation import Observation
 from proxyd.control.operations import Operations
+from proxyd.control.options import StartError, planning_options
 from proxyd.control.picture import draw
 from proxyd.control.publication import Publication, Update
 from proxyd.control.reloading import Reloading
 from proxyd.control.settings import Settings
 from proxyd.control.signals import handle_signals, hold_signals
 from proxyd.control.startup import (
-    StartError,
     claim,
-    decide_options,
     interruptible,
     make_feeds,
     make_reconciler,
@@ -141,7 +140,7 @@ class Daemon:
             self.watchdog = Watchdog(self, Notifier.here())
             self._resources.callback(self.watchdog.close)
             handle_signals(self)
-            self.options = decide_options(self.settings)
+            self.options = planning_options(self.settings, may_route=limits.can_route())
             self._resources.enter_context(claim(self.options))
             self._answering = Answering(self)
             try:
@@ -364,7 +363,7 @@ class Daemon:
     def set_anew(self, settings: Settings) -> None:
         """Put settings in force that differ only in what may change at run time."""
         self.settings = settings
-        self.options = decide_options(self.settings)
+        self.options = planning_options(self.settings, may_route=limits.can_route())
         self.reconciler.set_drain(settings.drain_timeout)
         self.observation.changed()
         self._dirty.set()

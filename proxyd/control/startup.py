@@ -1,4 +1,4 @@
-"""What the daemon decides and makes once, at its start: options, the claim of the node's addresses, the reconciler."""
+"""What the daemon makes once, at its start: the claim of the node's addresses, the reconciler."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from proxyd.control.feeds import FeedError, Feeds
 from proxyd.control.logs import get_logger
+from proxyd.control.options import StartError
 from proxyd.control.publication import Publication
 from proxyd.control.reconciler import Reconciler
 from proxyd.control.settings import Settings
@@ -17,44 +18,10 @@ from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
-from proxyd.state.snapshot import Options, Snapshot, VipMode
+from proxyd.state.snapshot import Options, Snapshot
 from proxyd.state.spec import SctpOptions, ServicePortName
 
 log = get_logger("proxyd")
-
-
-class StartError(Exception):
-    """The daemon can't start: one line for the user, and the exit code."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def decide_options(settings: Settings) -> Options:
-    """How VIPs and external IPs are served, from the settings and what this process may do.
-
-    Raises:
-        StartError: what is asked for needs a capability that this process lacks.
-    """
-    mode = settings.vip_mode
-    may_route = limits.can_route()
-    if mode == "route" and not may_route:
-        raise StartError("--vip-mode=route needs CAP_NET_ADMIN; run as root, or use --vip-mode=loopback")
-    route = mode == "route" or (mode == "auto" and may_route)
-    return Options(
-        vip_mode=VipMode(route=route, loopback=mode == "loopback", serve=mode != "none"),
-        nodeport_addresses=settings.nodeport_addresses,
-        bind_addresses=() if settings.bind_address in ("0.0.0.0", "::", "") else (settings.bind_address,),
-        steer_external_ips=may_route
-        and mode in ("auto", "route", "none")
-        and settings.external_ip_mode == "steer",
-        protocols=settings.protocols,
-        vip_ranges=settings.service_cluster_ip_range,
-        pod_cidrs=settings.cluster_cidr,
-        pods_by_node=settings.detect_local_mode == "NodeCIDR",
-        localhost_nodeports=settings.iptables_localhost_nodeports,
-    )
 
 
 def set_oom_score(settings: Settings) -> None:

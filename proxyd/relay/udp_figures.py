@@ -57,6 +57,7 @@ def final_record(flow: Flow, reason: str) -> Connection:
         seconds=monotonic() - flow.started,
         reason=reason,
         finished=time.time(),
+        protocol="UDP",
     )
 
 

@@ -295,6 +295,7 @@ def test_a_client_outside_is_seen_by_its_address(lab: Lab, manifests: Path, prox
         wait_for(lambda: answers(lab.outside, NODE_IP, NODE_PORT), "an answer")
         (record,) = records(access, 1)
         assert record["client"].startswith(f"{OUTSIDE_IP}:")
+        assert record["protocol"] == "UDP"  # a record without it is of TCP
 
 
 def test_metrics(lab: Lab, manifests: Path, proxyd: Run) -> None:

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from commandline import ROOT, Result, run
 
+from proxyd.cli.check import read
+from proxyd.control.options import planning_options
+from proxyd.control.settings import Settings
+
 FLAGS = ("--service-cluster-ip-range", "10.96.0.0/16", "--hostname-override", "node-1")
 
 
@@ -401,3 +405,25 @@ def test_explain_a_service_that_is_not_there(here: Path) -> None:
     got = check(EXPLAINED, "--explain", "wbe")
     assert (got.code, got.out) == (1, "")
     assert got.err == "proxyd: error: there is no Service wbe in these manifests; did you mean default/web?\n"
+
+
+# What is planned
+
+
+def test_check_plans_with_the_options_of_a_daemon_that_has_every_right(here: Path) -> None:
+    Path("a.yaml").write_text(
+        service("hss", ports="[{port: 3868, protocol: SCTP}]").replace(
+            "  name: hss\n", '  name: hss\n  annotations: {proxyd.io/sctp-addresses: "10.96.0.99"}\n'
+        )
+    )
+    settings = Settings(
+        feature_gates={"SCTPSupport": True},
+        detect_local_mode="NodeCIDR",
+        service_cluster_ip_range=("10.96.0.0/16",),
+        vip_mode="auto",
+    )
+    reading = read(["a.yaml"], settings)
+    assert reading.options == planning_options(settings)
+    # Of an address in the service range the daemon makes a VIP, and Pods are told by their Node.
+    assert "10.96.0.99" in reading.desired.host.vips
+    assert reading.options.pods_by_node
