@@ -347,7 +347,7 @@ def compile_modules(folder: Path) -> None:
     """Have every module compiled, in a folder of the measurement's own: processes that begin now find them there."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
-    modules = "proxyd.cli.run, proxyd.cli.get, proxyd.control.daemon, proxyd.control.admin, proxyd.control.observers"
+    modules = "proxyd.cli.run, proxyd.cli.get, proxyd.control.daemon, proxyd.control.admin.server, proxyd.control.observe.server"
     everything = f"import proxyd.cli.entry, proxyd.cli.main, proxyd.relay.worker, {modules}"
     subprocess.run(
         [sys.executable, "-m", "proxyd", "version"], stdout=subprocess.DEVNULL, cwd=ROOT, check=True

@@ -18,13 +18,13 @@ from proxyd.api.service import Service
 from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
 from proxyd.cli.run import given
 from proxyd.cli.tables import clean, count
-from proxyd.control.configfile import ConfigError, Configuration
-from proxyd.control.options import planning_options
-from proxyd.control.settings import Settings, SettingsError, Surroundings
+from proxyd.control.config.file import ConfigError, Configuration
+from proxyd.control.config.options import planning_options
+from proxyd.control.config.settings import Settings, SettingsError, Surroundings
 from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import occupied
-from proxyd.sources.locate import located
-from proxyd.sources.manifests import ManifestSet, ManifestSource
+from proxyd.sources.manifests.locate import located
+from proxyd.sources.manifests.source import ManifestSet, ManifestSource
 from proxyd.sources.standalone.allocation import Allocations
 from proxyd.sources.standalone.allocation import Settings as AllocationSettings
 from proxyd.sources.standalone.assemble import Assembled, assemble

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from proxyd.cli.env import FAILED, OK, CommandError, Env
-from proxyd.control.adminsocket import listening_pid
+from proxyd.control.admin.unix_socket import listening_pid
 from proxyd.host.claim import claim_addresses
 from proxyd.host.cleanup import remove_leftovers
 from proxyd.host.kubechains import remove_userspace_chains

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from proxyd.cli.env import FAILED, UNREACHABLE, CommandError
-from proxyd.control.adminsocket import AdminError, check_folder
+from proxyd.control.admin.unix_socket import AdminError, check_folder
 
 _T = TypeVar("_T")
 _TIMEOUT = 10.0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from proxyd.cli.tables import NONE, size
-from proxyd.control.answers import (
+from proxyd.control.admin.schema import (
     ConnectionView,
     Counters,
     EndpointView,
@@ -16,7 +16,7 @@ from proxyd.control.answers import (
     PortView,
     ServiceView,
 )
-from proxyd.control.durations import format_duration
+from proxyd.control.config.durations import format_duration
 
 Cells = list[object]
 

@@ -32,7 +32,7 @@ def _run(module: str, function: str) -> Callable[[argparse.Namespace, Env], int]
 
 
 def _add_settings(parser: argparse.ArgumentParser, *, only: Sequence[str] = ()) -> None:
-    from proxyd.control.flags import FLAGS  # noqa: PLC0415 - other commands need not wait for it
+    from proxyd.control.config.flags import FLAGS  # noqa: PLC0415 - other commands need not wait for it
 
     for flag in FLAGS:
         if only and flag.name not in only:
@@ -51,7 +51,7 @@ def _add_settings(parser: argparse.ArgumentParser, *, only: Sequence[str] = ()) 
 
 
 def _add_run(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> None:
-    from proxyd.control.kubeflags import ALIASES  # noqa: PLC0415 - as above
+    from proxyd.control.config.kube_flags import ALIASES  # noqa: PLC0415 - as above
 
     # For the help alone: `pflags` reads them.
     _add_settings(parser)
@@ -86,7 +86,7 @@ def _add_demo(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> N
 
 
 def _add_socket(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    from proxyd.control.settings import Surroundings, client_admin_socket  # noqa: PLC0415 - as above
+    from proxyd.control.config.settings import Surroundings, client_admin_socket  # noqa: PLC0415 - as above
 
     default = client_admin_socket(Surroundings(uid=os.getuid(), environ=environ))
     parser.add_argument(

@@ -20,9 +20,9 @@ from typing import Any
 from proxyd.cli.env import CommandError, Env
 from proxyd.cli.get import noun_table
 from proxyd.cli.run import given, serve, settings_of
-from proxyd.control import views
-from proxyd.control.adminsocket import AdminError, check_folder, listening_pid, make_folder
-from proxyd.control.settings import Surroundings, default_admin_socket
+from proxyd.control.admin import views
+from proxyd.control.admin.unix_socket import AdminError, check_folder, listening_pid, make_folder
+from proxyd.control.config.settings import Surroundings, default_admin_socket
 from proxyd.state.spec import ListenerState
 
 _BACKENDS = ("web-1=127.1.0.1:9376", "web-2=127.1.0.2:9376", "web-3=127.1.0.3:9376")

@@ -13,8 +13,8 @@ from proxyd.cli.env import FAILED, OK, CommandError, Env
 from proxyd.cli.get import place
 from proxyd.cli.output import pretty, yaml
 from proxyd.cli.tables import NONE, clean, size, table
-from proxyd.control.answers import EndpointView, ServiceDescription, ServiceView
-from proxyd.control.durations import format_duration
+from proxyd.control.admin.schema import EndpointView, ServiceDescription, ServiceView
+from proxyd.control.config.durations import format_duration
 
 
 def describe(args: argparse.Namespace, env: Env) -> int:

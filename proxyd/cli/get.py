@@ -12,8 +12,8 @@ from proxyd.cli.columns import NOUNS, Noun
 from proxyd.cli.env import FAILED, OK, UNREACHABLE, USAGE, CommandError, Env
 from proxyd.cli.output import line, pretty, yaml
 from proxyd.cli.tables import Table, table
-from proxyd.control.answers import ConnectionsView
-from proxyd.control.selector import Selector, SelectorError
+from proxyd.control.admin.schema import ConnectionsView
+from proxyd.control.admin.selector import Selector, SelectorError
 
 _WAIT = 25.0  # seconds that the daemon may take to say that nothing has changed
 _BETWEEN = 0.2  # seconds between two answers: changes come in crowds

@@ -12,8 +12,8 @@ from pathlib import Path
 from proxyd import __version__
 from proxyd.cli.grammar import Argument, Subcommand, subcommands
 from proxyd.cli.pflags import ORDERS
-from proxyd.control.flags import FLAGS
-from proxyd.control.kubeflags import ALIASES, FOREIGN
+from proxyd.control.config.flags import FLAGS
+from proxyd.control.config.kube_flags import ALIASES, FOREIGN
 
 _PURPOSE = "userspace service proxy for Linux nodes"
 _ABOUT = (

@@ -12,8 +12,15 @@ from proxyd.cli.client import Client, UnreachableError
 from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
 from proxyd.cli.output import pretty
 from proxyd.cli.tables import clean, count
-from proxyd.control.answers import DrainView, LogLevelView, ReloadView, StatusView, UpgradeView, VersionView
-from proxyd.control.durations import format_duration, parse_duration
+from proxyd.control.admin.schema import (
+    DrainView,
+    LogLevelView,
+    ReloadView,
+    StatusView,
+    UpgradeView,
+    VersionView,
+)
+from proxyd.control.config.durations import format_duration, parse_duration
 
 _POLL = 0.2
 _SAY_EVERY = 5.0

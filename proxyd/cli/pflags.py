@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from proxyd.cli.env import USAGE, CommandError
-from proxyd.control.flags import FLAGS
-from proxyd.control.flagvalues import boolean
-from proxyd.control.kubeflags import ALIASES, FOREIGN
+from proxyd.control.config.flags import FLAGS
+from proxyd.control.config.kube_flags import ALIASES, FOREIGN
+from proxyd.control.config.values import boolean
 
 # Orders rather than settings; kube-proxy has them too.
 ORDERS: Mapping[str, Literal["value", "switch"]] = {

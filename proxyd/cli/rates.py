@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from proxyd.cli.tables import size
-from proxyd.control.answers import Counters, EndpointView, ServiceView
+from proxyd.control.admin.schema import Counters, EndpointView, ServiceView
 
 
 class Row(NamedTuple):

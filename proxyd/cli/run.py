@@ -9,13 +9,13 @@ from typing import Any
 
 from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
 from proxyd.cli.pflags import Given
-from proxyd.control import logs
-from proxyd.control.adminsocket import AdminError
-from proxyd.control.configfile import ConfigError, Configuration, write
-from proxyd.control.flags import FLAGS
-from proxyd.control.kubeflags import WINNING, judge, setting_warnings, void_beside_a_file
-from proxyd.control.settings import Settings, SettingsError, Surroundings, build
-from proxyd.control.views import Picture
+from proxyd.control.admin.unix_socket import AdminError
+from proxyd.control.admin.views import Picture
+from proxyd.control.config.file import ConfigError, Configuration, write
+from proxyd.control.config.flags import FLAGS
+from proxyd.control.config.kube_flags import WINNING, judge, setting_warnings, void_beside_a_file
+from proxyd.control.config.settings import Settings, SettingsError, Surroundings, build
+from proxyd.control.runtime import logs
 
 
 def run(args: argparse.Namespace, env: Env) -> int:
@@ -137,7 +137,7 @@ def _write(settings: Settings, path: str, env: Env) -> int:
 def _initialise(settings: Settings, env: Env) -> int:
     """What needs more rights than serving does: kube-proxy's chains are removed, and that is all."""
     _configure_logs(settings, env)
-    from proxyd.control.takeover import look  # noqa: PLC0415 - as above
+    from proxyd.control.kube.migration import look  # noqa: PLC0415 - as above
 
     look(settings).say()
     return OK

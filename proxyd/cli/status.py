@@ -10,8 +10,8 @@ from proxyd.cli.columns import address
 from proxyd.cli.env import OK, Env
 from proxyd.cli.output import pretty
 from proxyd.cli.tables import clean, count, size
-from proxyd.control.answers import StatusView
-from proxyd.control.durations import format_duration
+from proxyd.control.admin.schema import StatusView
+from proxyd.control.config.durations import format_duration
 
 _SAMPLE_SECONDS = 0.3  # between the two answers that the rates are made of
 _SHOWN_AT_MOST = 10

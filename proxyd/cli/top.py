@@ -17,8 +17,8 @@ from proxyd.cli.client import Client
 from proxyd.cli.env import OK, USAGE, CommandError, Env
 from proxyd.cli.rates import HEADINGS, Row, Sample, cells, endpoint_rows, service_rows
 from proxyd.cli.tables import clean, count, size, table
-from proxyd.control.answers import EndpointView, ServiceView, StatusView
-from proxyd.control.durations import format_duration, parse_duration
+from proxyd.control.admin.schema import EndpointView, ServiceView, StatusView
+from proxyd.control.config.durations import format_duration, parse_duration
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -11,23 +11,26 @@ from collections.abc import Callable
 
 import uvloop
 
-from proxyd.control import logs
-from proxyd.control.accesslog import AccessLog
-from proxyd.control.answering import Answering, prepare
-from proxyd.control.collection import seldom, uncollected
-from proxyd.control.configfile import Configuration
-from proxyd.control.duties import Duties
-from proxyd.control.handover import Handover, answer, checking, take
+from proxyd.control.admin.operations import Operations
+from proxyd.control.admin.picture import draw
+from proxyd.control.admin.views import Faces, Picture
+from proxyd.control.config.file import Configuration
+from proxyd.control.config.options import StartError, planning_options
+from proxyd.control.config.reload import Reloading
+from proxyd.control.config.settings import Settings
 from proxyd.control.hearing import Hearing
-from proxyd.control.logs import Summariser, get_logger
-from proxyd.control.notify import Notifier
-from proxyd.control.observation import Observation
-from proxyd.control.operations import Operations
-from proxyd.control.options import StartError, planning_options
-from proxyd.control.picture import draw
-from proxyd.control.publication import Publication, Update
-from proxyd.control.reloading import Reloading
-from proxyd.control.settings import Settings
+from proxyd.control.kube.events import Duties
+from proxyd.control.kube.migration import look as take_over
+from proxyd.control.kube.migration import when_it_ends
+from proxyd.control.observe.systemd import Notifier
+from proxyd.control.observe.telemetry import Observation
+from proxyd.control.observe.watchdog import Watchdog
+from proxyd.control.runtime import logs
+from proxyd.control.runtime.accesslog import AccessLog
+from proxyd.control.runtime.garbage import seldom, uncollected
+from proxyd.control.runtime.logs import Summariser, get_logger
+from proxyd.control.runtime.tasks import cancel, describe, spawn
+from proxyd.control.servers import Answering, prepare
 from proxyd.control.signals import handle_signals, hold_signals
 from proxyd.control.startup import (
     claim,
@@ -37,17 +40,14 @@ from proxyd.control.startup import (
     read_first,
     set_oom_score,
 )
-from proxyd.control.succession import Succession
-from proxyd.control.supervisor import Supervisor, WorkerOptions
-from proxyd.control.takeover import look as take_over
-from proxyd.control.takeover import when_it_ends
-from proxyd.control.tasks import cancel, describe, spawn
-from proxyd.control.views import Faces, Picture
-from proxyd.control.watchdog import Watchdog
+from proxyd.control.upgrade import Succession
+from proxyd.control.workers.handover import Handover, answer, checking, take
+from proxyd.control.workers.publication import Publication, Update
+from proxyd.control.workers.supervisor import Supervisor, WorkerOptions
 from proxyd.host import limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
 from proxyd.relay import registry
-from proxyd.relay.slots import Slots
+from proxyd.relay.ipc.slots import Slots
 from proxyd.state.desired import Planner
 from proxyd.state.snapshot import NodeView, Snapshot
 from proxyd.state.spec import ListenerState

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from proxyd.control.logs import Summariser
-from proxyd.control.supervisor import Events
-from proxyd.relay.messages import Connections, Failures
+from proxyd.control.runtime.logs import Summariser
+from proxyd.control.workers.supervisor import Events
+from proxyd.relay.ipc.messages import Connections, Failures
 
 if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon

@@ -7,8 +7,8 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
-from proxyd.control.orders import ORDERS, executor
-from proxyd.control.reloading import has_terminal
+from proxyd.control.config.reload import has_terminal
+from proxyd.control.runtime.signal_mask import ORDERS, executor
 
 if TYPE_CHECKING:
     from proxyd.control.daemon import Daemon

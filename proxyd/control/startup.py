@@ -7,12 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from proxyd.control.feeds import FeedError, Feeds
-from proxyd.control.logs import get_logger
-from proxyd.control.options import StartError
-from proxyd.control.publication import Publication
-from proxyd.control.reconciler import Reconciler
-from proxyd.control.settings import Settings
+from proxyd.control.config.options import StartError
+from proxyd.control.config.settings import Settings
+from proxyd.control.feeds.joined import FeedError, Feeds
+from proxyd.control.reconcile.reconciler import Reconciler
+from proxyd.control.runtime.logs import get_logger
+from proxyd.control.workers.publication import Publication
 from proxyd.host import limits
 from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard

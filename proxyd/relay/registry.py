@@ -15,15 +15,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # control looks here too, and is free of the data plane
-    from proxyd.relay.balancer import Balancer
-    from proxyd.relay.messages import ListenerConfig
-    from proxyd.relay.plane import Plane
+    from proxyd.relay.engine.balancer import Balancer
+    from proxyd.relay.engine.plane import Plane
+    from proxyd.relay.ipc.messages import ListenerConfig
 
 GROUP = "proxyd.listeners"
 OWN = {
-    "TCP": "proxyd.relay.listener:TcpListener",
-    "UDP": "proxyd.relay.udp:UdpListener",
-    "SCTP": "proxyd.relay.sctp:SctpListener",
+    "TCP": "proxyd.relay.tcp.listener:TcpListener",
+    "UDP": "proxyd.relay.udp.listener:UdpListener",
+    "SCTP": "proxyd.relay.sctp.listener:SctpListener",
 }
 _DISTRIBUTION = "proxyd"
 

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from proxyd.relay.balancer import Balancer, Endpoint
-from proxyd.relay.channel import Channel, ChannelError, close_all
-from proxyd.relay.listing import Listings
-from proxyd.relay.messages import (
+from proxyd.relay.engine.balancer import Balancer, Endpoint
+from proxyd.relay.engine.listing import Listings
+from proxyd.relay.engine.plane import Plane, SharedRelay
+from proxyd.relay.engine.reporter import Reporter
+from proxyd.relay.ipc.channel import Channel, ChannelError, close_all
+from proxyd.relay.ipc.messages import (
     Acknowledged,
     Apply,
     BalancerConfig,
@@ -28,15 +30,13 @@ from proxyd.relay.messages import (
     Ready,
     Shutdown,
 )
-from proxyd.relay.options import Options
-from proxyd.relay.plane import Plane, SharedRelay
+from proxyd.relay.ipc.options import Options
+from proxyd.relay.ipc.slots import MAX_SLOTS, Slots
 from proxyd.relay.privileges import drop_privileges
 from proxyd.relay.registry import Listener, load
-from proxyd.relay.reporter import Reporter
-from proxyd.relay.slots import MAX_SLOTS, Slots
 
 if TYPE_CHECKING:
-    from proxyd.relay.udp_flow import Flow
+    from proxyd.relay.udp.flow import Flow
 
 __all__ = ["Options", "Worker", "main"]
 

@@ -19,10 +19,10 @@ import pytest
 from test_relay import MIB, blocks, digest_of, expect_reset, idle, read_digest
 from workerlib import DEADLINE, Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
 
-from proxyd.relay import slots as s
-from proxyd.relay.pipes import MAX_PIPES, PIPE_BYTES
-from proxyd.relay.plane import READ_BYTES
-from proxyd.relay.pump import BULK_BYTES
+from proxyd.relay.engine.pipes import MAX_PIPES, PIPE_BYTES
+from proxyd.relay.engine.plane import READ_BYTES
+from proxyd.relay.ipc import slots as s
+from proxyd.relay.tcp.pump import BULK_BYTES
 
 # An event loop's own, for signals and threads.
 LOOPS_OWN = 2

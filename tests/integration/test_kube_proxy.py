@@ -19,8 +19,8 @@ from kubeproxylib import KubeProxy, OtherKubeProxy, get, run_once, userspace_rul
 from manifests import endpoints, mount, service, write
 from netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
 
-from proxyd.control.neighbours import neighbour
 from proxyd.host.limits import capabilities
+from proxyd.host.other_proxies import neighbour
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"

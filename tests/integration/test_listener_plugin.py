@@ -14,7 +14,7 @@ from manifests import endpoints, service, write
 from netlab import Lab
 from workerlib import DEADLINE, WorkerDriver, listen
 
-from proxyd.relay.messages import CloseListener, ListenerConfig
+from proxyd.relay.ipc.messages import CloseListener, ListenerConfig
 
 VIP = "10.96.0.10"
 # The smallest listener: it answers each client by itself, with what it was told.

@@ -27,9 +27,11 @@ from workerlib import (
     wait_for,
 )
 
-from proxyd.relay import slots as s
-from proxyd.relay.channel import Channel
-from proxyd.relay.messages import (
+from proxyd.relay.engine.plane import READ_BYTES
+from proxyd.relay.engine.poller import IN, Poller
+from proxyd.relay.ipc import slots as s
+from proxyd.relay.ipc.channel import Channel
+from proxyd.relay.ipc.messages import (
     Acknowledged,
     Apply,
     BalancerConfig,
@@ -39,8 +41,6 @@ from proxyd.relay.messages import (
     Ready,
     Shutdown,
 )
-from proxyd.relay.plane import READ_BYTES
-from proxyd.relay.poller import IN, Poller
 from proxyd.relay.worker import Options, Worker
 
 MIB = 1 << 20

@@ -15,10 +15,10 @@ import pytest
 from netlab import Namespace
 from workerlib import WorkerDriver, echo, names, read_all, wait_for
 
-from proxyd.relay import plane as shared
-from proxyd.relay import slots as s
-from proxyd.relay.channel import Channel
-from proxyd.relay.plane import READ_BYTES, TIGHT_READ_BYTES
+from proxyd.relay.engine import plane as shared
+from proxyd.relay.engine.plane import READ_BYTES, TIGHT_READ_BYTES
+from proxyd.relay.ipc import slots as s
+from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.worker import Options, Worker
 
 MIB = 1 << 20

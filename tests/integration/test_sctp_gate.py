@@ -17,7 +17,7 @@ from netlab import POD_PORT, Lab
 
 VIP, MIXED = "10.96.0.10", "10.96.0.11"
 NO_SCTP = "the kernel has no SCTP (modprobe sctp)"
-SCTP_MODULES = ["proxyd.state.sctpsocket", "proxyd.host.sctp", "proxyd.control.homes"]
+SCTP_MODULES = ["proxyd.state.sctpsocket", "proxyd.host.sctp", "proxyd.control.reconcile.sctp_endpoints"]
 STATES = {False: {"Disabled"}, True: {"Failed", "Serving"}}
 Run = Callable[..., Proxyd]
 
@@ -128,7 +128,7 @@ def test_sctp_code_is_imported_with_the_gate_alone(
     )
     assert daemon.stop() == 0
     log = daemon.log()
-    assert "proxyd.relay.pump" in log  # as it relays TCP
+    assert "proxyd.relay.tcp.pump" in log  # as it relays TCP
     assert [name for name in SCTP_MODULES if name in log] == (SCTP_MODULES if gate else [])
     # Where nothing could be opened, no worker was given anything to relay.
-    assert ("proxyd.relay.sctp" in log) == (gate and kernel_has_sctp())
+    assert ("proxyd.relay.sctp.listener" in log) == (gate and kernel_has_sctp())

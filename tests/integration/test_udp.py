@@ -17,7 +17,7 @@ import pytest
 from udplib import UdpServer, balancer, bound, close, echo, listen, named, query, serving
 from workerlib import DEADLINE, WorkerDriver, running, wait_for
 
-from proxyd.relay import slots as s
+from proxyd.relay.ipc import slots as s
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_reissued_listener_keeps_its_flows(worker: WorkerDriver) -> None:
             finally:
                 os.close(pid)
             with socket.socket(fileno=sock) as same:
-                from proxyd.relay.messages import CloseListener, ListenerConfig
+                from proxyd.relay.ipc.messages import CloseListener, ListenerConfig
 
                 config = ListenerConfig(worker.id(), number, "UDP", f"127.0.0.1:{front.address[1]}", [])
                 worker.apply(

@@ -12,7 +12,7 @@ from workerlib import DEADLINE, WorkerDriver
 
 from proxyd.api.service import Protocol, TrafficPolicy
 from proxyd.host.sockets import open_listener
-from proxyd.relay.messages import BalancerConfig, CloseListener, ListenerConfig
+from proxyd.relay.ipc.messages import BalancerConfig, CloseListener, ListenerConfig
 from proxyd.state.spec import BalancerKey, ListenerKey, ListenerSpec, Role, ServicePortName
 
 Answer = Callable[[bytes], Sequence[bytes]]

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from proxyd.relay import slots as s
-from proxyd.relay.channel import Channel
-from proxyd.relay.messages import (
+from proxyd.relay.ipc import slots as s
+from proxyd.relay.ipc.channel import Channel
+from proxyd.relay.ipc.messages import (
     Acknowledged,
     Apply,
     BalancerConfig,

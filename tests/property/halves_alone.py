@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxyd.api.rules import Rules
-from proxyd.sources import halves
-from proxyd.sources.files import FileEntry, Stamp, survey
-from proxyd.sources.manifests import ManifestSet, ManifestSource
+from proxyd.sources.manifests import halves
+from proxyd.sources.manifests.files import FileEntry, Stamp, survey
+from proxyd.sources.manifests.source import ManifestSet, ManifestSource
 
 SERVICE = "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n"
 PORTS = "spec:\n  ports:\n  - name: a\n    port: 80\n    targetPort: {target}\n  - {{name: b, port: 53, protocol: UDP}}\n"

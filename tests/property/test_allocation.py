@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.pod import Pod, PodStatus
 from proxyd.api.service import Protocol, Service, ServicePort, ServiceSpec, ServiceType
-from proxyd.sources.manifests import ManifestSet
+from proxyd.sources.manifests.source import ManifestSet
 from proxyd.sources.standalone.allocation import Allocated, Allocation, Allocations, Settings, allocate
 from proxyd.sources.standalone.assemble import assemble
 

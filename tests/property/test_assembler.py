@@ -12,7 +12,7 @@ from proxyd.api.discovery import Endpoints, EndpointSlice
 from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
 from proxyd.api.service import Service
-from proxyd.sources.manifests import ManifestSet
+from proxyd.sources.manifests.source import ManifestSet
 from proxyd.sources.standalone.allocation import Allocations, Settings
 from proxyd.sources.standalone.assemble import Assembler, assemble
 

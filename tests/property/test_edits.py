@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxyd.api.rules import Rules
-from proxyd.sources.parse import ParsedFile, parse_file
+from proxyd.sources.manifests.parse import ParsedFile, parse_file
 
 RULES = Rules()
 COUNT = 300

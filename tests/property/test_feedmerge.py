@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.service import Service, ServicePort, ServiceSpec, ServiceType
-from proxyd.control.feedmerge import Merger, TakenByCluster
+from proxyd.control.feeds.merge import Merger, TakenByCluster
 from proxyd.state.snapshot import Snapshot
 
 NAMES = [ObjectName("prod", name) for name in "abc"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from proxyd.api.decode import Rules, decode
 from proxyd.api.problems import Problem, Severity
-from proxyd.sources.parse import parse_file
+from proxyd.sources.manifests.parse import parse_file
 
 MANIFEST = """\
 apiVersion: v1

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxyd.sources import yaml_plain
-from proxyd.sources.yaml_reader import Unreadable, read_fully
+from proxyd.sources.text import yaml_plain
+from proxyd.sources.text.yaml_reader import Unreadable, read_fully
 
 KEYS = ["a", "b", "c-d", "x.y/z", "true", "null", "n", "on", "0", "~", "a b", '"q"', "<<", "é", "_"]
 VALUES = [

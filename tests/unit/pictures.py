@@ -6,7 +6,7 @@ from proxyd.api.discovery import EndpointConditions, EndpointPort, EndpointSlice
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.problems import Problem
 from proxyd.api.service import Protocol, Service, ServicePort, ServiceSpec, ServiceType, TrafficPolicy
-from proxyd.control.views import Counters, Picture, SourceFacts, WorkerFacts
+from proxyd.control.admin.views import Counters, Picture, SourceFacts, WorkerFacts
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import (
     BalancerKey,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from proxyd.control import logs
-from proxyd.control.accesslog import AccessLog, as_json, readable
-from proxyd.relay.messages import Connection
+from proxyd.control.runtime import logs
+from proxyd.control.runtime.accesslog import AccessLog, as_json, readable
+from proxyd.relay.ipc.messages import Connection
 
 # No call may take longer, whatever the file does; the machine may be busy.
 AT_ONCE = 10.0

@@ -16,7 +16,7 @@ import pytest
 from commandline import ask, run
 from pictures import picture
 
-from proxyd.control.admin import AdminError, AdminServer
+from proxyd.control.admin.server import AdminError, AdminServer
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from proxyd.relay import balancer as module
-from proxyd.relay.balancer import MAX_PASSED, SUSPECT_SECONDS, Balancer, Endpoint
+from proxyd.relay.engine import balancer as module
+from proxyd.relay.engine.balancer import MAX_PASSED, SUSPECT_SECONDS, Balancer, Endpoint
 
 
 def endpoint(number: int) -> Endpoint:

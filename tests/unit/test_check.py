@@ -13,8 +13,8 @@ import pytest
 from commandline import ROOT, Result, run
 
 from proxyd.cli.check import read
-from proxyd.control.options import planning_options
-from proxyd.control.settings import Settings
+from proxyd.control.config.options import planning_options
+from proxyd.control.config.settings import Settings
 
 FLAGS = ("--service-cluster-ip-range", "10.96.0.0/16", "--hostname-override", "node-1")
 

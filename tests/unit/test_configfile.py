@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from proxyd.control import configfile
-from proxyd.control.configfile import (
+from proxyd.control.config import file as configfile
+from proxyd.control.config.file import (
     ConfigError,
     Configuration,
     changes,
@@ -17,10 +17,10 @@ from proxyd.control.configfile import (
     parse,
     shown_field,
 )
-from proxyd.control.configschema import API_GROUP, API_VERSION, KUBE_PROXY, OWN_FIELDS
-from proxyd.control.flags import FLAGS
-from proxyd.control.settings import Settings, SettingsError, Surroundings, build
-from proxyd.sources.documents import Document, read_documents
+from proxyd.control.config.flags import FLAGS
+from proxyd.control.config.schema import API_GROUP, API_VERSION, KUBE_PROXY, OWN_FIELDS
+from proxyd.control.config.settings import Settings, SettingsError, Surroundings, build
+from proxyd.sources.text.documents import Document, read_documents
 
 HERE = Surroundings(uid=0, net_admin=True, cpus=2, hostname="Node")
 DEFAULT_FILE = Path(__file__).parents[2] / "config" / "proxyd.yaml"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from proxyd.sources import documents, yaml_positions, yaml_reader
-from proxyd.sources.documents import Document, Unreadable, read_documents
+from proxyd.sources.text import documents, yaml_positions, yaml_reader
+from proxyd.sources.text.documents import Document, Unreadable, read_documents
 
 
 def values(text: str | bytes, *, is_json: bool = False) -> list[Any]:

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from proxyd.api.service import Protocol
-from proxyd.control.handover import Leaving
-from proxyd.control.leaving import LeavingWorkers
+from proxyd.control.workers.handover import Leaving
+from proxyd.control.workers.old_workers import LeavingWorkers
 from proxyd.state.spec import ListenerKey
 
 # It runs in a process of its own, as it closes what that process inherited. Says which descriptors are open then.
 PROGRAM = """
 import os, sys
-from proxyd.control.handover import VARIABLE, take
+from proxyd.control.workers.handover import VARIABLE, take
 inherited = os.dup(1)
 os.set_inheritable(inherited, True)
 memory = os.memfd_create("proxyd-handover", 0)  # inheritable, as execve found it
@@ -35,7 +35,7 @@ print(*(os.path.exists(f"/proc/self/fd/{one}") for one in (inherited, memory, ow
 # Has another thread when signals are held and one comes; then it becomes a program that says what waits for it.
 HOLDS = """
 import asyncio, os, signal, sys
-from proxyd.control.orders import executor
+from proxyd.control.runtime.signal_mask import executor
 from proxyd.control.signals import hold_signals
 
 async def main():

@@ -12,11 +12,11 @@ from commandline import run as proxyd
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
-from proxyd.control.configfile import parse
-from proxyd.control.configschema import KUBE_PROXY
-from proxyd.control.featuregates import KUBERNETES_GATES
-from proxyd.control.flags import FLAGS
-from proxyd.control.kubeflags import ALIASES, FOREIGN, shared
+from proxyd.control.config.feature_gates import KUBERNETES_GATES
+from proxyd.control.config.file import parse
+from proxyd.control.config.flags import FLAGS
+from proxyd.control.config.kube_flags import ALIASES, FOREIGN, shared
+from proxyd.control.config.schema import KUBE_PROXY
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 NO_CONNTRACK = "proxyd leaves the kernel's connection tracking as it is"

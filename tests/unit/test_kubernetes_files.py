@@ -14,8 +14,8 @@ from commandline import ROOT
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
-from proxyd.control.flags import FLAGS
-from proxyd.control.kubeflags import ALIASES, FOREIGN
+from proxyd.control.config.flags import FLAGS
+from proxyd.control.config.kube_flags import ALIASES, FOREIGN
 from proxyd.sources.cluster import load_access
 
 FOLDER = ROOT / "config" / "kubernetes"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxyd.relay import registry
-from proxyd.relay.listener import TcpListener
+from proxyd.relay.tcp.listener import TcpListener
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

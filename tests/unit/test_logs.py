@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from proxyd.control import logs
-from proxyd.control.logs import Summariser, get_logger, say_some
-from proxyd.control.tasks import spawn
+from proxyd.control.runtime import logs
+from proxyd.control.runtime.logs import Summariser, get_logger, say_some
+from proxyd.control.runtime.tasks import spawn
 
 
 class Terminal(io.StringIO):

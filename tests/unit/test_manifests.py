@@ -13,7 +13,7 @@ import pytest
 
 from proxyd.api.decode import Rules
 from proxyd.api.meta import ObjectName
-from proxyd.sources.manifests import ManifestSet, ManifestSource
+from proxyd.sources.manifests.source import ManifestSet, ManifestSource
 
 RULES = Rules(service_cidrs=("10.96.0.0/16",))
 

@@ -18,13 +18,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectMeta
 from proxyd.api.service import Protocol, TrafficPolicy
-from proxyd.control import exposition, health
-from proxyd.control.clustermetrics import ClusterFacts
-from proxyd.control.exposition import Chosen
-from proxyd.control.health import Health
-from proxyd.control.metrics import MAX_TROUBLES, Facts, Metrics, WorkerState
-from proxyd.control.publication import Publication
-from proxyd.relay.slots import (
+from proxyd.control.observe import exposition, health
+from proxyd.control.observe.cluster_metrics import ClusterFacts
+from proxyd.control.observe.exposition import Chosen
+from proxyd.control.observe.health import Health
+from proxyd.control.observe.metrics import MAX_TROUBLES, Facts, Metrics, WorkerState
+from proxyd.control.workers.publication import Publication
+from proxyd.relay.ipc.slots import (
     ATTEMPTS,
     BYTES_IN,
     BYTES_OUT,
@@ -42,7 +42,7 @@ from proxyd.relay.slots import (
     REFUSED,
     Slots,
 )
-from proxyd.sources.documents import Document, read_documents
+from proxyd.sources.text.documents import Document, read_documents
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import (
     BalancerKey,

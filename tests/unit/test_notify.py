@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from proxyd.control.notify import Notifier
+from proxyd.control.observe.systemd import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -28,16 +28,16 @@ from proxyd.cli.get import noun_table
 from proxyd.cli.grammar import subcommands
 from proxyd.cli.rates import Sample, endpoint_rows, service_rows
 from proxyd.cli.tables import Table, cut, length, table
-from proxyd.control import views
-from proxyd.control.admin import AdminServer
-from proxyd.control.history import MAX_EVENTS, MAX_FAILURES, MAX_SERVICES, History
-from proxyd.control.roundup import Roundups
-from proxyd.control.selector import Selector, SelectorError
-from proxyd.control.views import Counters
+from proxyd.control.admin import views
+from proxyd.control.admin.history import MAX_EVENTS, MAX_FAILURES, MAX_SERVICES, History
+from proxyd.control.admin.selector import Selector, SelectorError
+from proxyd.control.admin.server import AdminServer
+from proxyd.control.admin.views import Counters
+from proxyd.control.workers.live_connections import Roundups
 from proxyd.host.kubechains import removal
-from proxyd.relay.channel import Channel
-from proxyd.relay.listing import LOOKED_AT_ONCE, Listings
-from proxyd.relay.messages import Failure, ListConnections, LiveConnection, LiveConnections
+from proxyd.relay.engine.listing import LOOKED_AT_ONCE, Listings
+from proxyd.relay.ipc.channel import Channel
+from proxyd.relay.ipc.messages import Failure, ListConnections, LiveConnection, LiveConnections
 
 # Tables
 

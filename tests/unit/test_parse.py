@@ -9,7 +9,7 @@ import pytest
 
 from proxyd.api.decode import Rules
 from proxyd.api.meta import ObjectName
-from proxyd.sources.parse import ParsedFile, parse_file
+from proxyd.sources.manifests.parse import ParsedFile, parse_file
 
 SEED = Path(__file__).parent.parent / "data" / "seed"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectMeta, ObjectName
-from proxyd.control.programming import TRIGGER_TIME, Programming
+from proxyd.control.observe.programming_latency import TRIGGER_TIME, Programming
 
 WEB = ObjectName("prod", "web")
 BEGAN = 1_700_000_000.0  # 2023-11-14T22:13:20Z

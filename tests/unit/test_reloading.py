@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from proxyd.control.reloading import Reloading
+from proxyd.control.config.reload import Reloading
 
 
 class Readings:

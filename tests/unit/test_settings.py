@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from proxyd.control.durations import format_duration, parse_duration, parse_port_range
-from proxyd.control.flags import FLAGS
-from proxyd.control.settings import Settings, SettingsError, Surroundings, build
+from proxyd.control.config.durations import format_duration, parse_duration, parse_port_range
+from proxyd.control.config.flags import FLAGS
+from proxyd.control.config.settings import Settings, SettingsError, Surroundings, build
 
 USER = Surroundings(
     uid=1000, cpus=2, hostname="Node-A", environ={"XDG_RUNTIME_DIR": "/run/user/1000", "HOME": "/home/u"}

@@ -16,7 +16,7 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
 from proxyd.api.problems import Severity
 from proxyd.api.service import Service
-from proxyd.sources.manifests import ManifestSet
+from proxyd.sources.manifests.source import ManifestSet
 from proxyd.sources.standalone.allocation import Allocated, Allocations, Settings, allocate
 from proxyd.sources.standalone.assemble import Assembled, assemble
 

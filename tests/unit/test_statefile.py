@@ -12,7 +12,7 @@ import pytest
 
 from proxyd.api.meta import ObjectName
 from proxyd.sources.standalone.allocation import Allocation, Allocations
-from proxyd.sources.statefile import load_allocations, save_allocations
+from proxyd.sources.standalone.statefile import load_allocations, save_allocations
 
 SOME = Allocations(
     services={
@@ -101,7 +101,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> No
         "import sys\n"
         "from proxyd.api.meta import ObjectName\n"
         "from proxyd.sources.standalone.allocation import Allocation, Allocations\n"
-        "from proxyd.sources.statefile import save_allocations\n"
+        "from proxyd.sources.standalone.statefile import save_allocations\n"
         "n = 0\n"
         "while True:\n"
         "    n += 1\n"

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from proxyd.control.tasks import in_thread
+from proxyd.control.runtime.tasks import in_thread
 
 ENDS = """
 import asyncio, threading
-from proxyd.control.tasks import in_thread
+from proxyd.control.runtime.tasks import in_thread
 
 async def main():
     begun = threading.Event()

@@ -10,9 +10,9 @@ from proxyd.api.service import ServicePort
 from proxyd.cli.get import noun_table
 from proxyd.cli.status import status_text
 from proxyd.cli.tables import table
-from proxyd.control import views
-from proxyd.control.answers import ServiceView
-from proxyd.control.views import Counters
+from proxyd.control.admin import views
+from proxyd.control.admin.schema import ServiceView
+from proxyd.control.admin.views import Counters
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import ListenerState
 

@@ -15,7 +15,7 @@ from typing import Self
 
 import pytest
 
-from proxyd.sources.watch import watch
+from proxyd.sources.manifests.watch import watch
 
 # What the operator is promised, from the edit to its effect, is 200 ms; the machine may be busy.
 AT_ONCE = 20.0  # a busy machine may take its time, and it is well before the safety scan
@@ -254,7 +254,7 @@ async def test_changes_while_the_caller_is_busy_are_reported_once(folder: Path) 
 
 PROGRAM = """
 import asyncio, sys
-from proxyd.sources.watch import watch
+from proxyd.sources.manifests.watch import watch
 
 async def main():
     stream = watch(sys.argv[1:], warn=lambda text: print("warn", text, flush=True), poll_seconds=0.2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from proxyd.sources.cluster.execplugin import ExecCredential, run_plugin
 from proxyd.sources.cluster.kubeconfig import Access, KubeconfigError, load_access
-from proxyd.sources.files import display, reason
+from proxyd.sources.manifests.files import display, reason
 
 _MAX_TOKEN = 1 << 20
 # A plugin's credentials are renewed this long before they end, so that none ends under way; seconds.

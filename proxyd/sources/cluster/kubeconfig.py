@@ -14,8 +14,8 @@ import msgspec
 
 from proxyd.api.findings import Findings, field_path
 from proxyd.api.shape import fit
-from proxyd.sources.files import display, reason
-from proxyd.sources.yaml_reader import Unreadable, read_fully
+from proxyd.sources.manifests.files import display, reason
+from proxyd.sources.text.yaml_reader import Unreadable, read_fully
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _MAX_BYTES = 4 << 20

@@ -11,7 +11,7 @@ from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service, ServiceType
-from proxyd.sources.manifests import ManifestSet
+from proxyd.sources.manifests.source import ManifestSet
 from proxyd.sources.standalone.allocation import (
     NOTHING_TAKEN,
     Allocated,

@@ -1,0 +1,125 @@
+"""Requests of the admin API as values, and values as answers; and what needs no daemon to be answered."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from proxyd import __version__
+from proxyd.control.admin.schema import LogLevelView, VersionView
+from proxyd.control.admin.selector import Selector, SelectorError
+from proxyd.control.runtime import logs
+from proxyd.control.runtime.logs import get_logger
+
+log = get_logger("admin")
+
+MAX_BODY = 16 * 1024  # of a request
+
+
+async def show_version(request: web.Request) -> web.Response:
+    """Which program answers."""
+    parameters(request)
+    return answered(VersionView(version=__version__, python=platform.python_version(), pid=os.getpid()))
+
+
+async def show_log_level(request: web.Request) -> web.Response:
+    """What is logged."""
+    parameters(request)
+    return answered(LogLevelView(level=logs.level()))
+
+
+async def set_log_level(request: web.Request) -> web.Response:
+    """Log more, or less."""
+    parameters(request)
+    try:
+        wanted = msgspec.json.decode(await request.read(), type=LogLevelView).level
+        logs.set_level(wanted)
+    except msgspec.DecodeError as error:
+        raise web.HTTPBadRequest(text=f'expected {{"level": "info"}}: {error}') from None
+    except ValueError as error:
+        raise web.HTTPBadRequest(text=str(error)) from None
+    log.info("log level set", to=wanted)
+    return answered(LogLevelView(level=logs.level()))
+
+
+def parameters(request: web.Request, *known: str) -> dict[str, str]:
+    """The parameters of a request.
+
+    Raises:
+        web.HTTPBadRequest: one is unknown or given twice.
+    """
+    for key in request.query:
+        if key not in known:
+            offer = f"known are {', '.join(known)}" if known else "there are none here"
+            raise web.HTTPBadRequest(text=f'unknown parameter "{key[:60]}"; {offer}')
+        if len(request.query.getall(key)) > 1:
+            raise web.HTTPBadRequest(text=f'parameter "{key}" is given twice')
+    return dict(request.query)
+
+
+def selector_of(query: dict[str, str]) -> Selector:
+    """The labels that are asked for.
+
+    Raises:
+        web.HTTPBadRequest: they can't be read.
+    """
+    try:
+        return Selector(query.get("labelSelector", ""))
+    except SelectorError as error:
+        raise web.HTTPBadRequest(text=str(error)) from None
+
+
+def seconds_of(query: dict[str, str], key: str, default: float) -> float:
+    """A parameter that is a time.
+
+    Raises:
+        web.HTTPBadRequest: it is none.
+    """
+    text = query.get(key)
+    if text is None:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 86400:
+        raise web.HTTPBadRequest(text=f'{key}: expected seconds from 0 to 86400, got "{text}"')
+    return seconds
+
+
+def answered(value: Any, status: int = 200) -> web.Response:
+    """A value as JSON."""
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+
+
+def refusal(status: int, why: str, headers: dict[str, str] | None = None) -> web.Response:
+    """An error as JSON."""
+    return web.Response(
+        status=status,
+        body=msgspec.json.encode({"error": why}),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def explained(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The answer for an error of a handler's, or of aiohttp's own."""
+    path = request.path[:200]
+    if error.status == 405:
+        why = f"{request.method[:20]} is not possible for {path}"
+        return refusal(405, why, {"Allow": error.headers["Allow"]})
+    if error.status == 404 and request.match_info.route.resource is None:
+        return refusal(404, f"no path {path}; see docs/admin-api.md")
+    if error.status == 413:
+        return refusal(413, f"a body has at most {MAX_BODY} bytes")
+    return refusal(error.status, error.text or error.reason)
+
+
+async def sign(_request: web.Request, response: web.StreamResponse) -> None:
+    """Say who answers: a client tells by it whether it talks to proxyd."""
+    response.headers["Server"] = f"proxyd/{__version__}"

@@ -1,0 +1,46 @@
+"""How Services are planned on this node: options from the settings, and from what this process may do."""
+
+from __future__ import annotations
+
+from proxyd.control.config.settings import Settings
+from proxyd.state.snapshot import Options, VipMode
+
+_ANY_ADDRESS = ("0.0.0.0", "::", "")
+
+
+class StartError(Exception):
+    """The daemon can't start: one line for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def planning_options(settings: Settings, *, may_route: bool = True) -> Options:
+    """How VIPs and external IPs are served; the daemon and `proxyd check` both plan with these.
+
+    Args:
+        settings: what is asked for.
+        may_route: whether this process may change routes and rules. `check` plans as if it had every right.
+
+    Raises:
+        StartError: what is asked for needs a capability that this process lacks.
+    """
+    mode = settings.vip_mode
+    if mode == "route" and not may_route:
+        raise StartError("--vip-mode=route needs CAP_NET_ADMIN; run as root, or use --vip-mode=loopback")
+    return Options(
+        vip_mode=VipMode(
+            route=may_route and mode in ("auto", "route"), loopback=mode == "loopback", serve=mode != "none"
+        ),
+        nodeport_addresses=settings.nodeport_addresses,
+        bind_addresses=() if settings.bind_address in _ANY_ADDRESS else (settings.bind_address,),
+        steer_external_ips=may_route
+        and mode in ("auto", "route", "none")
+        and settings.external_ip_mode == "steer",
+        protocols=settings.protocols,
+        vip_ranges=settings.service_cluster_ip_range,
+        pod_cidrs=settings.cluster_cidr,
+        pods_by_node=settings.detect_local_mode == "NodeCIDR",
+        localhost_nodeports=settings.iptables_localhost_nodeports,
+    )

@@ -1,0 +1,225 @@
+"""All sources together: manifests, an API server, or both; one snapshot and this node's view out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from proxyd.api.meta import ObjectName
+from proxyd.api.problems import Problem, Severity
+from proxyd.control.admin.schema import SourceFacts
+from proxyd.control.config.settings import Settings
+from proxyd.control.feeds.manifests import Feed
+from proxyd.control.feeds.merge import Merger, TakenByCluster
+from proxyd.control.runtime.logs import get_logger
+from proxyd.control.runtime.tasks import spawn
+from proxyd.sources.manifests.watch import Change
+from proxyd.state.snapshot import NodeAddress, NodeView, Snapshot
+
+if TYPE_CHECKING:
+    from proxyd.control.feeds.cluster import ClusterFeed
+
+log = get_logger("sources")
+
+_MAX_LOGGED = 20  # of what `proxyd status` has
+
+
+class FeedError(ValueError):
+    """A source can't be used: one line."""
+
+
+class Feeds:
+    """Follows every source that the settings name, and hands on a snapshot whenever one of them changes.
+
+    Nothing is handed on before each of them has delivered its first full list. Where there are both, nothing that a
+    Service of the cluster has is handed out to one of the manifests, and of a name that both have the cluster's Service
+    is served.
+
+    Args:
+        settings: which there are.
+        changed: takes each snapshot, in the event loop.
+        node_changed: called when what is known of this node has changed.
+
+    Raises:
+        FeedError: there is no telling where the API server is, or how to log in to it.
+
+    Attributes:
+        missing: configured paths that cannot be read at all.
+        cluster: the API server's part; None where there is none.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        changed: Callable[[Snapshot], None],
+        node_changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings = settings
+        self._changed = changed
+        self._node_changed = node_changed
+        self._read: Snapshot | None = None  # what the manifests say
+        self._merger = Merger()
+        self._taken = TakenByCluster()
+        self._giving: asyncio.Task[None] | None = None
+        self._node: object = None
+        self._eligible = True
+        self._hidden: tuple[Problem, ...] = ()
+        self.cluster: ClusterFeed | None = (
+            _cluster(settings, self._cluster_changed) if settings.cluster else None
+        )
+        self._manifests = Feed(settings, self._manifests_changed) if settings.manifests else None
+
+    @property
+    def synced(self) -> bool:
+        """Whether every source has delivered its first full list."""
+        return (self._manifests is None or self._read is not None) and (
+            self.cluster is None or self.cluster.synced
+        )
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """All that is wrong at the moment."""
+        return (*self.manifest_problems, *(self.cluster.problems if self.cluster else ()))
+
+    @property
+    def manifest_problems(self) -> tuple[Problem, ...]:
+        """What is wrong with manifests."""
+        return (*(self._manifests.problems if self._manifests else ()), *self._hidden)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Configured paths that cannot be read at all."""
+        return self._manifests.missing if self._manifests else ()
+
+    @property
+    def files(self) -> int:
+        """How many files of manifests there are."""
+        return self._manifests.files if self._manifests else 0
+
+    @property
+    def synced_at(self) -> float:
+        """Unix time of the last look at the manifests; 0: none yet, or there are none."""
+        return self._manifests.synced_at if self._manifests else 0.0
+
+    @property
+    def facts(self) -> tuple[SourceFacts, ...]:
+        """The state of each source."""
+        at = self.synced_at
+        manifests = [
+            SourceFacts(name=f"manifests {path}", synced=at > 0, last_event=at)
+            for path in self._settings.manifests
+        ]
+        return (*manifests, *([self.cluster.facts] if self.cluster else ()))
+
+    @property
+    def eligible(self) -> bool:
+        """Whether load balancers should send this node traffic."""
+        return self.cluster is None or self.cluster.eligible
+
+    def node_view(self, addresses: tuple[NodeAddress, ...]) -> NodeView:
+        """This node: its Node's zone, and which of its addresses the Node names as the primary ones."""
+        node = self.cluster.node if self.cluster else None
+        name = self._settings.node_name
+        if node is None:
+            return NodeView(name=name, addresses=addresses)
+        wanted = set(node.host_ips)
+        if any(address.ip in wanted for address in addresses):
+            addresses = tuple(
+                msgspec.structs.replace(address, primary=address.ip in wanted) for address in addresses
+            )
+        return NodeView(name=name, zone=node.zone, addresses=addresses, pod_cidrs=node.pod_cidrs)
+
+    def first(self, idle: Callable[[], None] | None = None) -> tuple[Problem, ...]:
+        """Read the manifests once; what they say is handed on now where there is no API server to wait for.
+
+        Args:
+            idle: what to do where there is nothing to do but to wait for another process.
+
+        Returns:
+            The problems of the manifests.
+        """
+        if self._manifests is None:
+            return ()
+        return self._manifests.first(idle) if self.cluster is None else self._manifests.look(idle)
+
+    async def rescan(self, change: Change | None = None) -> None:
+        """Read again what changed in the manifests (None: whatever did), and the kubeconfig."""
+        if self.cluster is not None:
+            self.cluster.reread()
+        if self._manifests is not None:
+            await self._manifests.rescan(change)
+
+    async def follow(self) -> None:
+        """Hand on changes until it is cancelled; does not return."""
+        async with asyncio.TaskGroup() as group:
+            if self._manifests is not None:
+                group.create_task(self._manifests.follow(), name="source:manifests")
+            if self.cluster is not None:
+                group.create_task(self.cluster.run(), name="source:cluster")
+
+    def _manifests_changed(self, snapshot: Snapshot) -> None:
+        self._read = snapshot
+        self._hand_on()
+
+    def _cluster_changed(self) -> None:
+        cluster = self.cluster
+        assert cluster is not None
+        if self._node is not cluster.node or self._eligible != cluster.eligible:
+            self._node, self._eligible = cluster.node, cluster.eligible
+            self._node_changed()
+        if self._manifests is not None and (self._taken.update(cluster.services) or self._read is None):
+            self._give_way()
+        self._hand_on()
+
+    def _give_way(self) -> None:
+        """Let the manifests' allocations make room, one time after the other."""
+        if self._giving is None or self._giving.done():
+            self._giving = spawn(self._give_way_until_done(), name="source:manifests:allocations")
+
+    async def _give_way_until_done(self) -> None:
+        assert self._manifests is not None
+        given = None
+        while given is not self._taken.now:
+            given = self._taken.now
+            await self._manifests.give_way(given)
+
+    def _hand_on(self) -> None:
+        if not self.synced:
+            return
+        if self.cluster is None:
+            assert self._read is not None
+            self._changed(self._read)
+        elif self._read is None:
+            self._changed(self.cluster.snapshot)
+        else:
+            before = self._merger.hidden
+            snapshot = self._merger.merge(self._read, self.cluster.snapshot)
+            if self._merger.hidden is not before:
+                self._tell_hidden()
+            self._changed(snapshot)
+
+    def _tell_hidden(self) -> None:
+        told, self._hidden = set(self._hidden), tuple(map(_hidden, self._merger.hidden))
+        for problem in [problem for problem in self._hidden if problem not in told][:_MAX_LOGGED]:
+            log.warning(str(problem))
+
+
+def _hidden(name: ObjectName) -> Problem:
+    return Problem(
+        severity=Severity.WARNING,
+        subject=f"Service {name}",
+        message="the cluster has a Service of this name, which is served: give the one in the manifests another name",
+    )
+
+
+def _cluster(settings: Settings, changed: Callable[[], None]) -> ClusterFeed:
+    # Imported late: aiohttp takes a third of a second, which manifests need not wait for.
+    from proxyd.control.feeds.cluster import ClusterFeed, KubeconfigError  # noqa: PLC0415
+
+    try:
+        return ClusterFeed(settings, changed)
+    except KubeconfigError as error:
+        raise FeedError(str(error)) from None

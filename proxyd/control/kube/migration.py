@@ -1,0 +1,103 @@
+"""Taking over from kube-proxy: what it left on the node is removed or named at start."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from proxyd.control.config.settings import Settings
+from proxyd.control.runtime.logs import get_logger
+from proxyd.host.kubechains import remove_userspace_chains
+from proxyd.host.kubeproxy import Leftover, Mode, kube_proxy_leftovers
+from proxyd.host.limits import can_route
+from proxyd.host.other_proxies import Neighbour, neighbour
+
+log = get_logger("takeover")
+
+_PAUSE = 1.0  # seconds between two looks whether kube-proxy has ended
+
+
+class Takeover(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found and done.
+
+    Attributes:
+        left: what kube-proxy left and is still there.
+        removed: lines of what was removed.
+        failed: lines of what could not be.
+        running: a kube-proxy that holds the address of health or metrics; because of it the chains stay. None: there is none,
+            or nothing depended on it.
+    """
+
+    left: tuple[Leftover, ...] = ()
+    removed: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    running: Neighbour | None = None
+
+    def say(self) -> None:
+        """Write it to the log."""
+        if self.running is not None:
+            log.warning(
+                "a kube-proxy still runs: the chains of its userspace mode are removed when it has ended",
+                running=str(self.running),
+            )
+        for line in self.removed:
+            log.info("removed chains of kube-proxy's userspace mode", what=line.removeprefix("removed "))
+        for line in self.failed:
+            log.error("cannot remove chains of kube-proxy's userspace mode", error=line)
+        for leftover in self.left:
+            log.warning(
+                "kube-proxy left rules that may take traffic before it reaches proxyd",
+                mode=str(leftover.mode),
+                what=str(leftover),
+                remove_with=leftover.removed_by,
+            )
+
+
+def look(settings: Settings) -> Takeover:
+    """Look for what kube-proxy left, and remove the userspace mode's chains where that is wanted.
+
+    Takes some milliseconds where there is nothing, and calls programs where there is: not for the event loop. Without
+    CAP_NET_ADMIN rules are neither seen nor removed.
+    """
+    if not can_route():
+        return Takeover()
+    left = kube_proxy_leftovers()
+    if not (any(one.mode is Mode.USERSPACE for one in left) and wanted(settings)):
+        return Takeover(left=tuple(left))
+    running = _kube_proxy(settings) if settings.cleanup_kube_proxy == "auto" else None
+    if running is not None:
+        return Takeover(left=tuple(left), running=running)
+    lines = remove_userspace_chains()
+    return Takeover(
+        left=tuple(kube_proxy_leftovers()),
+        removed=tuple(line for line in lines if line.startswith("removed ")),
+        failed=tuple(line for line in lines if not line.startswith("removed ")),
+    )
+
+
+async def when_it_ends(settings: Settings) -> None:
+    """Go on looking until the kube-proxy that was found has ended, as where one DaemonSet takes another's place."""
+    found = None
+    while found is None or found.running is not None:
+        await asyncio.sleep(_PAUSE)
+        found = await asyncio.to_thread(look, settings)
+    found.say()
+
+
+def wanted(settings: Settings) -> bool:
+    """Whether --cleanup-kube-proxy means that the userspace mode's chains are to go.
+
+    `auto`: proxyd takes the place of that mode in a cluster.
+    """
+    if settings.cleanup_kube_proxy == "auto":
+        return settings.cluster and settings.proxy_mode == "userspace"
+    return settings.cleanup_kube_proxy == "always"
+
+
+def _kube_proxy(settings: Settings) -> Neighbour | None:
+    """A kube-proxy that still runs."""
+    for address in (settings.healthz_address, settings.metrics_address):
+        if address is not None and (who := neighbour(address)) is not None and who.kind == "kube-proxy":
+            return who
+    return None

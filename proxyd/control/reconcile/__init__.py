@@ -1,0 +1,1 @@
+"""What makes the node and the workers agree with the desired state."""

@@ -1,0 +1,152 @@
+"""What makes addresses the node's own: VIP routes, policy rules, and the guard of the VIPs' other ports."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Mapping
+from collections.abc import Set as AbstractSet
+
+from proxyd.control.reconcile.guarding import Guarding
+from proxyd.control.runtime.logs import get_logger, say_some
+from proxyd.host.addresses import node_addresses
+from proxyd.host.guard import VipGuard
+from proxyd.host.routes import VipRoutes
+from proxyd.host.steering import Steering as SteeringRules
+from proxyd.state.plan import Plan
+from proxyd.state.spec import ListenerKey, Steering
+
+log = get_logger("reconciler")
+
+
+class Addresses:
+    """Those that proxyd has made. What a killed daemon left is taken over.
+
+    Args:
+        routes: None where VIPs are not to be routed.
+        rules: None where nothing is to be steered.
+        guard: None where there is none to be.
+
+    Attributes:
+        vips: that are local by a route.
+        vip_errors: why others are not.
+        steering: what is steered.
+    """
+
+    def __init__(self, routes: VipRoutes | None, rules: SteeringRules | None, guard: VipGuard | None) -> None:
+        self.vips: set[str] = set(routes.present()) if routes else set()
+        self.vip_errors: dict[str, str] = {}
+        self.steering: dict[ListenerKey, Steering] = rules.present() if rules else {}
+        self._routes = routes
+        self._rules = rules
+        self._guarding = Guarding(guard)
+        self._refused: frozenset[ListenerKey] | None = None
+        self._rules_trouble = ""
+
+    def add(self, todo: Plan, wanted: Collection[ListenerKey]) -> None:
+        """Before listeners are opened: make VIPs local.
+
+        Args:
+            todo: the plan.
+            wanted: what will be listened on.
+        """
+        if todo.add_vips:
+            self._guarding.begin(todo.add_vips | self.vips, wanted)
+        self._add_vips(todo)
+
+    def settle(self, todo: Plan, listeners: Collection[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
+        """After listeners were opened and closed: steer to those that are open, give up what nobody needs.
+
+        Args:
+            todo: the plan.
+            listeners: that are open.
+            held: what relays of closed listeners need.
+        """
+        self._steer(todo, listeners, held)
+        self._refuse_new(listeners, held)
+        self._remove(todo, held)
+        self._guarding.sync(todo, self.vips, listeners)
+
+    def observe(self) -> None:
+        """Look at the node again."""
+        try:
+            if self._routes:
+                # A VIP that is an ordinary address of the node has no route, and needs none.
+                own = {address.ip for address in node_addresses()}
+                self.vips = set(self._routes.present()) | (self.vips & own)
+            if self._rules:
+                self.steering = self._rules.present()
+                self.changed()
+                self._refused = None
+        except OSError as error:
+            log.warning("routes and rules can't be read", error=str(error))
+        self._guarding.forget()
+
+    def changed(self) -> None:
+        """The node's addresses changed: repair the routes that named one of them as source."""
+        if self._rules and self.steering:
+            _report("policy rule can't be repaired", {str(k): e for k, e in self._rules.refresh().items()})
+
+    def remove_all(self) -> None:
+        """Take back everything."""
+        if self._rules:
+            _report("policy rule can't be removed", self._rules.remove(list(self.steering)))
+            self._rules.refuse_new(frozenset())
+        if self._routes and self.vips:
+            _report("VIP route can't be removed", self._routes.remove(self.vips))
+        self._guarding.remove()
+        self.steering.clear()
+        self.vips.clear()
+
+    def _add_vips(self, todo: Plan) -> None:
+        if self._routes and todo.add_vips:
+            failed = self._routes.add(todo.add_vips)
+            _report(
+                "VIP route can't be added", {ip: e for ip, e in failed.items() if ip not in self.vip_errors}
+            )
+            self.vip_errors = failed
+            self.vips |= todo.add_vips.difference(failed)
+
+    def _steer(self, todo: Plan, listeners: Container[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
+        if not self._rules or not todo.steer:
+            return
+        # LOCAL only where somebody listens, or the traffic would hang. A key whose relays drain keeps its LOCAL rule:
+        # they need it.
+        steer = {
+            key: how if key in listeners else Steering.UNREACHABLE
+            for key, how in todo.steer.items()
+            if how is Steering.LOCAL or key not in held
+        }
+        steer = {key: how for key, how in steer.items() if self.steering.get(key) != how}
+        if steer:
+            failed = self._rules.set(steer)
+            _report("policy rule can't be set", {str(key): error for key, error in failed.items()})
+            self.steering |= {key: how for key, how in steer.items() if key not in failed}
+
+    def _refuse_new(self, listeners: Container[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
+        """Clients of an address whose listener is closed while its relays live on are refused, and do not hang."""
+        if self._rules is None:
+            return
+        closed = frozenset(key for key in held if key in self.steering and key not in listeners)
+        if closed != self._refused:
+            self._rules.refuse_new(closed)
+            self._refused = closed
+        if self._rules.trouble and self._rules.trouble != self._rules_trouble:
+            log.warning(self._rules.trouble)
+        self._rules_trouble = self._rules.trouble
+
+    def _remove(self, todo: Plan, held: AbstractSet[ListenerKey]) -> None:
+        if self._rules and (unsteer := [key for key in todo.unsteer if key not in held]):
+            _report(
+                "policy rule can't be removed", {str(k): e for k, e in self._rules.remove(unsteer).items()}
+            )
+            for key in unsteer:
+                del self.steering[key]
+        if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
+            _report("VIP route can't be removed", self._routes.remove(free))
+            self.vips -= free
+
+
+def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:
+    """Log the first few of many errors of one kind, and count the rest."""
+    say_some(
+        log.warning, what, [{"address": str(subject), "error": error} for subject, error in errors.items()], 3
+    )

@@ -1,0 +1,368 @@
+"""Carries out plans: routes, rules, listening sockets, and what the workers are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from proxyd.api.service import Protocol
+from proxyd.control.reconcile.addresses import Addresses
+from proxyd.control.runtime.logs import get_logger, say_some
+from proxyd.control.workers.handover import ListeningSocket
+from proxyd.control.workers.inherited_sockets import Inheritance
+from proxyd.control.workers.old_workers import LeavingWorkers
+from proxyd.control.workers.publication import Held, Publication, Retired, Update
+from proxyd.host.guard import VipGuard
+from proxyd.host.routes import VipRoutes
+from proxyd.host.sockets import BindFailed, open_listener
+from proxyd.host.steering import Steering as SteeringRules
+from proxyd.state.desired import DesiredState
+from proxyd.state.plan import Plan, plan
+from proxyd.state.spec import (
+    BalancerKey,
+    BalancerSpec,
+    HostState,
+    ListenerKey,
+    ListenerSpec,
+    ListenerState,
+    ListenerStatus,
+    SctpOptions,
+    ServicePortName,
+    status_of,
+)
+
+log = get_logger("reconciler")
+
+
+_FIRST_RETRY = 0.1
+_LAST_RETRY = 5.0
+_BACKLOG = 4096
+# Of balancers, and of listeners: so many are one update.
+_PUBLISHED_AT_ONCE = 1000
+_MENDED = "listener opened after failures"
+
+
+@dataclass(slots=True)
+class Failure:
+    """A listener that could not be opened."""
+
+    spec: ListenerSpec
+    message: str
+    attempts: int
+    retry_at: float  # monotonic
+    exhausted: bool  # descriptors or memory ran out: of many it is said once
+    taken: bool = False  # somebody else has the address
+
+
+@dataclass(slots=True)
+class Ending:
+    """A closed listener, and the workers that may still have relays of it."""
+
+    retired: Retired
+    workers: set[int]
+    holds: bool  # the relays need its address
+
+
+class Reconciler:
+    """Turns desired states into what the node holds. One owner for every address and listening socket.
+
+    Observed is what was really done: what failed is missing there, so the next plan has it again.
+    """
+
+    def __init__(
+        self,
+        publication: Publication,
+        *,
+        routes: VipRoutes | None,
+        rules: SteeringRules | None,
+        guard: VipGuard | None,
+        drain_seconds: float,
+        note: Callable[[ServicePortName, str], None] = lambda _service_port, _what: None,
+        sctp: SctpOptions = SctpOptions(),  # noqa: B008 - it is immutable
+    ) -> None:
+        self.desired = DesiredState()
+        self.failures: dict[ListenerKey, Failure] = {}
+        self._publication = publication
+        self._addresses = Addresses(routes, rules, guard)
+        self._drain = drain_seconds
+        self._sctp = sctp
+        self._note = note  # what became of a service port's listener, for people
+        # What is observed, where it is the very state that was desired last: the next plan then looks at changes only.
+        self._carried_out: HostState | None = None
+        self._balancers: dict[BalancerKey, BalancerSpec] = {}
+        self._listeners: dict[ListenerKey, ListenerSpec] = {}
+        self._ending: dict[int, Ending] = {}  # by the listener's number
+        # Of `desired`, once it is asked for.
+        self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
+        self._inheritance = Inheritance()
+        self._leaving: LeavingWorkers | None = None
+        self._lines: dict[str, list[dict[str, str]]] = {}  # to be logged, by event
+
+    @property
+    def observed(self) -> HostState:
+        """What the node holds now."""
+        return HostState(
+            balancers=self._balancers,
+            listeners=self._listeners,
+            vips=frozenset(self._addresses.vips),
+            steering=self._addresses.steering,
+        )
+
+    def reconcile(
+        self, desired: DesiredState, workers: Iterable[int], publish: Callable[[Update], None]
+    ) -> None:
+        """Do what leads to `desired`, and publish it.
+
+        Errors stay with the listener they belong to: see `failures` and `statuses`.
+
+        Args:
+            desired: the state to reach.
+            workers: numbers of the workers that may hold relays.
+            publish: tells the workers an update. Of much there is more than one, so that they work while the rest is done.
+        """
+        self.desired, self._unopened = desired, None
+        before, self._carried_out = self._carried_out, None
+        todo = plan(before or self.observed, desired.host)
+        crew = set(workers)
+        self._addresses.add(todo, desired.host.listeners)
+        for number, spec in enumerate(todo.set_balancers, 1):
+            self._publication.set_balancer(spec)
+            self._balancers[spec.key] = spec
+            if number % _PUBLISHED_AT_ONCE == 0:
+                publish(self._publication.take_update())
+        gone = frozenset(todo.close)
+        for key in todo.close:
+            self._close(key, gone)
+        self._open_all(todo.open, publish)
+        self._inheritance.close()
+        for wish in todo.change:
+            self._change(wish)
+        for balancer in todo.drop_balancers:
+            self._publication.drop_balancer(balancer)
+            del self._balancers[balancer]
+        self._forget(todo)
+        self._keep_relays(crew)
+        self._addresses.settle(todo, self._listeners, self._held_keys())
+        for key in [key for key in self.failures if key not in desired.host.listeners]:
+            del self.failures[key]
+        if update := self._publication.take_update():
+            publish(update)
+        if self._is_carried_out(todo, vips_were=before is not None):
+            self._carried_out = desired.host
+
+    def _is_carried_out(self, todo: Plan, *, vips_were: bool) -> bool:
+        """Whether all of what is desired is held now, and nothing else. `vips_were`: the VIPs were so before the plan."""
+        wanted = self.desired.host
+        return (
+            not self.failures
+            and len(self._listeners) == len(wanted.listeners)
+            and len(self._balancers) == len(wanted.balancers)
+            and self._addresses.steering == wanted.steering
+            and (
+                (vips_were and not (todo.add_vips or todo.remove_vips)) or self._addresses.vips == wanted.vips
+            )
+        )
+
+    def inherit(self, left: Iterable[ListeningSocket], leaving: LeavingWorkers) -> None:
+        """Before the first reconcile: the sockets to go on with, and the workers that relay until they have gone."""
+        self._inheritance = Inheritance(left)
+        self._leaving = leaving
+
+    def relayed(self) -> dict[int, tuple[tuple[ListenerKey, ...], frozenset[int]]]:
+        """Closed listeners that workers may have relays of: addresses, and which workers, by their number."""
+        return {
+            number: (ending.retired.keys, frozenset(ending.workers))
+            for number, ending in self._ending.items()
+        }
+
+    def set_drain(self, seconds: float) -> None:
+        """Relays of what is closed from now on have so long."""
+        self._drain = seconds
+
+    def observe(self) -> None:
+        """Look at the node again: what somebody else removed is missing in the next plan."""
+        self._carried_out = None
+        self._addresses.observe()
+
+    def next_retry(self) -> float | None:
+        """When the next failed listener is tried again (monotonic), None where none failed."""
+        return min((failure.retry_at for failure in self.failures.values()), default=None)
+
+    def drained(self, worker: int, numbers: Iterable[int]) -> bool:
+        """A worker has no relays left of these closed listeners. Returns whether an address may be free now."""
+        return sum(self._one_drained(worker, number) for number in numbers) > 0
+
+    def worker_died(self, worker: int) -> bool:
+        """A worker's relays are gone. Returns whether an address may be free now."""
+        return sum(self._one_drained(worker, number) for number in list(self._ending)) > 0
+
+    def statuses(self) -> tuple[ListenerStatus, ...]:
+        """The status of every listener that is wished for."""
+        open_or_failed = [
+            status_of(spec, ListenerState.FAILED, failure.message)
+            if (failure := self.failures.get(key))
+            else status_of(spec, ListenerState.SERVING)
+            for key, spec in self.desired.host.listeners.items()
+        ]
+        return (*open_or_failed, *self.desired.unopened)
+
+    def close_listeners(self) -> None:
+        """Close every listening socket; addresses stay, for the relays that drain."""
+        self._publication.close_all()
+        self._inheritance.close()  # of an end before the first reconcile
+        self._listeners.clear()
+        self._carried_out = None
+
+    def remove_addresses(self) -> None:
+        """Take back every route, rule and table."""
+        self._addresses.remove_all()
+        self._carried_out = None
+
+    def addresses_changed(self) -> None:
+        """The node's addresses changed."""
+        self._addresses.changed()
+
+    def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
+        said = any(failure.exhausted for failure in self.failures.values())
+        of_sctp: list[ListenerSpec] = []
+        for number, spec in enumerate(filter(self._due, specs), 1):
+            if spec.key.protocol is Protocol.SCTP:
+                of_sctp.append(spec)
+            else:
+                self._open(spec)
+            if number % _PUBLISHED_AT_ONCE == 0 and (update := self._publication.take_update()):
+                publish(update)
+        if of_sctp:
+            self._open_sctp(of_sctp)
+        if not said and (new := [failure for failure in self.failures.values() if failure.exhausted]):
+            log.warning("listeners failed", count=len(new), error=new[0].message)
+        said_late, self._lines = self._lines, {}
+        for event, lines in said_late.items():
+            say_some(log.info if event is _MENDED else log.warning, event, lines)
+
+    def _due(self, spec: ListenerSpec) -> bool:
+        """Whether to try to open a listener now: not so soon after it has failed."""
+        failure = self.failures.get(spec.key)
+        return not (failure and failure.spec == spec and time.monotonic() < failure.retry_at)
+
+    def _open(self, spec: ListenerSpec) -> None:
+        try:
+            sock = self._inheritance.take(spec) or open_listener(spec, backlog=_BACKLOG)
+        except BindFailed as error:
+            self._failed(spec, error)
+            return
+        self._publication.open(spec, sock)
+        self._opened(spec)
+
+    def _open_sctp(self, specs: list[ListenerSpec]) -> None:
+        from proxyd.control.reconcile.sctp_endpoints import Homes  # noqa: PLC0415 - for those alone who have SCTP turned on
+
+        homes = Homes(self._publication, self._inheritance, self._sctp)
+        failed = homes.open(specs, _BACKLOG)
+        for spec in specs:
+            if spec.key in failed:
+                self._failed(spec, failed[spec.key])
+            else:
+                self._opened(spec)
+
+    def _failed(self, spec: ListenerSpec, error: BindFailed) -> None:
+        failure = self.failures.get(spec.key)
+        attempts = failure.attempts + 1 if failure and failure.spec == spec else 1
+        message = self._addresses.vip_errors.get(spec.key.ip) or str(error)
+        if failure is None or failure.message != message:
+            if not error.exhausted:
+                self._note_line("listener failed", spec, error=message)
+            self._note(spec.service_port, f"Failed {spec.key}: {message}")
+        # What takes somebody to mend it is not tried again in a hurry.
+        pause = (
+            min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY) if error.retryable else _LAST_RETRY
+        )
+        retry_at = time.monotonic() + pause
+        self.failures[spec.key] = Failure(spec, message, attempts, retry_at, error.exhausted, error.taken)
+
+    def _opened(self, spec: ListenerSpec) -> None:
+        if self.failures.pop(spec.key, None):
+            self._note_line(_MENDED, spec)
+        self._note(spec.service_port, f"Opened {spec.key}")
+        self._listeners[spec.key] = spec
+
+    def _note_line(self, event: str, spec: ListenerSpec, **fields: str) -> None:
+        """Have a line logged when all is opened: of hundreds that fail alike a few are enough."""
+        line = {"listener": str(spec.key), "service": str(spec.service_port), **fields}
+        self._lines.setdefault(event, []).append(line)
+
+    def _change(self, spec: ListenerSpec) -> None:
+        # Relays of a Service that lost the address drain; a new spec of the same service port leaves its relays alone.
+        same = self._listeners[spec.key].service_port == spec.service_port
+        self._publication.change(spec, None if same else self._drain)
+        self._listeners[spec.key] = spec
+
+    def _close(self, key: ListenerKey, gone: frozenset[ListenerKey]) -> None:
+        """Close a listener, one of those that are to go."""
+        service_port = self._listeners.pop(key).service_port
+        self._note(service_port, f"Closed {key}")
+        held = self._publication.held.get(key)
+        if held is None:
+            return  # it was closed with another one of its socket
+        if not gone.issuperset(held.specs):
+            self._leave_home(held, key)
+            return
+        # Where the Service still wants the address, only its endpoints have gone: its relays stay.
+        stay = any(self._wants(one, service_port) for one in held.specs)
+        self._publication.close(key, None if stay else self._drain)
+
+    def _leave_home(self, held: Held, key: ListenerKey) -> None:
+        from proxyd.control.reconcile.sctp_endpoints import leave  # noqa: PLC0415 - as above
+
+        self._publication.leave(key)
+        if error := leave(held, key):
+            log.warning("SCTP address can't be given up", listener=str(key), error=error)
+
+    def _keep_relays(self, crew: set[int]) -> None:
+        """Keep account of closed listeners, and drain those that their Service does not want any more."""
+        for retired in self._publication.take_retired():
+            workers = crew if retired.owner is None else crew & {retired.owner}
+            if workers:
+                holds = any(
+                    key.ip in self._addresses.vips or key in self._addresses.steering for key in retired.keys
+                )
+                self._ending[retired.id] = Ending(retired, set(workers), holds)
+        for retired in [ending.retired for ending in self._ending.values() if not ending.retired.drains]:
+            if not any(self._wants(key, retired.spec.service_port) for key in retired.keys):
+                self._publication.drain(retired, self._drain)
+        if self._leaving:
+            wanted = self.desired.host.listeners.keys() | {one.key for one in self.desired.unopened}
+            self._leaving.let_go(wanted, self._drain)
+
+    def _wants(self, key: ListenerKey, service_port: ServicePortName) -> bool:
+        """Whether a service port wants an address, be it that it can't have it at present."""
+        holder = self.desired.host.listeners.get(key)
+        if holder is not None and holder.service_port == service_port:
+            return True
+        if self._unopened is None:
+            self._unopened = {(status.key, status.service_port) for status in self.desired.unopened}
+        return (key, service_port) in self._unopened
+
+    def _one_drained(self, worker: int, number: int) -> bool:
+        ending = self._ending.get(number)
+        if ending is None:
+            return False
+        ending.workers.discard(worker)
+        if ending.workers:
+            return False
+        del self._ending[number]
+        return ending.holds
+
+    def _held_keys(self) -> set[ListenerKey]:
+        held = {key for ending in self._ending.values() if ending.holds for key in ending.retired.keys}
+        return held | self._leaving.keys() if self._leaving else held
+
+    def _forget(self, todo: Plan) -> None:
+        if not todo.drop_balancers:
+            return
+        wished = {status.service_port for status in self.desired.unopened}
+        wished |= {spec.service_port for spec in self._listeners.values()}
+        for key in todo.drop_balancers:
+            if key.service_port not in wished:
+                self._publication.forget(key)

@@ -1,0 +1,100 @@
+"""Opening SCTP endpoints: one socket for all listeners of a home, which come and go one by one.
+
+Imported with the first SCTP listener that is to be opened.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+
+from proxyd.control.workers.inherited_sockets import Inheritance
+from proxyd.control.workers.publication import Held, Publication
+from proxyd.host import sctp
+from proxyd.host.sockets import BindFailed
+from proxyd.state.spec import Home, ListenerKey, ListenerSpec, SctpOptions
+
+_Failed = dict[ListenerKey, BindFailed]
+
+
+class Homes:
+    """Opens listeners of SCTP endpoints.
+
+    Args:
+        publication: has the sockets, and tells the workers.
+        inheritance: sockets that the program before left.
+        options: of all SCTP sockets.
+    """
+
+    def __init__(self, publication: Publication, inheritance: Inheritance, options: SctpOptions) -> None:
+        self._publication = publication
+        self._inheritance = inheritance
+        self._options = options
+
+    def open(self, specs: Iterable[ListenerSpec], backlog: int) -> _Failed:
+        """Open listeners and publish them: each joins the socket of its home, or all of a home get a new one.
+
+        Returns:
+            What failed; all others are open.
+        """
+        groups: dict[Home | ListenerKey, list[ListenerSpec]] = {}
+        for spec in specs:
+            groups.setdefault(spec.home or spec.key, []).append(spec)
+        failed: _Failed = {}
+        for members in groups.values():
+            home = members[0].home
+            held = self._publication.home(home) if home else None
+            failed |= self._join(held, members) if held else self._found(members, backlog)
+        return failed
+
+    def _join(self, held: Held, members: Iterable[ListenerSpec]) -> _Failed:
+        failed: _Failed = {}
+        for spec in members:
+            try:
+                sctp.add_address(held.socket, spec)
+            except BindFailed as error:
+                failed[spec.key] = error
+            else:
+                self._publication.join(spec, held)
+        return failed
+
+    def _found(self, members: Sequence[ListenerSpec], backlog: int) -> _Failed:
+        left = self._inheritance.take_endpoint(members)
+        if left is not None:
+            return self._go_on(*left, members)
+        sock, failed = sctp.open_endpoint(members, self._options, backlog)
+        if sock is not None:
+            self._publish(sock, [spec for spec in members if spec.key not in failed])
+        return failed
+
+    def _go_on(
+        self, sock: socket.socket, bound: Sequence[ListenerKey], members: Sequence[ListenerSpec]
+    ) -> _Failed:
+        """Serve with a socket that the program before left, bound to one member at least."""
+        if known := sctp.bound_to(sock):
+            bound = [key for key in bound if key.ip in known] or bound
+        held = self._publish(sock, [spec for spec in members if spec.key in bound])
+        failed = self._join(held, [spec for spec in members if spec.key not in bound])
+        for key in set(bound).difference(spec.key for spec in members):
+            leave(held, key)
+        return failed
+
+    def _publish(self, sock: socket.socket, specs: Sequence[ListenerSpec]) -> Held:
+        self._publication.open(specs[0], sock)
+        held = self._publication.held[specs[0].key]
+        for spec in specs[1:]:
+            self._publication.join(spec, held)
+        return held
+
+
+def leave(held: Held, key: ListenerKey) -> str:
+    """Take one address from a socket that keeps others.
+
+    Returns:
+        "", or one line: why the address stays bound, until the socket is closed.
+    """
+    try:
+        sctp.remove_address(held.socket, key)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -1,0 +1,96 @@
+"""The one way to start an asyncio task: it is kept, named, and its failure is heard of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import traceback
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from proxyd.control.runtime.logs import get_logger
+from proxyd.control.runtime.signal_mask import leave_to_main
+
+_T = TypeVar("_T")
+_log = get_logger("tasks")
+# The event loop holds tasks by weak references only: without this one may vanish while it waits.
+_running: set[asyncio.Task[Any]] = set()
+
+
+def spawn(
+    coro: Coroutine[Any, Any, _T],
+    *,
+    name: str,
+    on_failure: Callable[[BaseException], None] | None = None,
+) -> asyncio.Task[_T]:
+    """Start a task.
+
+    An exception that ends it is logged in one line, also where the task is awaited. Being cancelled is no failure.
+
+    Args:
+        coro: what to run.
+        name: reads well in a dump, such as `source:manifests`.
+        on_failure: called with the exception, for a task that the daemon cannot go on without.
+    """
+    task = asyncio.get_running_loop().create_task(coro, name=name)
+    _running.add(task)
+
+    def done(ended: asyncio.Task[_T]) -> None:
+        _running.discard(ended)
+        if ended.cancelled():
+            return
+        error = ended.exception()
+        if error is None:
+            return
+        _log.error("task failed", task=name, error=describe(error))
+        if on_failure is not None:
+            on_failure(error)
+
+    task.add_done_callback(done)
+    return task
+
+
+async def in_thread(work: Callable[..., _T], *args: object) -> _T:
+    """As `asyncio.to_thread`, but the end of the program does not wait for it: what it does then is lost.
+
+    For work that only reads: a stop in the middle of it is to be prompt.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if future.done():
+            return  # nobody waits any more
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]  # there is one where there is no error
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        leave_to_main()
+        result, failed = None, None
+        try:
+            result = work(*args)
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(settle, result, failed)
+        failed = None  # its traceback has this frame
+
+    threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
+    return await future
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line: its type, its text and the place it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}".replace("\n", " ")
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have ended; their failures were logged already."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""The worker processes: starting them, telling them, handing them over at an upgrade."""

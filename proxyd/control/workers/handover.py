@@ -1,0 +1,199 @@
+"""What one program hands to the next in the same process: listening sockets, and workers that still relay.
+
+An upgrade replaces the program by execve(2). Descriptors that may be inherited stay open, children stay children, and
+the number of the process stays the same; a memfd says which descriptor is what. Fields may be added to these structs, with
+a default: the next program may be newer or older.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from proxyd.api.service import Protocol
+from proxyd.control.runtime.logs import get_logger
+from proxyd.state.spec import ListenerKey
+
+log = get_logger("upgrade")
+
+VARIABLE = "PROXYD_HANDOVER"
+_CHECK = "check"  # its value where a program is only asked whether it would start
+_VERSION = 1
+_NAME = "proxyd-handover"
+_CHECK_SECONDS = 60.0
+
+
+class UpgradeError(Exception):
+    """The running program goes on: one line says why."""
+
+
+class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
+    """A listening socket. `steered` as in a listener spec; `further` are the other addresses of an SCTP endpoint."""
+
+    ip: str
+    port: int
+    protocol: Protocol
+    steered: bool
+    descriptor: int
+    further: list[str] = []
+
+    @property
+    def key(self) -> ListenerKey:
+        """What it is bound to."""
+        return ListenerKey(self.ip, self.port, self.protocol)
+
+    @property
+    def keys(self) -> tuple[ListenerKey, ...]:
+        """Everything it is bound to."""
+        return tuple(ListenerKey(ip, self.port, self.protocol) for ip in (self.ip, *self.further))
+
+
+class Leaving(msgspec.Struct, frozen=True, array_like=True):
+    """A worker that relays until its last relay has ended.
+
+    Attributes:
+        pid: its process, a child.
+        channel: descriptor of control's end.
+        listeners: number, address, port and protocol of those that it may have relays of; a number with several
+            addresses, as of SCTP, is there with each.
+    """
+
+    pid: int
+    channel: int
+    listeners: list[tuple[int, str, int, Protocol]] = []
+
+
+class Handover(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that is handed over."""
+
+    version: int = _VERSION
+    program: str = ""  # version of the program that hands over
+    admin_path: str = ""
+    admin: int = -1  # descriptor of the listening admin socket
+    listeners: list[ListeningSocket] = []
+    workers: list[Leaving] = []
+
+    def descriptors(self) -> Iterable[int]:
+        """All of them."""
+        yield from (one.descriptor for one in self.listeners)
+        yield from (worker.channel for worker in self.workers)
+        if self.admin >= 0:
+            yield self.admin
+
+
+def checking() -> bool:
+    """Whether this process is only to find out if the program would start with these arguments."""
+    return os.environ.get(VARIABLE) == _CHECK
+
+
+def answer() -> str:
+    """What a program that is only asked says: it would start, and which records it can take over from."""
+    return f"{_NAME} {_VERSION}"
+
+
+def take() -> Handover | None:
+    """What the program before this one handed over; None where there was none.
+
+    Where it cannot be read, what is inherited is closed; this program's own descriptors are never inheritable.
+    """
+    text = os.environ.pop(VARIABLE, "")
+    if not text.isdecimal():
+        return None
+    left = _inheritable()
+    try:
+        memory = int(text)
+        if not str(Path(f"/proc/self/fd/{memory}").readlink()).startswith(f"/memfd:{_NAME}"):
+            return None
+    except (OSError, ValueError):
+        return None  # somebody else's variable
+    try:
+        data = os.pread(memory, os.fstat(memory).st_size, 0)
+        found = msgspec.msgpack.decode(data, type=Handover)
+        _check_version(found)
+        for descriptor in found.descriptors():
+            os.set_inheritable(descriptor, False)
+    except (OSError, ValueError) as error:
+        log.error("what the program before left can't be read: starting anew", error=str(error))  # noqa: TRY400 - one line
+        for descriptor in left:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        return None
+    os.close(memory)
+    return found
+
+
+def _inheritable() -> list[int]:
+    """The descriptors that whoever executed this program left open, but for the standard streams."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are numbers
+        with contextlib.suppress(OSError):
+            if (number := int(name)) > 2 and os.get_inheritable(number):
+                found.append(number)
+    return found
+
+
+def _check_version(found: Handover) -> None:
+    if found.version != _VERSION:
+        raise ValueError(f"it is of version {found.version}")
+
+
+async def check() -> None:
+    """Find out whether the program that is installed now would start with the arguments of this one, and go on from it.
+
+    Raises:
+        UpgradeError: it would not.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *_command(),
+        env={**os.environ, VARIABLE: _CHECK},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_CHECK_SECONDS):
+            answered, said = await process.communicate()
+    except TimeoutError:
+        raise UpgradeError(
+            f"the new program did not say within {_CHECK_SECONDS:.0f} s that it would start"
+        ) from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()  # also where the daemon ends meanwhile: it leaves no process behind
+    if process.returncode != 0:
+        lines = said.decode("utf-8", "replace").strip().splitlines()
+        why = lines[-1] if lines else f"it ended with status {process.returncode}"
+        raise UpgradeError(f"the new program would not start: {why}")
+    if answer() not in answered.decode("utf-8", "replace").splitlines():
+        raise UpgradeError(
+            "the new program can't go on from this one, their handovers are of different versions: restart the daemon"
+        )
+
+
+def replace_program(handover: Handover) -> None:
+    """Become the program that is installed now, after `hold_signals`. Does not return.
+
+    Raises:
+        OSError: it cannot be executed, or there is no memory.
+    """
+    memory = os.memfd_create(_NAME)
+    os.write(memory, msgspec.msgpack.encode(handover))
+    for descriptor in (memory, *handover.descriptors()):
+        os.set_inheritable(descriptor, True)
+    command = _command()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os.execve(command[0], command, {**os.environ, VARIABLE: str(memory)})  # noqa: S606 - our own program
+
+
+def _command() -> list[str]:
+    return [sys.executable, *sys.orig_argv[1:]]

@@ -1,0 +1,50 @@
+"""Listening sockets that the program before this one left: whoever connects meanwhile waits in their backlog."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+
+from proxyd.api.service import Protocol
+from proxyd.control.workers.handover import ListeningSocket
+from proxyd.control.workers.publication import close_listening
+from proxyd.state.spec import ListenerKey, ListenerSpec
+
+
+class Inheritance:
+    """Sockets that wait for their listener.
+
+    Args:
+        left: what was handed over.
+    """
+
+    def __init__(self, left: Iterable[ListeningSocket] = ()) -> None:
+        self._sockets: dict[tuple[ListenerKey, bool], socket.socket] = {}
+        self._bound: dict[socket.socket, ListeningSocket] = {}  # SCTP endpoints
+        for one in left:
+            sock = socket.socket(fileno=one.descriptor)
+            self._sockets[one.key, one.steered] = sock
+            if one.protocol is Protocol.SCTP:
+                self._bound[sock] = one
+
+    def take(self, spec: ListenerSpec) -> socket.socket | None:
+        """The socket for a listener; None where there is none."""
+        return self._sockets.pop((spec.key, spec.steered), None)
+
+    def take_endpoint(
+        self, specs: Iterable[ListenerSpec]
+    ) -> tuple[socket.socket, tuple[ListenerKey, ...]] | None:
+        """The SCTP socket for one of several listeners, and all that it is bound to; None where there is none."""
+        wanted = {spec.key for spec in specs}
+        for sock, one in self._bound.items():
+            if not wanted.isdisjoint(one.keys):
+                del self._bound[sock], self._sockets[one.key, one.steered]
+                return sock, one.keys
+        return None
+
+    def close(self) -> None:
+        """Close those that no listener is for: everything that is wanted has been opened."""
+        for sock in self._sockets.values():
+            close_listening(sock)
+        self._sockets.clear()
+        self._bound.clear()

@@ -1,0 +1,100 @@
+"""Asks every worker which relays are alive, and puts their answers together."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from proxyd.relay.ipc.messages import ListConnections, LiveConnection, LiveConnections
+
+TIMEOUT = 2.0  # seconds that the workers have for an answer
+MAX_RECORDS = 10_000
+
+
+class Roundup(NamedTuple):
+    """What the workers said."""
+
+    records: list[tuple[int, LiveConnection]]  # with the number of the worker that has it
+    more: int  # alive, and not among the records
+    silent: tuple[int, ...]  # workers that did not answer in time
+
+
+@dataclass(slots=True)
+class _Question:
+    """One question under way."""
+
+    limit: int
+    waiting: set[int]
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    records: list[tuple[int, LiveConnection]] = field(default_factory=list)
+    more: int = 0
+
+
+class Roundups:
+    """One question at a time is put to the workers; further ones wait for it.
+
+    Args:
+        tell: sends a message to every worker there is, and returns their numbers.
+    """
+
+    def __init__(self, tell: Callable[[ListConnections], set[int]]) -> None:
+        self._tell = [tell]
+        self._numbers = itertools.count(1)
+        self._questions: dict[int, _Question] = {}
+        self._lock = asyncio.Lock()
+
+    def also(self, tell: Callable[[ListConnections], set[int]]) -> None:
+        """Others to ask too, whose numbers are none of the workers'."""
+        self._tell.append(tell)
+
+    async def ask(
+        self, *, namespace: str = "", name: str = "", limit: int = MAX_RECORDS, seconds: float = TIMEOUT
+    ) -> Roundup:
+        """The relays that are alive, of a namespace or Service where they are named.
+
+        Args:
+            namespace: "" for all.
+            name: of Services; "" for all.
+            limit: of records.
+            seconds: that the workers have for an answer.
+        """
+        async with self._lock:
+            number = next(self._numbers)
+            question = self._questions[number] = _Question(limit, set())
+            try:
+                message = ListConnections(number, limit, namespace, name)
+                question.waiting = set().union(*(tell(message) for tell in self._tell))
+                if question.waiting:
+                    async with asyncio.timeout(seconds):
+                        await question.done.wait()
+            except TimeoutError:
+                pass
+            finally:
+                del self._questions[number]
+            return Roundup(question.records, question.more, tuple(sorted(question.waiting)))
+
+    def heard(self, worker: int, answer: LiveConnections) -> None:
+        """A worker answers. What comes too late is of no use any more."""
+        question = self._questions.get(answer.request)
+        if question is None:
+            return
+        room = max(0, question.limit - len(question.records))
+        question.records += [(worker, record) for record in answer.records[:room]]
+        question.more += max(0, len(answer.records) - room) + answer.more
+        if answer.last:
+            self._answered(question, worker)
+
+    def gone(self, worker: int) -> None:
+        """A worker has died; its relays are gone with it."""
+        for question in self._questions.values():
+            question.records = [entry for entry in question.records if entry[0] != worker]
+            self._answered(question, worker)
+
+    @staticmethod
+    def _answered(question: _Question, worker: int) -> None:
+        question.waiting.discard(worker)
+        if not question.waiting:
+            question.done.set()

@@ -1,0 +1,330 @@
+"""What the workers are told: balancers and listeners by number, and the updates that lead from one state to the next."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import zlib
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from proxyd.api.service import Protocol
+from proxyd.control.workers.slot_allocator import SlotBook
+from proxyd.relay import registry
+from proxyd.relay.ipc.messages import MAX_DESCRIPTORS, Apply, BalancerConfig, CloseListener, ListenerConfig
+from proxyd.relay.ipc.slots import FIELDS, Slots
+from proxyd.state.spec import BalancerKey, BalancerSpec, Home, ListenerKey, ListenerSpec, ServicePortName
+
+_T = TypeVar("_T")
+
+# More endpoints of one service port than fit into one message are left out; Kubernetes caps Endpoints at 1,000.
+MAX_ENDPOINTS = 4000
+# Endpoints in one part of an update: about 60 KB.
+_PART_ENDPOINTS = 2000
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """One open listener: its number among the workers, its socket, and the one worker that has it (None: all).
+
+    `specs` are all listeners that the socket is for, several for a multi-homed SCTP endpoint; `spec` is the first.
+    """
+
+    id: int
+    socket: socket.socket
+    spec: ListenerSpec
+    owner: int | None
+    specs: dict[ListenerKey, ListenerSpec]
+
+
+@dataclass(slots=True, eq=False)
+class Retired:
+    """A closed listener whose relays may live on, in the worker that had it (`owner`; None: in all).
+
+    `drains`: they end after a while in any case. `keys`: the addresses that they use.
+    """
+
+    id: int
+    spec: ListenerSpec
+    owner: int | None
+    drains: bool
+    keys: tuple[ListenerKey, ...]
+
+
+@dataclass(slots=True)
+class Update:
+    """What changed since the last generation. `owner` None: for all workers."""
+
+    generation: int
+    balancers: list[BalancerConfig] = field(default_factory=list)
+    listeners: dict[int, Held] = field(default_factory=dict)  # by number
+    close: list[tuple[CloseListener, int | None]] = field(default_factory=list)
+    drop_balancers: list[int] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.balancers or self.listeners or self.close or self.drop_balancers)
+
+
+class Publication:
+    """The listeners and balancers in force, and the update that is being put together.
+
+    Not a process, no I/O but closing sockets: the supervisor carries updates to the workers.
+    """
+
+    def __init__(self, slots: Slots, workers: int) -> None:
+        self._slots = slots
+        self._workers = max(workers, 1)
+        self._book = SlotBook(slots)
+        self._ids = itertools.count(1)
+        self._configs: dict[BalancerKey, BalancerConfig] = {}
+        self._specs: dict[BalancerKey, BalancerSpec] = {}
+        self._counted: dict[ServicePortName, set[BalancerKey]] = {}
+        self.held: dict[ListenerKey, Held] = {}
+        self._homes: dict[Home, Held] = {}
+        self.generation = 0
+        self._update = Update(1)
+        self._retired: list[Retired] = []
+
+    def set_balancer(self, spec: BalancerSpec) -> None:
+        """Add a balancer, or change its endpoints and affinity."""
+        key = spec.key
+        old = self._specs.get(key)
+        if old is not None:
+            for endpoint in set(old.endpoints).difference(spec.endpoints):
+                self._book.give_back((key, endpoint))
+        config = BalancerConfig(
+            id=self._book.take(key),
+            name=str(key.service_port),
+            endpoints=[(e.ip, e.port, self._book.take((key, e))) for e in spec.endpoints[:MAX_ENDPOINTS]],
+            affinity_seconds=spec.affinity_seconds,
+            udp_idle_seconds=spec.udp_idle_seconds,
+            further={ip: list(others) for ip, others in spec.further.items()},
+        )
+        self._specs[key] = spec
+        self._configs[key] = config
+        self._counted.setdefault(key.service_port, set()).add(key)
+        self._update.balancers.append(config)
+        if old is not None and bool(old.affinity_seconds) != bool(spec.affinity_seconds):
+            # Whoever may have the listener has changed.
+            for held in [held for held in self._sockets() if held.spec.balancer == key]:
+                self._reissue(held, held.spec, None)
+
+    def drop_balancer(self, key: BalancerKey) -> None:
+        """Remove a balancer. Its counters and position stay with its key until `forget`."""
+        config, spec = self._configs.pop(key), self._specs.pop(key)
+        for endpoint in spec.endpoints:
+            self._book.give_back((key, endpoint))
+        self._update.drop_balancers.append(config.id)
+
+    def forget(self, key: BalancerKey) -> None:
+        """Give up the counters of a balancer whose service port is gone."""
+        self._book.give_back(key)
+        keys = self._counted.get(key.service_port, set())
+        keys.discard(key)
+        if not keys:
+            self._counted.pop(key.service_port, None)
+
+    def open(self, spec: ListenerSpec, sock: socket.socket) -> None:
+        """Publish a listener. The socket is owned by the publication from now on."""
+        held = Held(next(self._ids), sock, spec, self._owner(spec), {spec.key: spec})
+        self._hold(held)
+        self._update.listeners[held.id] = held
+
+    def join(self, spec: ListenerSpec, held: Held) -> None:
+        """One more address of a socket that is open."""
+        held.specs[spec.key] = spec
+        self.held[spec.key] = held
+
+    def leave(self, key: ListenerKey) -> None:
+        """One address less of a socket that has others."""
+        held = self.held.pop(key)
+        del held.specs[key]
+        if held.spec.key == key:
+            held.spec = next(iter(held.specs.values()))
+
+    def home(self, home: Home) -> Held | None:
+        """The socket of a multi-homed SCTP endpoint, where it is open."""
+        return self._homes.get(home)
+
+    def change(self, spec: ListenerSpec, drain: float | None) -> None:
+        """Give an open listener another spec; the socket stays.
+
+        Args:
+            spec: of the same key.
+            drain: what is left of the relays begun under the old spec ends after that many seconds; None: they stay.
+        """
+        held = self.held[spec.key]
+        if held.spec.key == spec.key:
+            self._reissue(held, spec, drain)
+        else:
+            # Workers know of the first of several, which changes with it.
+            held.specs[spec.key] = spec
+
+    def close(self, key: ListenerKey, drain: float | None) -> None:
+        """Close a listener, and all others of its socket. `drain` as in `change`."""
+        held = self.held[key]
+        for one in held.specs:
+            del self.held[one]
+        if held.spec.home is not None:
+            del self._homes[held.spec.home]
+        self._retire(held, drain)
+        close_listening(held.socket)
+
+    def drain(self, retired: Retired, seconds: float) -> None:
+        """End what is left of a closed listener's relays after that many seconds."""
+        retired.drains = True
+        self._update.close.append((CloseListener(retired.id, seconds), retired.owner))
+
+    def take_retired(self) -> list[Retired]:
+        """The listeners that workers had and that were closed, or given anew, since the last call."""
+        retired, self._retired = self._retired, []
+        return retired
+
+    def close_all(self) -> None:
+        """Close every socket, without telling the workers."""
+        for held in self._sockets():
+            close_listening(held.socket)
+        self.held.clear()
+        self._homes.clear()
+
+    def take_update(self) -> Update:
+        """The update put together since the last call; a new generation begins where there is anything in it."""
+        update = self._update
+        if update:
+            self.generation = update.generation
+            self._update = Update(update.generation + 1)
+        return update
+
+    def full(self) -> Update:
+        """Everything in force, for a worker that knows nothing yet. Call when no update is under construction."""
+        return Update(
+            self.generation,
+            balancers=list(self._configs.values()),
+            listeners={held.id: held for held in self._sockets()},
+        )
+
+    def counters(self, owner: Hashable, fields: Iterable[int]) -> list[int]:
+        """Counters of a balancer, or of a (balancer, endpoint), summed over the workers; zeros where it has none."""
+        slot = self._book.get(owner)
+        if slot is None:
+            return [0 for _ in fields]
+        return [self._slots.total(slot, one, self._workers) for one in fields]
+
+    def row(self, owner: Hashable) -> list[int]:
+        """All counters of a balancer, or of a (balancer, endpoint), as `counters` has them. Safe from another thread."""
+        slot = self._book.get(owner)
+        return [0] * FIELDS if slot is None else self._slots.read(slot, self._workers)
+
+    def balancer_keys(self, service_port: ServicePortName) -> frozenset[BalancerKey]:
+        """The balancers of a service port that have counters."""
+        return frozenset(self._counted.get(service_port, ()))
+
+    def rows(self) -> range:
+        """Every row of the slots that may have been counted in."""
+        return self._book.rows()
+
+    def listener_config(self, held: Held) -> ListenerConfig:
+        """How a worker is told of a listener."""
+        spec = held.spec
+        host = f"[{spec.key.ip}]" if ":" in spec.key.ip else spec.key.ip
+        return ListenerConfig(
+            id=held.id,
+            balancer=self._configs[spec.balancer].id,
+            protocol=str(spec.key.protocol),
+            address=f"{host}:{spec.key.port}",
+            source_ranges=list(spec.source_ranges),
+            implementation=registry.find().classes.get(spec.key.protocol, ""),
+        )
+
+    def parts(self, update: Update, worker: int) -> Iterator[tuple[Apply, list[Held]]]:
+        """An update as messages for one worker, each with the listeners whose descriptors go with it.
+
+        Each is small enough for one datagram.
+        """
+        listeners = [held for held in update.listeners.values() if held.owner in (None, worker)]
+        close = [one for one, owner in update.close if owner in (None, worker)]
+        for chunk in _by_endpoints(update.balancers):
+            yield Apply(update.generation, last=False, balancers=chunk), []
+        for some in _chunks(listeners, MAX_DESCRIPTORS):
+            configs = [self.listener_config(held) for held in some]
+            yield Apply(update.generation, last=False, listeners=configs), some
+        for closing in _chunks(close, 2000):
+            yield Apply(update.generation, last=False, close=closing), []
+        for ids in _chunks(update.drop_balancers, 2000):
+            yield Apply(update.generation, last=False, drop_balancers=ids), []
+        yield Apply(update.generation, last=True), []
+
+    def _hold(self, held: Held) -> None:
+        for key in held.specs:
+            self.held[key] = held
+        if held.spec.home is not None:
+            self._homes[held.spec.home] = held
+
+    def _sockets(self) -> Iterable[Held]:
+        """What is held, each socket once."""
+        return dict.fromkeys(self.held.values())
+
+    def _reissue(self, held: Held, spec: ListenerSpec, drain: float | None) -> None:
+        # A new number with the same socket: the backlog is kept, and old relays can be told from new ones.
+        self._retire(held, drain)
+        new = Held(next(self._ids), held.socket, spec, self._owner(spec), {**held.specs, spec.key: spec})
+        self._hold(new)
+        self._update.listeners[new.id] = new
+
+    def _retire(self, held: Held, drain: float | None) -> None:
+        if self._update.listeners.pop(held.id, None):  # no worker has heard of it yet
+            return
+        self._update.close.append((CloseListener(held.id, drain), held.owner))
+        keys = tuple(held.specs)
+        self._retired.append(Retired(held.id, held.spec, held.owner, drains=drain is not None, keys=keys))
+
+    def _owner(self, spec: ListenerSpec) -> int | None:
+        balancer = self._specs[spec.balancer]
+        if spec.key.protocol is Protocol.UDP or balancer.affinity_seconds:
+            return zlib.crc32(str(spec.service_port).encode()) % self._workers
+        return None
+
+
+def close_listening(sock: socket.socket) -> None:
+    """Close a listening socket that workers hold too.
+
+    The address is free and clients are refused at once, also while a worker is too busy to close its duplicate.
+    """
+    if sock.type == socket.SOCK_STREAM:
+        with contextlib.suppress(OSError):
+            if sock.proto == socket.IPPROTO_SCTP:
+                sock.listen(0)  # its shutdown is for associations; this ends listening (net/sctp/socket.c)
+            else:
+                sock.shutdown(socket.SHUT_RD)
+    sock.close()
+
+
+def still_open(message: Apply, listeners: list[Held]) -> tuple[Apply, list[int]]:
+    """A part as it can be sent now, with its descriptors: listeners that were closed since are left out."""
+    alive = [held.socket.fileno() >= 0 for held in listeners]
+    if not all(alive):
+        kept = [config for config, lives in zip(message.listeners, alive, strict=True) if lives]
+        message = msgspec.structs.replace(message, listeners=kept)
+    return message, [held.socket.fileno() for held, lives in zip(listeners, alive, strict=True) if lives]
+
+
+def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def _by_endpoints(configs: list[BalancerConfig]) -> Iterator[list[BalancerConfig]]:
+    chunk: list[BalancerConfig] = []
+    count = 0
+    for config in configs:
+        if chunk and count + len(config.endpoints) + 1 > _PART_ENDPOINTS:
+            yield chunk
+            chunk, count = [], 0
+        chunk.append(config)
+        count += len(config.endpoints) + 1
+    if chunk:
+        yield chunk

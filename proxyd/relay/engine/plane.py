@@ -1,0 +1,244 @@
+"""What all relays of one worker share: poller, receive buffer, counters, limits and coarse timers.
+
+There is no timer for a single relay. One timer of 25 ms runs while something is being dialled, one of a second runs
+while there are relays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+from proxyd.relay.engine.pipes import MAX_PIPES, Pipe, Pipes
+from proxyd.relay.engine.poller import Handler, Poller
+from proxyd.relay.engine.reporter import Reporter
+from proxyd.relay.ipc.options import Options
+from proxyd.relay.ipc.slots import Slots
+
+if TYPE_CHECKING:
+    from proxyd.relay.udp.table import FlowTable
+
+# One read, and so the most that is kept for one direction. 256 KiB were about 10 % slower in bulk: they do not stay in
+# the processor's cache. While PENDING_LIMIT bytes are kept in all, reads are tight.
+READ_BYTES = 64 * 1024
+TIGHT_READ_BYTES = 16 * 1024
+PENDING_LIMIT = 64 * 1024 * 1024
+# A relay that has moved so much waits until the others had their turn.
+TURN_BYTES = 1024 * 1024
+
+DIAL_SCAN_SECONDS = 0.025
+TICK_SECONDS = 1.0
+# How long accepting rests when this process has reached a limit of its own.
+PAUSE_SECONDS = 0.15
+# Descriptors that are never given to relays.
+_SPARE_DESCRIPTORS = 40
+# One pipe, of two more, for so many descriptors.
+_PIPE_PART = 64
+# Of all workers: half of what fs.pipe-user-pages-soft gives a user. What this user's other programs, as root in any
+# container, and the workers after an upgrade ask for beyond that is cut to two pages each.
+_PIPES_OF_ALL = 32
+
+
+class SharedRelay(Protocol):
+    """A relay as the timers see it."""
+
+    def dial_due(self, now: float) -> None:
+        """Give up the endpoint that has not answered in time."""
+
+    def tick(self, now: float) -> None:
+        """Do what is done once a second."""
+
+    def crash(self) -> None:
+        """End after an internal error."""
+
+
+class Pausable(Protocol):
+    """A listener that rests while accepting is paused."""
+
+    def resume(self) -> None:
+        """Accept again."""
+
+
+class Plane:
+    """Shared by the relays of one worker.
+
+    Args:
+        loop: the event loop.
+        reporter: to control.
+        slots: counters and positions.
+        index: of the worker: whose counters to write.
+        options: of the worker.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, reporter: Reporter, slots: Slots, index: int, options: Options
+    ) -> None:
+        self.loop = loop
+        self.reporter = reporter
+        self.slots = slots
+        self.index = index
+        self.counters = slots.view
+        self.poller = Poller(loop, self._handler_failed, alone=options.alone)
+        self.options = options
+        self.extensions: dict[str, object] = {}  # what the listeners of one protocol share, by its name
+        self.records = options.records
+        self.idle_seconds = options.tcp_idle_timeout
+        self.relays: set[SharedRelay] = set()
+        self.dialling: dict[SharedRelay, float] = {}  # and until when
+        self.on_empty: Callable[[], None] | None = None  # called when the last relay ended
+        self.accepting_paused = False
+        self._paused: list[Pausable] = []
+        self.max_relays = self._fixed_limit = options.max_relays
+        self.udp_idle_seconds = options.udp_timeout
+        self.workers = options.workers
+        self.flow_table: FlowTable | None = None
+        self.flows = 0  # of UDP, each with one descriptor
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        self.view = self._buffer  # what to read into
+        self._pending = 0
+        self.pipes = Pipes(_most_pipes(options.workers) if options.tcp_splice else 0)
+        self._scan_timer: asyncio.TimerHandle | None = None
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._pause_timer: asyncio.TimerHandle | None = None
+        self.measure_descriptors()
+
+    # -- relays ---------------------------------------------------------------------------------------------------
+
+    def opened(self, relay: SharedRelay) -> None:
+        """Count a relay in."""
+        self.relays.add(relay)
+        if self._tick_timer is None:
+            self._tick_timer = self.loop.call_later(TICK_SECONDS, self._tick)
+
+    def closed(self, relay: SharedRelay) -> None:
+        """Count a relay out."""
+        self.relays.discard(relay)
+        if self.on_empty is not None and not self.relays:
+            self.on_empty()
+
+    def dial_until(self, relay: SharedRelay, deadline: float) -> None:
+        """Have `relay.dial_due` called at about `deadline`, unless it is taken out of `dialling` before."""
+        self.dialling[relay] = deadline
+        if self._scan_timer is None:
+            self._scan_timer = self.loop.call_later(DIAL_SCAN_SECONDS, self._scan)
+
+    def _scan(self) -> None:
+        self._scan_timer = None
+        now = monotonic()
+        for relay in [relay for relay, deadline in self.dialling.items() if deadline <= now]:
+            self._guarded(relay, relay.dial_due, now)
+        if self.dialling and self._scan_timer is None:
+            self._scan_timer = self.loop.call_later(DIAL_SCAN_SECONDS, self._scan)
+
+    def _tick(self) -> None:
+        self._tick_timer = None
+        now = monotonic()
+        for relay in list(self.relays):
+            self._guarded(relay, relay.tick, now)
+        if self.relays and self._tick_timer is None:
+            self._tick_timer = self.loop.call_later(TICK_SECONDS, self._tick)
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def keep(self, size: int) -> None:
+        """Count bytes that are kept for a full socket; negative when they have gone."""
+        self._pending += size
+        if self._pending > PENDING_LIMIT:
+            self.view = self._buffer[:TIGHT_READ_BYTES]
+        elif self._pending < PENDING_LIMIT // 2:
+            self.view = self._buffer
+
+    def take_pipe(self) -> Pipe | None:
+        """A pipe for bulk; none while memory is short."""
+        return self.pipes.take() if self.view is self._buffer else None
+
+    # -- limits ---------------------------------------------------------------------------------------------------
+
+    def measure_descriptors(self) -> None:
+        """Find how many relays there may be, of two descriptors each, beside what is open now."""
+        if self._fixed_limit:
+            return
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            in_use = sum(1 for _ in os.scandir("/proc/self/fd")) - 2 * len(self.relays) - self.flows
+        except OSError:  # out of descriptors at this very moment
+            in_use = soft // 4
+        spare = _SPARE_DESCRIPTORS + 2 * (self.pipes.most - self.pipes.made)
+        self.max_relays = max((soft - in_use - spare) // 2, 1)
+
+    def may_accept(self) -> bool:
+        """Whether there is room for one more relay; where there is not, accepting is paused."""
+        if len(self.relays) + self.flows // 2 < self.max_relays:
+            return True
+        self.pause(
+            "as many connections as descriptors allow: accepting paused; raise the limit of open files"
+        )
+        return False
+
+    def share(self) -> int:
+        """How many relays one listener may have: a tenth is left to the others, whatever becomes of its service."""
+        return self.max_relays - self.max_relays // 10
+
+    def pause(self, why: str) -> None:
+        """Let accepting rest for a moment. Clients wait in the backlog meanwhile."""
+        self.reporter.trouble(why)
+        if not self.accepting_paused:
+            self.accepting_paused = True
+            self._pause_timer = self.loop.call_later(PAUSE_SECONDS, self._resume)
+
+    def rest(self, listener: Pausable) -> None:
+        """Have `listener.resume` called when accepting goes on."""
+        self._paused.append(listener)
+
+    def _resume(self) -> None:
+        self._pause_timer = None
+        self.accepting_paused = False
+        paused, self._paused = self._paused, []
+        for listener in paused:
+            listener.resume()
+
+    # -- errors ---------------------------------------------------------------------------------------------------
+
+    def _guarded(self, relay: SharedRelay, what: Callable[[float], None], now: float) -> None:
+        try:
+            what(now)
+        except Exception as error:  # noqa: BLE001 one relay's error must not reach another
+            self._failed(relay, error)
+
+    def _handler_failed(self, handler: Handler, error: Exception) -> None:
+        self._failed(getattr(handler, "__self__", None), error)
+
+    def _failed(self, owner: object, error: Exception) -> None:
+        """Report an error in this program, and end the relay that it happened in."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        self.reporter.trouble(f"internal error at {where}: {type(error).__name__}: {error}")
+        crash = getattr(owner, "crash", None)
+        if crash is not None:
+            try:
+                crash()
+            except Exception as second:  # noqa: BLE001 nothing more can be done for it
+                self.reporter.trouble(
+                    f"internal error while ending a relay: {type(second).__name__}: {second}"
+                )
+
+    def shut(self) -> None:
+        """Stop timers and poller. Relays and listeners have been closed before."""
+        for timer in (self._scan_timer, self._tick_timer, self._pause_timer):
+            if timer is not None:
+                timer.cancel()
+        if self.flow_table is not None:
+            self.flow_table.shut()
+        self.pipes.shut()
+        self.poller.shut()
+
+
+def _most_pipes(workers: int) -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(MAX_PIPES, soft // _PIPE_PART, max(_PIPES_OF_ALL // max(workers, 1), 1))

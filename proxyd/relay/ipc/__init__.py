@@ -1,0 +1,1 @@
+"""What control and a worker share: messages, their channel, counters in shared memory."""

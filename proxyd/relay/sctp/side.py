@@ -1,0 +1,334 @@
+"""The message path: one side of an SCTP relay, read message by message, each sent to its peer as it came.
+
+A message keeps its boundaries, stream, order (or the lack of it) and payload protocol identifier. The kernel sends a
+message whole or not at all, so a message that arrives in parts is put together first, and of a message that the peer's
+socket has no room for one copy is held: then this side is not read any more, its receive window closes, and the sender
+waits. That is the back-pressure.
+
+Sockets are edge-triggered for reading. For writing they are watched only while a message is held: the kernel reports room
+with every acknowledgement, which would be an event for each message.
+
+SCTP knows no half-close. A side that has *ended* sends nothing more (its SHUTDOWN came, behind all its data); one that is
+*deaf* can't be sent to any more; one that is *over* has no association left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from typing import TYPE_CHECKING, Any
+
+from proxyd.relay.engine.plane import TURN_BYTES, Plane
+from proxyd.relay.engine.poller import ERR, IN, OUT, RDHUP
+from proxyd.state.sctpsocket import (
+    ASSOC_CHANGE,
+    COMM_LOST,
+    CONTROL_BYTES,
+    MSG_NOTIFICATION,
+    PARTIAL_DELIVERY_EVENT,
+    RESTART,
+    SHUTDOWN_COMP,
+    SHUTDOWN_EVENT,
+    message_key,
+    notification,
+    send_control,
+    sent_on,
+)
+
+if TYPE_CHECKING:
+    from proxyd.relay.sctp.relay import SctpRelay
+
+EDGES = IN | RDHUP | 1 << 31  # EPOLLET
+_WITH_ROOM = EDGES | OUT
+# Messages that one side moves in a turn, before the others have theirs.
+TURN_MESSAGES = 64
+# Streams, flags and identifiers whose control message is remembered. Peers use a few; one that makes up others for each
+# message must not fill the memory.
+MAX_CONTROLS = 4096
+# Bytes. What the kernel gives without privileges (net.core.wmem_max) is enough for 256 KiB messages, as it doubles that.
+MIN_BUFFER = 1024 * 1024
+_NOWAIT = socket.MSG_DONTWAIT
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
+_EOR = socket.MSG_EOR
+
+Control = list[tuple[int, int, bytes]]
+
+
+class Shared:
+    """What the SCTP relays of one worker share.
+
+    Args:
+        max_message: bytes of the largest message that is relayed.
+    """
+
+    def __init__(self, max_message: int) -> None:
+        self.max_message = max_message
+        self.buffer = max(4 * max_message, MIN_BUFFER)  # asked for in each direction of a socket
+        # One byte more shows that a message is too long. Notifications must fit too.
+        self.view = memoryview(bytearray(max(max_message + 1, 4096)))
+        self.buffers = [self.view]
+        self.controls: dict[tuple[int, int, int], Control] = {}
+        self.may_force = True  # buffers beyond the system's limit
+
+    def measure(self) -> int:
+        """Find out how large buffers may be. Returns the size of the largest message that can be sent."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.buffer)
+            except PermissionError:
+                self.may_force = False
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer)
+            return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        return self.max_message
+
+    def control(self, key: tuple[int, int, int]) -> Control:
+        """What makes a message like another: see `message_key`."""
+        found = self.controls.get(key)
+        if found is None:
+            if len(self.controls) >= MAX_CONTROLS:
+                self.controls.clear()
+            found = self.controls[key] = send_control(key)
+        return found
+
+
+def shared(plane: Plane) -> Shared:
+    """That of a worker, made with its first SCTP listener."""
+    found = plane.extensions.get("SCTP")
+    if not isinstance(found, Shared):
+        found = plane.extensions["SCTP"] = Shared(plane.options.sctp_max_message)
+        room = found.measure()
+        if room < found.max_message:
+            plane.reporter.trouble(
+                f"the kernel lets this process send SCTP messages of {room} bytes at most, not "
+                f"{found.max_message} (--sctp-max-message): set net.core.wmem_max to {found.max_message // 2}"
+            )
+    return found
+
+
+class Side:
+    """One association of a relay. What is read from it goes to `peer`, which is set once both are there."""
+
+    __slots__ = (
+        "bytes", "deaf", "ended", "held", "messages", "over", "parts", "peer", "pending", "plane", "readable", "recv",
+        "relay", "send", "shared", "sock",
+    )  # fmt: skip
+
+    peer: Side
+
+    def __init__(self, relay: SctpRelay, sock: Socket, shared: Shared, held: bool) -> None:
+        self.relay = relay
+        self.sock = sock
+        self.plane = relay.plane
+        self.shared = shared
+        self.recv: Any = sock.recvmsg_into  # attributes, not methods: so the interpreter finds them faster
+        self.send: Any = sock.sendmsg
+        self.bytes = 0  # of whole messages read
+        self.messages = 0
+        self.parts: bytearray | None = None  # of a message that is still arriving
+        self.pending: tuple[bytes, Control] | None = None  # to be sent to this side before anything else
+        self.held = held  # not to be read now
+        self.readable = False  # an edge came while held
+        self.ended = False
+        self.deaf = False
+        self.over = False
+
+    def ready(self, events: int) -> None:
+        """Act on an edge: move what can be moved."""
+        if self.relay.done or self.over:  # another turn was asked for before it ended
+            return
+        if self.pending is not None and events & ~IN and not self._flush():
+            return
+        if self.held:
+            if events & ERR:
+                self.relay.reset_by(self)
+            elif events & ~OUT:
+                self.readable = True
+            return
+        if events & ~OUT:
+            self._read()
+
+    def release(self) -> None:
+        """Lift the hold. What came meanwhile is read."""
+        self.held = False
+        if self.readable:
+            self.readable = False
+            self._read()
+
+    def crash(self) -> None:
+        """End after an internal error."""
+        self.relay.crash()
+
+    def shut(self) -> None:
+        """Say that nothing more comes for this side, behind everything that was sent to it."""
+        if not self.deaf:
+            self.deaf = True
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
+        self.relay.closing()
+
+    def drop_pending(self) -> None:
+        """Give up the message that waits for this side."""
+        if self.pending is not None:
+            self.plane.keep(-len(self.pending[0]))
+            self.pending = None
+            self.relay.count_dropped(self)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Move messages until there are no more, the peer is full, or this side had its share of the turn."""
+        peer = self.peer
+        shared = self.shared
+        buffers, view, controls, recv = shared.buffers, shared.view, shared.controls, self.recv
+        budget = TURN_BYTES
+        for _ in range(TURN_MESSAGES):
+            try:
+                size, control, flags, _ = recv(buffers, CONTROL_BYTES, _NOWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.relay.reset_by(self)
+                return
+            if flags & MSG_NOTIFICATION:
+                if not self._notified(*notification(view[:size])):
+                    return
+                continue
+            if not size:
+                self._gone()
+                return
+            if self.parts is not None or not flags & _EOR or size > shared.max_message:
+                if not self._join(view[:size]):
+                    return
+                if not flags & _EOR:
+                    continue
+                data: bytes | memoryview = self._joined()
+                size = len(data)
+            else:
+                data = view[:size]
+            self.messages += 1
+            self.bytes += size
+            if peer.deaf:
+                self.relay.count_dropped(peer)
+                continue
+            key = message_key(control[0][2])
+            how = controls.get(key) or shared.control(key)
+            try:
+                peer.send((data,), how, _NOWAIT)
+            except BlockingIOError:
+                self._stall(data, how)
+                return
+            except OSError as error:
+                if not self.relay.send_failed(peer, error, key[0], size):
+                    return
+                continue
+            budget -= size
+            if budget <= 0:
+                break
+        self.plane.poller.again(self.ready)
+
+    def _join(self, part: memoryview) -> bool:
+        """Keep a part of a message; False where it has become too long, and the relay is over."""
+        if self.parts is None:
+            self.parts = bytearray()
+        self.parts += part
+        self.plane.keep(len(part))
+        if len(self.parts) > self.shared.max_message:
+            self.relay.too_long(self)
+            return False
+        return True
+
+    def _joined(self) -> bytes:
+        assert self.parts is not None
+        data = bytes(self.parts)
+        self.forget_parts()
+        return data
+
+    def forget_parts(self) -> None:
+        """Throw a half message away."""
+        if self.parts is not None:
+            self.plane.keep(-len(self.parts))
+            self.parts = None
+
+    def _notified(self, kind: int, state: int) -> bool:
+        """Act on a notification; False where there is nothing more to read."""
+        if kind == SHUTDOWN_EVENT:
+            # All of its data came before, and it takes no more.
+            self.ended = True
+            self.deaf = True
+            if self.pending is not None:
+                self.drop_pending()
+                self.peer.release()
+                if self.relay.done:
+                    return False
+            self._pass_end_on()
+        elif kind == PARTIAL_DELIVERY_EVENT:
+            self.forget_parts()
+        elif kind == ASSOC_CHANGE and state == COMM_LOST:
+            self.relay.reset_by(self)
+        elif kind == ASSOC_CHANGE and state == RESTART:
+            self.relay.restarted(self)
+        elif kind == ASSOC_CHANGE and state == SHUTDOWN_COMP:
+            # Who began the shutdown reads no end of stream after it.
+            self._gone()
+            return False
+        return not self.relay.done
+
+    def _gone(self) -> None:
+        """The association has come to its end: everything that was sent on it has arrived."""
+        self.ended = self.deaf = self.over = True
+        self.forget_parts()
+        if self.pending is not None:
+            self.drop_pending()
+            self.peer.release()
+        if not self.relay.done:
+            self._pass_end_on()
+        if not self.relay.done:
+            self.relay.side_over()
+
+    def _pass_end_on(self) -> None:
+        if self.peer.pending is None:
+            self.peer.shut()
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def _stall(self, data: bytes | memoryview, how: Control) -> None:
+        """Keep the message that the peer has no room for, and read no more until it is gone."""
+        peer = self.peer
+        peer.pending = (bytes(data), how)
+        self.plane.keep(len(data))
+        self.held = True
+        self.readable = True
+        # If there is room by now, this reports it at once.
+        self.plane.poller.modify(peer.sock.fileno(), _WITH_ROOM)
+
+    def retry(self) -> None:
+        """Try again to send what is pending: the kernel may have lacked memory, and no event tells when it has some."""
+        if self.pending is not None:
+            self._flush()
+
+    def _flush(self) -> bool:
+        """Send what is pending; False where the relay is over."""
+        assert self.pending is not None
+        data, how = self.pending
+        try:
+            self.send((data,), how, _NOWAIT)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            self.plane.keep(-len(data))
+            self.pending = None
+            if not self.relay.send_failed(self, error, sent_on(how), len(data)):
+                return False
+        else:
+            self.plane.keep(-len(data))
+            self.pending = None
+        self.plane.poller.modify(self.sock.fileno(), EDGES)
+        if self.peer.ended:
+            self.shut()
+        self.peer.release()
+        return not self.relay.done

@@ -1,0 +1,1 @@
+"""TCP: its listener, and the relay of one connection."""

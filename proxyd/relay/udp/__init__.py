@@ -1,0 +1,1 @@
+"""UDP: its listener, flows and their table, batches of datagrams."""

@@ -1,0 +1,265 @@
+"""What a UDP flow has with its endpoint: a connected socket, tries at others when it refuses, figures.
+
+Stages: WAITING until the endpoint's first reply; ANSWERED until the client sends again; TALKING from then on; LEAVING
+when its endpoint or listener is gone and only a reply under way is waited for. A LEAVING flow is in no listener's table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from abc import abstractmethod
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from proxyd.relay.engine.balancer import Endpoint
+from proxyd.relay.engine.poller import IN
+from proxyd.relay.ipc.slots import (
+    ATTEMPTS,
+    BYTES_IN,
+    BYTES_OUT,
+    CLOSED,
+    DATAGRAMS_IN,
+    DATAGRAMS_OUT,
+    DROPPED,
+    DROPPED_OVERRUN,
+    DROPPED_TO_ENDPOINT,
+    FAILED,
+    OPENED,
+)
+from proxyd.relay.udp.figures import overruns
+from proxyd.relay.udp.mmsg import ClientKey, ClientName, client_address
+
+if TYPE_CHECKING:
+    from proxyd.relay.udp.listener import UdpListener
+
+WAITING, ANSWERED, TALKING, LEAVING = range(4)
+
+# Endpoints tried for one datagram.
+MAX_ATTEMPTS = 8
+# A datagram up to this size is kept until the first reply, to be sent to another endpoint when one refuses it.
+KEPT_BYTES = 1472
+
+_U32 = (1 << 32) - 1
+_DGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
+
+
+class Upstream:
+    """A flow, as far as its endpoint is concerned. `Flow` adds how datagrams move, and how it ends."""
+
+    __slots__ = (
+        "_counted", "_fd", "_kept", "_last_turn", "_overruns", "_poller", "_recv_into", "_sock", "_streak",
+        "_table", "_tried", "_vector", "attempts", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint",
+        "key", "listener", "name", "send", "stage", "started", "used",
+    )  # fmt: skip
+
+    def __init__(self, listener: UdpListener, key: ClientKey) -> None:
+        self.listener = listener
+        self.key = key
+        self.name: ClientName | None = None  # of a conversation: its name in the listener's `named`
+        self.balancer = listener.balancer
+        self.endpoint: Endpoint | None = None
+        self.stage = WAITING
+        self.bytes_in = self.bytes_out = self.datagrams_in = self.datagrams_out = 0
+        self._table = table = listener.table
+        self._poller = table.poller
+        self._vector = listener.sender
+        self._fd = listener.fd
+        self.used = table.clock
+        self._sock: Socket | None = None
+        self._kept: bytes | None = None
+        self._tried: tuple[Endpoint, ...] = ()
+        self.attempts = 0
+        self._counted = (0, 0, 0, 0)
+        self._last_turn = self._streak = self._overruns = 0
+        self.started = monotonic()
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over."""
+        return self._sock is None
+
+    @property
+    def service(self) -> str:
+        """Name of its service port, namespace/name:port."""
+        return self.balancer.name
+
+    @property
+    def client_ip(self) -> str:
+        """Address of the client, without the port."""
+        return client_address(self.key)[0]
+
+    @abstractmethod
+    def ready(self, _events: int) -> None:
+        """Take replies."""
+
+    @abstractmethod
+    def finish(self, reason: str) -> None:
+        """Close and count."""
+
+    def dial(self, data: memoryview | bytes) -> bool:
+        """Send a datagram to the next endpoint; False when the flow is over: no endpoint took it."""
+        if len(data) <= KEPT_BYTES:
+            self._kept = bytes(data)
+        balancer = self.balancer
+        table = self._table
+        ip = self.client_ip if balancer.affinity_seconds else ""
+        while self.attempts < MAX_ATTEMPTS:
+            endpoint = balancer.pick(ip, monotonic() if self.attempts else self.started, self._tried)
+            if endpoint is None:
+                break
+            self.endpoint = endpoint
+            self.attempts += 1
+            table.counters[endpoint.row + ATTEMPTS] += 1
+            table.counters[balancer.row + ATTEMPTS] += 1
+            try:
+                sock = self._connected(endpoint)
+                self._sock = sock
+                self._overruns = 0
+                self.send = sock.send
+                self._recv_into = sock.recv_into
+                table.counters[endpoint.row + OPENED] += 1
+                self.send(data)
+            except OSError as error:
+                if error.errno in _SHORTAGES:
+                    table.short()
+                    self.finish("out of resources")
+                    if self.listener.postponed.keep(self.key, data):
+                        table.plane.reporter.trouble(
+                            f"{self._shortage(error)}: idle flows are ended to make room for those of {balancer.name}"
+                        )
+                    else:
+                        self._drop(error, DROPPED)
+                    return False
+                if error.errno == errno.EMSGSIZE:  # as it would be at any other
+                    self._drop(error, DROPPED_TO_ENDPOINT)
+                    self.finish("too large")
+                    return False
+                self._blame(error)
+                continue
+            return True
+        table.counters[balancer.row + FAILED] += 1
+        self.finish("no endpoint")
+        return False
+
+    def _connected(self, endpoint: Endpoint) -> Socket:
+        """A watched socket, connected to an endpoint."""
+        sock = Socket(endpoint.family, _DGRAM, 0)
+        code = sock.connect_ex(endpoint.address)
+        if endpoint.ephemeral and not code and sock.getsockname()[:2] == endpoint.address:
+            code = errno.ECONNREFUSED  # it met itself
+        if not code:
+            try:
+                self._poller.add(sock.fileno(), self.ready, IN)
+                return sock
+            except OSError as error:
+                code = error.errno or 0
+        sock.close()
+        raise OSError(code, os.strerror(code))
+
+    def _close(self) -> None:
+        """Close the socket to the endpoint."""
+        if self._sock is not None:
+            assert self.endpoint is not None
+            self.count()
+            self._poller.close(self._sock)
+            self._sock = None
+            self._table.counters[self.endpoint.row + CLOSED] += 1
+
+    # -- errors ---------------------------------------------------------------------------------------------------
+
+    def send_failed(self, error: OSError, data: memoryview | bytes) -> None:
+        """Act on an error of `send`: the datagram has not left. It may tell of the one before it."""
+        code = error.errno
+        if code == errno.EMSGSIZE:
+            # A router told of a smaller MTU than the one before had; the kernel knows it now, and makes fragments.
+            try:
+                self.send(data)
+            except OSError as second:
+                code, error = second.errno, second
+            else:
+                self.bytes_in += len(data)
+                self.datagrams_in += 1
+                return
+        if code in _SHORTAGES or code in (errno.EMSGSIZE, errno.EPERM):
+            self._drop(error, DROPPED_TO_ENDPOINT)
+            return
+        was = self.stage
+        self._blame(error)
+        if was != WAITING:
+            self.finish("refused by endpoint")
+            self.listener.first(self.key, data)
+        elif self.dial(data):
+            self.datagrams_in += 1
+            self.bytes_in += len(data)
+
+    def _refused(self, error: OSError) -> None:
+        """Act on what came instead of a reply, an ICMP error: try another endpoint where nothing has come yet."""
+        if error.errno == errno.EMSGSIZE:
+            # From a router: what was sent last is too large for the next link. The kernel makes fragments now.
+            if self.stage == WAITING and self._kept is not None:
+                with contextlib.suppress(OSError):
+                    self.send(self._kept)
+            return
+        was = self.stage
+        self._blame(error)
+        if was == WAITING and self._kept is not None:
+            self.dial(self._kept)
+        else:
+            self.finish("refused by endpoint")
+
+    def _blame(self, error: OSError) -> None:
+        """Note that the endpoint does not take datagrams."""
+        endpoint = self.endpoint
+        assert endpoint is not None
+        self._tried = (*self._tried, endpoint)
+        self._close()
+        self._table.counters[endpoint.row + FAILED] += 1
+        ip = self.client_ip if self.balancer.affinity_seconds else ""
+        self.balancer.failed(ip, endpoint, monotonic())
+        why = os.strerror(error.errno or 0)
+        self._table.plane.reporter.trouble(f"endpoint {endpoint} of {self.balancer.name}: {why}")
+
+    def _drop(self, error: OSError, reason: int) -> None:
+        """Count a datagram that could not be sent; `reason`: one of the counters of dropped ones."""
+        self._table.counters[self.balancer.row + reason] += 1
+        if error.errno == errno.EAGAIN and self._sock is not None:
+            why = "the send buffer is full"
+        else:
+            why = self._shortage(error)
+        self._table.plane.reporter.trouble(f"datagrams of {self.balancer.name} were dropped: {why}")
+
+    @staticmethod
+    def _shortage(error: OSError) -> str:
+        return "no local port left" if error.errno == errno.EAGAIN else os.strerror(error.errno or 0)
+
+    # -- figures --------------------------------------------------------------------------------------------------
+
+    def count(self) -> None:
+        """Bring the shared counters up to date."""
+        bytes_in, bytes_out, datagrams_in, datagrams_out = self._counted
+        self._counted = (self.bytes_in, self.bytes_out, self.datagrams_in, self.datagrams_out)
+        more_in, more_out = self.datagrams_in - datagrams_in, self.datagrams_out - datagrams_out
+        counters = self._table.counters
+        rows = (self.balancer.row, self.endpoint.row) if self.endpoint is not None else (self.balancer.row,)
+        for row in rows:
+            if more_in:
+                counters[row + DATAGRAMS_IN] += more_in
+                counters[row + BYTES_IN] += self.bytes_in - bytes_in
+            if more_out:
+                counters[row + DATAGRAMS_OUT] += more_out
+                counters[row + BYTES_OUT] += self.bytes_out - bytes_out
+        if (
+            self.stage == TALKING
+            and self._sock is not None
+            and (lost := overruns(self._sock)) != self._overruns
+        ):
+            counters[self.balancer.row + DROPPED_OVERRUN] += (lost - self._overruns) & _U32
+            self._overruns = lost
+            self._table.plane.reporter.trouble(
+                f"replies of {self.balancer.name} came faster than they could be sent on: some were dropped"
+            )

@@ -1,0 +1,1 @@
+"""Objects from files: finding, reading, watching and merging manifests."""

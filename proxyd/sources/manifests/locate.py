@@ -1,0 +1,76 @@
+"""Where in its file an object is, looked up when there is something to say of it: positions are not kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from msgspec.structs import replace
+
+from proxyd.api.decode import decode
+from proxyd.api.findings import Path
+from proxyd.api.problems import Problem
+from proxyd.api.rules import Rules
+from proxyd.sources.manifests.files import display, survey
+from proxyd.sources.manifests.regular import read_regular
+from proxyd.sources.text.documents import Document, read_documents
+
+_STEP = re.compile(r"\[([^\]]*)\]|([^.\[\]]+)")
+_RULES = Rules()
+
+
+def located(problems: Iterable[Problem], paths: Sequence[str]) -> list[Problem]:
+    """The problems, each with the line and column of what it is about, as far as that can be found.
+
+    A problem of an object as a whole is at its name. What has a line already, or names no object, stays as it is.
+
+    Args:
+        problems: as from a scan or from `assemble`.
+        paths: the files and folders that were scanned; they are read again.
+    """
+    problems = list(problems)
+    wanted: dict[str, dict[str, list[int]]] = {}  # file -> subject -> indexes
+    for index, problem in enumerate(problems):
+        if problem.file and problem.subject and not problem.line:
+            wanted.setdefault(problem.file, {}).setdefault(problem.subject, []).append(index)
+    if not wanted:
+        return problems
+    for entry in survey(paths).files:
+        subjects = wanted.get(display(entry.path))
+        if subjects:
+            _locate(entry.path, subjects, problems)
+    return problems
+
+
+def _locate(path: str, subjects: dict[str, list[int]], problems: list[Problem]) -> None:
+    try:
+        data, _ = read_regular(path)
+    except (OSError, ValueError):
+        return  # gone meanwhile
+    for document in read_documents(data, is_json=display(path).lower().endswith(".json")):
+        if not isinstance(document, Document):
+            continue
+        decoded = decode(document.value, _RULES)
+        places = [
+            *zip(
+                (f"{type(thing).__name__} {thing.metadata.key}" for thing in decoded.objects),
+                decoded.object_places,
+                strict=True,
+            ),
+            *zip((f"{kind} {name}" for kind, name in decoded.rejected), decoded.rejected_places, strict=True),
+        ]
+        # Of an object that is there twice the first counts.
+        found: list[tuple[int, Path]] = []
+        for subject, place in places:
+            for index in subjects.pop(subject, ()):
+                inner = _steps(problems[index].path) or ("metadata", "name")
+                found.append((index, place + inner))
+        if found:
+            positions = document.positions([place for _, place in found])
+            for (index, _), (line, column) in zip(found, positions, strict=True):
+                problems[index] = replace(problems[index], line=line, column=column)
+
+
+def _steps(path: str) -> Path:
+    """The keys and indexes of a field path: `spec.ports[0].nodePort`."""
+    return tuple(name or (int(index) if index.isdecimal() else index) for index, name in _STEP.findall(path))

@@ -1,0 +1,1 @@
+"""Text to documents: YAML and JSON, with the position of every value."""
