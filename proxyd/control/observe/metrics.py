@@ -26,8 +26,7 @@ from prometheus_client.registry import Collector
 
 from proxyd import __version__
 from proxyd.api.service import Protocol
-from proxyd.control.observe import cluster_metrics
-from proxyd.control.observe import exposition
+from proxyd.control.observe import cluster_metrics, exposition
 from proxyd.control.observe.cluster_metrics import ClusterFacts
 from proxyd.control.observe.exposition import (
     ENDPOINT_FAMILIES,
