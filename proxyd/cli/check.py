@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import msgspec
 
-from proxyd.api.meta import ObjectName
-from proxyd.api.problems import Problem, Severity
-from proxyd.api.rules import Rules
-from proxyd.api.service import Service
-from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
-from proxyd.cli.run import given
+from proxyd.api.problems import Severity
+from proxyd.cli.env import INVALID, OK, Env
+from proxyd.cli.explain import explain
+from proxyd.cli.reading import Reading, as_json, read, settings_of_check
 from proxyd.cli.tables import clean, count
-from proxyd.control.config.file import ConfigError, Configuration
-from proxyd.control.config.options import planning_options
-from proxyd.control.config.settings import Settings, SettingsError, Surroundings
-from proxyd.host.addresses import node_addresses
-from proxyd.host.holders import occupied
-from proxyd.sources.manifests.locate import located
-from proxyd.sources.manifests.source import ManifestSet, ManifestSource
-from proxyd.sources.standalone.allocation import Allocations
-from proxyd.sources.standalone.allocation import Settings as AllocationSettings
-from proxyd.sources.standalone.assemble import Assembled, assemble
-from proxyd.state.desired import DesiredState, desired_state
-from proxyd.state.snapshot import NodeView, Options
-from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerState, ListenerStatus, Role
-
-
-class Reading(NamedTuple):
-    """What a check knows: the objects, what the daemon would make of them on this node, and every problem.
-
-    `held` are listeners whose port a process of this node has, with who that is ("" where unknown).
-    """
-
-    manifests: ManifestSet
-    assembled: Assembled
-    node: NodeView
-    options: Options
-    desired: DesiredState
-    held: dict[ListenerKey, str]
-    problems: list[Problem]
 
 
 def check(args: argparse.Namespace, env: Env) -> int:
@@ -53,10 +20,8 @@ def check(args: argparse.Namespace, env: Env) -> int:
 
     Nothing is remembered from one check to the next: what is allocated here may be another number in the daemon.
     """
-    reading = read(args.paths, _settings(args, env))
+    reading = read(args.paths, settings_of_check(args, env))
     if args.explain:
-        from proxyd.cli.explain import explain  # noqa: PLC0415 - a check alone need not wait for it
-
         return explain(args, env, reading)
     counts = Counter(problem.severity for problem in reading.problems)
     shown = [p for p in reading.problems if p.severity is Severity.ERROR or not args.quiet]
@@ -69,134 +34,6 @@ def check(args: argparse.Namespace, env: Env) -> int:
         if not args.quiet:
             env.stdout.write(_summary(_totals(reading, counts)) + "\n")
     return INVALID if counts[Severity.ERROR] else OK
-
-
-def as_json(problem: Problem) -> dict[str, object]:
-    """A problem as an object; `line` and `column` count from 1, and are 0 where they are unknown."""
-    kind, _, name = problem.subject.partition(" ")
-    return {**msgspec.to_builtins(problem), "kind": kind, "object": name}
-
-
-def _settings(args: argparse.Namespace, env: Env) -> Settings:
-    values = {**given(args), "manifests": args.paths}
-    try:
-        settings, warnings = Configuration(values, Surroundings.here(env.environ)).load()
-    except SettingsError as error:
-        code = INVALID if isinstance(error, ConfigError) else USAGE
-        raise CommandError(*error.problems, code=code) from None
-    for warning in warnings:
-        env.say(str(warning))
-    return settings
-
-
-def read(paths: list[str], settings: Settings) -> Reading:
-    """Read manifests, and plan what the daemon would do with them if it had every right."""
-    rules = Rules(
-        node_port_range=settings.service_node_port_range,
-        service_cidrs=settings.service_cluster_ip_range,
-        allow_loopback_endpoints=settings.allow_loopback_endpoints,
-        unknown_fields=True,
-    )
-    found = ManifestSource(paths, rules).scan()
-    ranges = AllocationSettings(
-        cluster_cidrs=settings.service_cluster_ip_range, node_port_range=settings.service_node_port_range
-    )
-    now = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
-    assembled = assemble(found, Allocations(), ranges, now)
-    node, options = _node(settings), planning_options(settings)
-    desired = desired_state(assembled.snapshot, node, options)
-    held: dict[ListenerKey, str] = {}
-    with contextlib.suppress(OSError):  # a sandbox: then nothing is known of other processes
-        held = occupied(desired.host.listeners)
-    services = found.services
-    problems = located(
-        {
-            *found.problems,
-            *assembled.problems,
-            *_placed(found, _conflicts(desired.unopened, services)),
-            *_placed(found, _held(desired.host.listeners.values(), held, services)),
-        },
-        paths,
-    )
-    problems.sort(key=lambda p: (p.file, p.line, p.column, p.subject, p.path, p.message))
-    return Reading(found, assembled, node, options, desired, held, problems)
-
-
-def _node(settings: Settings) -> NodeView:
-    try:
-        addresses = node_addresses()
-    except OSError:
-        addresses = ()
-    return NodeView(name=settings.node_name, addresses=addresses)
-
-
-def _placed(found: ManifestSet, problems: Iterable[Problem]) -> Iterator[Problem]:
-    """The problems of Services, with the file each was found in."""
-    for problem in problems:
-        name = ObjectName(*problem.subject.removeprefix("Service ").split("/", 1))
-        yield msgspec.structs.replace(problem, file=found.origins.get((Service.__name__, name), ""))
-
-
-def _conflicts(
-    statuses: Iterable[ListenerStatus], services: Mapping[ObjectName, Service]
-) -> Iterator[Problem]:
-    """A warning for every address that two Services want. NodePorts once, not for each address of the node."""
-    for status in statuses:
-        if status.state is not ListenerState.CONFLICT:
-            continue
-        holder = status.detail.partition(" is held by ")[2]
-        what = _what(status.key, status.role)
-        yield _warning(
-            status, services, f"{what} is held by Service {holder}, which comes first: one must change"
-        )
-
-
-def _held(
-    listeners: Iterable[ListenerSpec],
-    held: dict[ListenerKey, str],
-    services: Mapping[ObjectName, Service],
-) -> Iterator[Problem]:
-    for listener in listeners:
-        who = held.get(listener.key)
-        if who is not None:
-            what = _what(listener.key, listener.role)
-            yield _warning(listener, services, f"{what} is in use on this node by {who or 'another process'}")
-
-
-def _what(key: ListenerKey, role: Role) -> str:
-    return f"NodePort {key.port}/{key.protocol}" if role is Role.NODE_PORT else str(key)
-
-
-def _warning(
-    listener: ListenerSpec | ListenerStatus, services: Mapping[ObjectName, Service], message: str
-) -> Problem:
-    """A warning about a listener, at the field that asks for it."""
-    owner = ObjectName(listener.service_port.namespace, listener.service_port.name)
-    service = services.get(owner)
-    path = _field(listener, service) if service else ""
-    return Problem(severity=Severity.WARNING, subject=f"Service {owner}", path=path, message=message)
-
-
-def _field(listener: ListenerSpec | ListenerStatus, service: Service) -> str:
-    spec = service.spec
-    ip = listener.mapped_from or listener.key.ip
-    match listener.role:
-        case Role.NODE_PORT:
-            wanted = listener.service_port
-            for i, port in enumerate(spec.ports):
-                if (port.name, port.protocol) == (wanted.port, wanted.protocol):
-                    return f"spec.ports[{i}].nodePort"
-        case Role.EXTERNAL_IP if ip in spec.external_ips:
-            return f"spec.externalIPs[{spec.external_ips.index(ip)}]"
-        case Role.LOAD_BALANCER:
-            for i, ingress in enumerate(service.status.load_balancer.ingress):
-                if ingress.ip == ip:
-                    return f"status.loadBalancer.ingress[{i}].ip"
-        case Role.CLUSTER_IP if ip in spec.cluster_ips:
-            return f"spec.clusterIPs[{spec.cluster_ips.index(ip)}]"
-        case _:
-            pass
-    return "spec.clusterIP"
 
 
 def _totals(reading: Reading, counts: Counter[Severity]) -> dict[str, int]:

@@ -12,8 +12,8 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod, PodPhase
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service, ServicePort, ServiceType, TrafficPolicy
-from proxyd.cli.check import Reading, as_json
 from proxyd.cli.env import INVALID, OK, CommandError, Env
+from proxyd.cli.reading import Reading, as_json
 from proxyd.cli.tables import clean, table
 from proxyd.sources.standalone.endpoints import SKIP_MIRROR_LABEL
 from proxyd.state.explain import Considered, considered

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commandline import ROOT, Result, run
 
-from proxyd.cli.check import read
+from proxyd.cli.reading import read
 from proxyd.control.config.options import planning_options
 from proxyd.control.config.settings import Settings
 
