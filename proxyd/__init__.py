@@ -1,3 +1,3 @@
 """proxyd: a userspace TCP, UDP and SCTP service proxy for Linux nodes."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
