@@ -1,6 +1,6 @@
 """proxyd behind an API server with size: the first lists, single changes, a storm of changes, requests during a relist.
 
-    python bench/cluster.py [--services 10000] [--endpoints 30000] [--rate 1000] [--seconds 10] [--rounds 3]
+    python -m bench.cluster [--services 10000] [--endpoints 30000] [--rate 1000] [--seconds 10] [--rounds 3]
 
 The real program and the test API server run in a network namespace of their own (root, or a user namespace), VIPs by
 routes, one worker. Two Services more have endpoints that really answer. Figures are of this machine at this moment, and
@@ -33,15 +33,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.clients import wait_for
+from tests.support.daemon import Proxyd
+from tests.support.netlab import Namespace, become_root
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "integration"))
-
-from clients import wait_for  # noqa: E402
-from daemon import Proxyd  # noqa: E402
-from netlab import Namespace, become_root  # noqa: E402
-
 API_PORT = 6443
-API_SERVER = ROOT / "tests" / "cluster" / "apiserver.py"
 BACKENDS = ("192.0.2.1", "192.0.2.2")
 BACKEND_PORT = 9000
 VIP = "10.111.0.1"  # its endpoint changes
@@ -204,7 +201,16 @@ def measure(args: argparse.Namespace, place: Namespace, folder: Path) -> None:
         place.ip("\n".join(f"addr add {ip}/32 dev lo" for ip in BACKENDS))
         stack.enter_context(child(place, "-c", _BACKEND, str(BACKEND_PORT), *BACKENDS))
         process = stack.enter_context(
-            child(place, str(API_SERVER), *server, "--kubeconfig", str(kubeconfig), stdout=subprocess.PIPE)
+            child(
+                place,
+                "-m",
+                "tests.support.api_server",
+                *server,
+                "--kubeconfig",
+                str(kubeconfig),
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+            )
         )
         assert process.stdout is not None
         process.stdout.readline()

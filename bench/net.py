@@ -9,12 +9,10 @@ this process, whatever becomes of it.
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Self
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
-from netlab import Namespace, become_root
+from tests.support.netlab import Namespace, become_root
 
 __all__ = [
     "HTTP_PORT",

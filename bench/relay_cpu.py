@@ -1,6 +1,6 @@
 """CPU of one proxyd worker beside nginx stream (one process): per connection, per request, per gigabyte.
 
-    python bench/relay_cpu.py [--rounds 3]
+    python -m bench.relay_cpu [--rounds 3]
 
 Both proxies stand in front of the same small server on loopback and get the same load in turns. CPU is user + system
 time of the proxy process alone. Load and server run in processes of their own; figures are ratios, not records.
@@ -16,15 +16,13 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import uvloop
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
-from workerlib import WorkerDriver, wait_for
+from tests.support.worker import WorkerDriver, wait_for
 
 CONCURRENCY = 32
 REQUEST = b"q" * 100

@@ -1,6 +1,6 @@
 """Messages through proxyd beside a direct association and socat: messages/s and CPU per message, as ratios.
 
-    python bench/sctp.py [--seconds 5] [--rounds 3] [--sizes 100,1400,65536]
+    python -m bench.sctp [--seconds 5] [--rounds 3] [--sizes 100,1400,65536]
 
 Where this kernel has no SCTP it runs in the virtual machine of the tests (tests/vm; `make prerequisites` prepares it):
 figures of an emulated machine are ratios and nothing else. Client and server are processes of their own on loopback, and
@@ -25,15 +25,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "sctp"))
-from clients import wait_for
-from daemon import Proxyd
-from manifests import service, write
-from netlab import Namespace, become_root
-from probe import NODELAY, SCTP, Association, End, Message, Server, connect
-
+from tests.support.clients import wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import service, write
+from tests.support.netlab import Namespace, become_root
+from tests.support.sctp_probe import NODELAY, SCTP, Association, End, Message, Server, connect
 from tests.vm.errors import has_sctp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -204,7 +200,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not has_sctp():
         environment = {**os.environ, "PROXYD_TEST_PATIENCE": "6"}
-        command = [sys.executable, "-m", "tests.vm", "--", sys.executable, "bench/sctp.py", *sys.argv[1:]]
+        command = [sys.executable, "-m", "tests.vm", "--", sys.executable, "-m", "bench.sctp", *sys.argv[1:]]
         sys.exit(subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode)
     become_root()
     print("   bytes  way      messages/s  ratio  CPU µs/msg  ratio  proxy µs/msg")

@@ -1,6 +1,6 @@
 """CPU per query of one proxyd worker beside nginx stream and Envoy: live flows, new flows, an idle flow's memory, loss.
 
-    python bench/udp.py [--envoy PATH] [--rounds 5]
+    python -m bench.udp [--envoy PATH] [--rounds 5]
 
 All three stand in front of the same echo server on loopback, one thread each, and get the same load in turns. CPU is
 that of the proxy process alone. Load and server run in processes of their own; figures are ratios, not records. Envoy
@@ -25,9 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
-from udplib import balancer, bound, listen
-from workerlib import WorkerDriver, wait_for
+from tests.support.udp import balancer, bound, listen
+from tests.support.worker import WorkerDriver, wait_for
 
 QUERY = b"q" * 100
 FLOWS = 64

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest_asyncio
-from apiserver import ApiServer
+
+from tests.support.api_server import ApiServer
 
 
 @pytest_asyncio.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apiserver import ApiServer
-from clusterlib import follow, make_ca, make_certificate, service, wait_for
 
 from proxyd.sources.cluster import KubeconfigError, load_access
+from tests.support.api_server import ApiServer
+from tests.support.cluster_source import follow, make_ca, make_certificate, service, wait_for
 
 
 @pytest.fixture(scope="module")

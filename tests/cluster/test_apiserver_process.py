@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
-from clusterlib import Follower, name_of, wait_for
 
-HERE = Path(__file__).parent
+from tests.support.cluster_source import Follower, name_of, wait_for
+
+REPOSITORY = Path(__file__).parents[2]
 KUBECTL = shutil.which("kubectl")
 
 
@@ -24,7 +25,9 @@ async def process(folder: Path, *arguments: str) -> AsyncIterator[tuple[asyncio.
     """The running server, its kubeconfig written, and its URL."""
     files = ["--kubeconfig", str(folder / "kubeconfig"), "--state", str(folder / "state")]
     running = await asyncio.create_subprocess_exec(
-        sys.executable, str(HERE / "apiserver.py"), *files, *arguments, stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "tests.support.api_server", *files, *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=REPOSITORY,
     )
     assert running.stdout is not None
     try:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from apiserver import ApiServer
-from clusterlib import follow, wait_for
-
 from proxyd.sources.cluster import EventAbout
+from tests.support.api_server import ApiServer
+from tests.support.cluster_source import follow, wait_for
 
 WEB = EventAbout(kind="Service", name="web", namespace="prod", uid="1")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from apiserver import ApiServer
-from clusterlib import QUICK, endpoints, follow, name_of, service, wait_for
 
 from proxyd.api.service import Service
 from proxyd.sources.cluster import ClusterSource, Tuning, load_access
 from proxyd.sources.cluster.steps import Page
+from tests.support.api_server import ApiServer
+from tests.support.cluster_source import QUICK, endpoints, follow, name_of, service, wait_for
 
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 SLICES = "/apis/discovery.k8s.io/v1/endpointslices"

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from apiserver import ApiServer, kubeconfig
-from clusterlib import follow, wait_for
-
 from proxyd.sources.cluster import Node
 from proxyd.sources.cluster.objects import Codec
+from tests.support.api_server import ApiServer, kubeconfig
+from tests.support.cluster_source import follow, wait_for
 
 
 def node(*addresses: tuple[str, str], **more: Any) -> Node:

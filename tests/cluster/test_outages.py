@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from apiserver import ApiServer, kubeconfig
-from clusterlib import QUICK, Follower, endpoints, follow, service, wait_for
 from msgspec.structs import replace
 
 from proxyd.sources.cluster import Tuning
+from tests.support.api_server import ApiServer, kubeconfig
+from tests.support.cluster_source import QUICK, Follower, endpoints, follow, service, wait_for
 
 
 async def follows(server: ApiServer, seen: Follower, name: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from apiserver import ApiServer
-from clusterlib import RECORDINGS, follow, recorded, recorded_lines, wait_for
+
+from tests.support.api_server import ApiServer
+from tests.support.cluster_source import RECORDINGS, follow, recorded, recorded_lines, wait_for
 
 BETA = "/apis/discovery.k8s.io/v1beta1/endpointslices"
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from apiserver import ApiServer
 from test_events import test_an_event_is_sent_and_repetitions_are_counted as events
 from test_follow import test_changes_are_followed as changes
 from test_outages import test_a_server_that_is_away_at_start as away
 from test_outages import test_a_stream_cut_in_the_middle_of_a_line as cut
 from test_outages import test_a_stream_that_hangs as hung
 from test_outages import test_twenty_restarts as restarts
+
+from tests.support.api_server import ApiServer
 
 Scenario = Callable[[ApiServer, Path], Awaitable[None]]
 

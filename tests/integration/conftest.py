@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon import Proxyd
-from netlab import Lab, become_root, missing_tools
+
+from tests.support.daemon import Proxyd
+from tests.support.netlab import Lab, become_root, missing_tools
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import ask, connect, many, read_all, records, wait_for
-from daemon import Proxyd
-from manifests import endpoints, service, write
-from netlab import NODE_IP, Lab
+
+from tests.support.clients import ask, connect, many, read_all, records, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import endpoints, service, write
+from tests.support.netlab import NODE_IP, Lab
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"

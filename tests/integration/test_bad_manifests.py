@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from clients import ask, refused, wait_for
-from daemon import COMMAND, REPOSITORY, UNPRIVILEGED, Proxyd
-from manifests import DATA, Document, write
-from netlab import POD_PORT, Namespace
-from servers import PodServers
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
+from tests.support.clients import ask, refused, wait_for
+from tests.support.daemon import COMMAND, REPOSITORY, UNPRIVILEGED, Proxyd
+from tests.support.manifests import DATA, Document, write
+from tests.support.netlab import POD_PORT, Namespace
+from tests.support.pod_servers import PodServers
 
 BAD = DATA / "bad"
 TABLE = (DATA / "bad.txt").read_text().splitlines()

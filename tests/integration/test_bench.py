@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import wait_for
-from daemon import REPOSITORY, is_alive
+
+from tests.support.clients import wait_for
+from tests.support.daemon import REPOSITORY, is_alive
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 from test_relay import MIB, blocks, digest_of, expect_reset, idle, read_digest
-from workerlib import DEADLINE, Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
 
 from proxyd.relay.engine.pipes import MAX_PIPES, PIPE_BYTES
 from proxyd.relay.engine.plane import READ_BYTES
 from proxyd.relay.ipc import slots as s
 from proxyd.relay.tcp.pump import BULK_BYTES
+from tests.support import without_call
+from tests.support.worker import DEADLINE, Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
 
 # An event loop's own, for signals and threads.
 LOOPS_OWN = 2
@@ -374,8 +375,7 @@ def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
 def test_where_splice_is_not_to_be_had_bulk_is_copied(error: int) -> None:
-    launcher = Path(__file__).with_name("without_call.py")
-    with running("--records", before=(sys.executable, str(launcher), "splice", str(error))) as worker:
+    with running("--records", before=(sys.executable, without_call.__file__, "splice", str(error))) as worker:
         front = worker.forward(worker.serve(push(32)).port)
         for _ in range(2):
             with front.connect() as client:

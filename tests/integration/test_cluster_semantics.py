@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import Load, ask, connect, many, read_all, refused, wait_for
-from clusterlab import NODE_1, NODE_2, Body, Cluster, pod, service, slice_of, wait_who, who
-from daemon import Proxyd
-from netlab import (
+
+from tests.support.clients import Load, ask, connect, many, read_all, refused, wait_for
+from tests.support.clusterlab import NODE_1, NODE_2, Body, Cluster, pod, service, slice_of, wait_who, who
+from tests.support.daemon import Proxyd
+from tests.support.netlab import (
     BRIDGE_IP,
     CLIENT_POD_IP,
     NODE_IP,

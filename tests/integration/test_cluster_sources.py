@@ -10,14 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import manifests as written
 import pytest
-from clients import Load, ask, refused, wait_for
-from clusterlab import NODE_1, Body, Cluster, pod, service, slice_of, wait_who
-from daemon import Proxyd
-from manifests import write
-from netlab import NODE_FAR_IP, NODE_IP, Lab, Namespace
 from test_systemd import Manager
+
+from tests.support import manifests as written
+from tests.support.clients import Load, ask, refused, wait_for
+from tests.support.clusterlab import NODE_1, Body, Cluster, pod, service, slice_of, wait_who
+from tests.support.daemon import Proxyd
+from tests.support.manifests import write
+from tests.support.netlab import NODE_FAR_IP, NODE_IP, Lab, Namespace
 
 VIP, OTHER_VIP = "10.96.0.10", "10.96.0.20"
 P1, P2, P3 = "pod-1", "pod-2", "pod-3"

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import connect, many, read_line, refused, wait_for
-from daemon import COMMAND, REPOSITORY, Proxyd, resident_kib
-from manifests import endpoints, endpoints_at, service, write
-from netlab import CLIENT_POD_IP, NODE_IP, Lab
+
+from tests.support.clients import connect, many, read_line, refused, wait_for
+from tests.support.daemon import COMMAND, REPOSITORY, Proxyd, resident_kib
+from tests.support.manifests import endpoints, endpoints_at, service, write
+from tests.support.netlab import CLIENT_POD_IP, NODE_IP, Lab
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.11"

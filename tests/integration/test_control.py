@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import ask, many, wait_for
-from daemon import COMMAND, Proxyd, is_alive
-from manifests import endpoints, service, text, write
-from netlab import Lab, routes_and_rules
+
+from tests.support.clients import ask, many, wait_for
+from tests.support.daemon import COMMAND, Proxyd, is_alive
+from tests.support.manifests import endpoints, service, text, write
+from tests.support.netlab import Lab, routes_and_rules
 
 VIP = "10.96.0.10"
 

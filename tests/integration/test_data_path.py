@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from clients import ask, connect, many, new_key, read_all, read_line, wait_for
-from daemon import Proxyd, resident_kib
-from manifests import endpoints, service, write
-from netlab import CLIENT_POD_IP, POD_PORT, Lab, pod_ip
-from servers import RESET_ON_CLOSE, read_digest, stream, stream_digest
+
+from tests.support.clients import ask, connect, many, new_key, read_all, read_line, wait_for
+from tests.support.daemon import Proxyd, resident_kib
+from tests.support.manifests import endpoints, service, write
+from tests.support.netlab import CLIENT_POD_IP, POD_PORT, Lab, pod_ip
+from tests.support.pod_servers import RESET_ON_CLOSE, read_digest, stream, stream_digest
 
 VIP = "10.96.0.10"
 GIB = 1 << 30

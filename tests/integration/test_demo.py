@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from netlab import Namespace
+from tests.support.netlab import Namespace
 
 ROOT = Path(__file__).parents[2]
 POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")

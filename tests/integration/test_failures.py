@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from clients import (
+
+from tests.support.clients import (
     Load,
     Outcome,
     answer,
@@ -27,9 +28,9 @@ from clients import (
     refused,
     wait_for,
 )
-from daemon import Proxyd
-from manifests import endpoints, endpoints_at, service, write
-from netlab import EXTERNAL_IP, NODE_IP, Lab, Namespace, pod_ip
+from tests.support.daemon import Proxyd
+from tests.support.manifests import endpoints, endpoints_at, service, write
+from tests.support.netlab import EXTERNAL_IP, NODE_IP, Lab, Namespace, pod_ip
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"

@@ -15,19 +15,6 @@ from collections.abc import Iterator
 
 import pytest
 import uvloop
-from clients import wait_for
-from hostlib import REFUSED, SILENCE, UNREACHABLE, Naming, daemon_socket, key, question, spec
-from netlab import (
-    CLIENT_POD_IP,
-    EXTERNAL_IP,
-    NODE_FAR_IP,
-    NODE_IP,
-    NODE_IP6,
-    OUTSIDE_IP,
-    Lab,
-    Namespace,
-    routes_and_rules,
-)
 
 from proxyd.host import cleanup, limits
 from proxyd.host.addresses import AddressMonitor, node_addresses
@@ -39,6 +26,19 @@ from proxyd.host.steering import Steering
 from proxyd.state.snapshot import NodeAddress
 from proxyd.state.spec import ListenerSpec
 from proxyd.state.spec import Steering as Action
+from tests.support.clients import wait_for
+from tests.support.host import REFUSED, SILENCE, UNREACHABLE, Naming, daemon_socket, key, question, spec
+from tests.support.netlab import (
+    CLIENT_POD_IP,
+    EXTERNAL_IP,
+    NODE_FAR_IP,
+    NODE_IP,
+    NODE_IP6,
+    OUTSIDE_IP,
+    Lab,
+    Namespace,
+    routes_and_rules,
+)
 
 VIP, VIP6 = "10.96.0.10", "fd96::10"
 VIPS = (VIP, VIP6)
@@ -305,9 +305,7 @@ def test_what_an_unprivileged_process_is_told(space: Namespace) -> None:
     out = as_nobody(
         space,
         """
-        import sys
-        sys.path[:0] = ["tests/integration"]
-        from hostlib import key, spec
+        from tests.support.host import key, spec
         from proxyd.host import limits
         from proxyd.host.guard import VipGuard
         from proxyd.host.routes import VipRoutes
@@ -528,9 +526,8 @@ def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -
         sys.executable,
         "-c",
         textwrap.dedent(f"""
-        import os, signal, sys
-        sys.path[:0] = ["tests/integration"]
-        from hostlib import key
+        import os
+        from tests.support.host import key
         from proxyd.host.guard import VipGuard
         from proxyd.host.routes import VipRoutes
         from proxyd.host.steering import Steering

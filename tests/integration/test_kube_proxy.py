@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from clients import ask, refused, wait_for
-from clusterlab import API_PORT, NODE_1, NODE_2, Cluster, pod, wait_who, who
-from daemon import Proxyd
-from kubeproxylib import KubeProxy, OtherKubeProxy, get, run_once, userspace_rules
-from manifests import endpoints, mount, service, write
-from netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
 
 from proxyd.host.limits import capabilities
 from proxyd.host.other_proxies import neighbour
+from tests.support.clients import ask, refused, wait_for
+from tests.support.clusterlab import API_PORT, NODE_1, NODE_2, Cluster, pod, wait_who, who
+from tests.support.daemon import Proxyd
+from tests.support.kube_proxy import KubeProxy, OtherKubeProxy, get, run_once, userspace_rules
+from tests.support.manifests import endpoints, mount, service, write
+from tests.support.netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"

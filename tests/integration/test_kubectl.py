@@ -9,12 +9,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import manifests as written
 import pytest
-from clients import Load, refused, wait_for
-from clusterlab import NODE_1, Cluster, pod, slice_of, wait_who
-from manifests import Document
-from netlab import NODE_IP, POD_PORT, Lab
+
+from tests.support import manifests as written
+from tests.support.clients import Load, refused, wait_for
+from tests.support.clusterlab import NODE_1, Cluster, pod, slice_of, wait_who
+from tests.support.manifests import Document
+from tests.support.netlab import NODE_IP, POD_PORT, Lab
 
 KUBECTL = shutil.which("kubectl")
 # `make test` installs it there; other systems may have no package of it.

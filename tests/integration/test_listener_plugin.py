@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import connect, read_all, wait_for
-from daemon import Proxyd
-from manifests import endpoints, service, write
-from netlab import Lab
-from workerlib import DEADLINE, WorkerDriver, listen
 
 from proxyd.relay.ipc.messages import CloseListener, ListenerConfig
+from tests.support.clients import connect, read_all, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import endpoints, service, write
+from tests.support.netlab import Lab
+from tests.support.worker import DEADLINE, WorkerDriver, listen
 
 VIP = "10.96.0.10"
 # The smallest listener: it answers each client by itself, with what it was told.

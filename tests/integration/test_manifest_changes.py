@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from clients import Load, answers, ask, connect, many, read_line, refused, wait_for
-from daemon import Proxyd
-from manifests import endpoints, mount, pod, service, text, write
-from netlab import Lab
+from tests.support.clients import Load, answers, ask, connect, many, read_line, refused, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import endpoints, mount, pod, service, text, write
+from tests.support.netlab import Lab
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"

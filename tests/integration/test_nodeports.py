@@ -6,11 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from clients import answers, ask, many, refused, wait_for
-from daemon import Proxyd
-from manifests import endpoints, endpoints_at, service, slice6, write
-from netlab import BRIDGE_IP, NODE_FAR_IP, NODE_IP, NODE_IP6, POD_PORT, Lab, pod_ip6, routes_and_rules
-from servers import PodServers
+
+from tests.support.clients import answers, ask, many, refused, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import endpoints, endpoints_at, service, slice6, write
+from tests.support.netlab import (
+    BRIDGE_IP,
+    NODE_FAR_IP,
+    NODE_IP,
+    NODE_IP6,
+    POD_PORT,
+    Lab,
+    pod_ip6,
+    routes_and_rules,
+)
+from tests.support.pod_servers import PodServers
 
 VIP = "10.96.0.10"
 VIP6 = "fd00:10:96::10"

@@ -13,11 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from clients import ask, connect, lines_of, many, refused, wait_for
-from daemon import Proxyd
-from manifests import endpoints, service, write
-from netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.clients import ask, connect, lines_of, many, refused, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import endpoints, service, write
+from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"

@@ -11,11 +11,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from clients import Load, answers, ask, connect, lines_of, many, read_line, refused, wait_for
-from daemon import Proxyd, is_alive
-from manifests import endpoints, service, write
-from netlab import EXTERNAL_IP, NODE_IP, OUTSIDE_IP, Lab, routes_and_rules
-from sockets import client_ports, held_by
+
+from tests.support.clients import Load, answers, ask, connect, lines_of, many, read_line, refused, wait_for
+from tests.support.daemon import Proxyd, is_alive
+from tests.support.manifests import endpoints, service, write
+from tests.support.netlab import EXTERNAL_IP, NODE_IP, OUTSIDE_IP, Lab, routes_and_rules
+from tests.support.sockets import client_ports, held_by
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"

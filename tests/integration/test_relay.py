@@ -13,19 +13,6 @@ import time
 from collections import Counter
 
 import pytest
-from workerlib import (
-    DEADLINE,
-    RESET_ON_CLOSE,
-    WorkerDriver,
-    echo,
-    listen,
-    names,
-    read_all,
-    refusing_port,
-    reset,
-    running,
-    wait_for,
-)
 
 from proxyd.relay.engine.plane import READ_BYTES
 from proxyd.relay.engine.poller import IN, Poller
@@ -42,6 +29,19 @@ from proxyd.relay.ipc.messages import (
     Shutdown,
 )
 from proxyd.relay.worker import Options, Worker
+from tests.support.worker import (
+    DEADLINE,
+    RESET_ON_CLOSE,
+    WorkerDriver,
+    echo,
+    listen,
+    names,
+    read_all,
+    refusing_port,
+    reset,
+    running,
+    wait_for,
+)
 
 MIB = 1 << 20
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from netlab import Namespace
-from workerlib import WorkerDriver, echo, names, read_all, wait_for
 
 from proxyd.relay.engine import plane as shared
 from proxyd.relay.engine.plane import READ_BYTES, TIGHT_READ_BYTES
 from proxyd.relay.ipc import slots as s
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.worker import Options, Worker
+from tests.support.netlab import Namespace
+from tests.support.worker import WorkerDriver, echo, names, read_all, wait_for
 
 MIB = 1 << 20
 PORTS = 4

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import ask, wait_for
-from daemon import Proxyd
-from manifests import Document, endpoints, pod, service, write
-from netlab import POD_PORT, Lab
+
+from tests.support import without_call
+from tests.support.clients import ask, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import Document, endpoints, pod, service, write
+from tests.support.netlab import POD_PORT, Lab
 
 VIP, MIXED = "10.96.0.10", "10.96.0.11"
 NO_SCTP = "the kernel has no SCTP (modprobe sctp)"
@@ -87,8 +89,7 @@ def test_gate_off(lab: Lab, manifests: Path, proxyd: Run, workers: int) -> None:
 
 def test_gate_on_without_sctp_in_the_kernel(lab: Lab, manifests: Path, proxyd: Run) -> None:
     # Whatever this kernel has: for this daemon it has no SCTP.
-    launcher = Path(__file__).with_name("without_call.py")
-    before = (sys.executable, str(launcher), "sctp", str(errno.EPROTONOSUPPORT))
+    before = (sys.executable, without_call.__file__, "sctp", str(errno.EPROTONOSUPPORT))
     daemon = serve(manifests, proxyd, flags=("--feature-gates=SCTPSupport=true",), before=before)
     daemon.wait_listener(MIXED, 80)
     daemon.wait_listener(VIP, 3868, "Failed")

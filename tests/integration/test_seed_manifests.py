@@ -6,10 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clients import answers, ask, many, refused, turned_away, wait_for
-from daemon import Proxyd
-from manifests import MYAPP_PODS, seed_folder, write
-from netlab import BRIDGE_IP, DATABASE_IP, EXTERNAL_IP, NODE_FAR_IP, NODE_IP, Lab, Namespace, pod_ip
+
+from tests.support.clients import answers, ask, many, refused, turned_away, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import MYAPP_PODS, seed_folder, write
+from tests.support.netlab import (
+    BRIDGE_IP,
+    DATABASE_IP,
+    EXTERNAL_IP,
+    NODE_FAR_IP,
+    NODE_IP,
+    Lab,
+    Namespace,
+    pod_ip,
+)
 
 PODS = {"pod-1", "pod-2", "pod-3"}
 NODE_IPS = (NODE_IP, BRIDGE_IP, NODE_FAR_IP)

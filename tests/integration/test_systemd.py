@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from clients import ask, connect, read_line, wait_for
-from daemon import Proxyd
-from machine import POD_IP, REPOSITORY, Machine, real_root
-from manifests import endpoints, endpoints_at, service, write
-from netlab import NODE_IP, POD_PORT, Lab, Namespace, routes_and_rules
+
+from tests.support.clients import ask, connect, read_line, wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import endpoints, endpoints_at, service, write
+from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, routes_and_rules
+from tests.support.systemd_machine import POD_IP, REPOSITORY, Machine, real_root
 
 UNIT = "/usr/local/lib/systemd/system/proxyd.service"
 VIP = "10.96.0.10"

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from udplib import UdpServer, balancer, bound, close, echo, listen, named, query, serving
-from workerlib import DEADLINE, WorkerDriver, running, wait_for
 
 from proxyd.relay.ipc import slots as s
+from tests.support.udp import UdpServer, balancer, bound, close, echo, listen, named, query, serving
+from tests.support.worker import DEADLINE, WorkerDriver, running, wait_for
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import wait_for
-from daemon import Proxyd, resident_kib
-from dnslib import NODE_PORT, answers, dns_endpoints, dns_service, echo, port_figures, programs
-from manifests import write
-from netlab import NODE_IP, Lab, Namespace
+
+from tests.support.clients import wait_for
+from tests.support.daemon import Proxyd, resident_kib
+from tests.support.dns import NODE_PORT, answers, dns_endpoints, dns_service, echo, port_figures, programs
+from tests.support.manifests import write
+from tests.support.netlab import NODE_IP, Lab, Namespace
 
 FLOOD = 1_000_000
 CHUNK = 1000

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import lines_of, records, wait_for
-from daemon import Proxyd, is_alive
-from dnslib import (
+
+from tests.support.clients import lines_of, records, wait_for
+from tests.support.daemon import Proxyd, is_alive
+from tests.support.dns import (
     DNS_PORT,
     NODE_PORT,
     VIP,
@@ -28,8 +29,8 @@ from dnslib import (
     port_figures,
     programs,
 )
-from manifests import write
-from netlab import (
+from tests.support.manifests import write
+from tests.support.netlab import (
     BRIDGE_IP,
     EXTERNAL_IP,
     NODE_FAR_IP,

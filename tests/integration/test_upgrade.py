@@ -10,14 +10,15 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import dnslib
 import pytest
-from clients import Load, ask, connect, lines_of, many, read_line, refused, wait_for
-from clusterlab import NODE_1, Cluster, pod
-from daemon import Proxyd, is_alive
-from manifests import endpoints, service, write
-from netlab import EXTERNAL_IP, NODE_IP, Lab, routes_and_rules
 from test_systemd import Manager
+
+from tests.support import dns
+from tests.support.clients import Load, ask, connect, lines_of, many, read_line, refused, wait_for
+from tests.support.clusterlab import NODE_1, Cluster, pod
+from tests.support.daemon import Proxyd, is_alive
+from tests.support.manifests import endpoints, service, write
+from tests.support.netlab import EXTERNAL_IP, NODE_IP, Lab, routes_and_rules
 
 VIP = "10.96.0.10"
 
@@ -190,18 +191,18 @@ def test_orders_that_come_before_the_new_program_hears_them_are_carried_out(
 def test_nodeports_external_ips_and_udp_go_on(lab: Lab, manifests: Path, proxyd: Run) -> None:
     web = service("web", VIP, node_port=30080, externalIPs=[EXTERNAL_IP])
     write(manifests / "web.yaml", web, endpoints("web", 1))
-    write(manifests / "dns.yaml", dnslib.dns_service(), dnslib.dns_endpoints(1))
+    write(manifests / "dns.yaml", dns.dns_service(), dns.dns_endpoints(1))
     daemon = proxyd(workers=2)
     places = [(lab.client, VIP, 80), (lab.outside, NODE_IP, 30080), (lab.outside, EXTERNAL_IP, 80)]
     for _, ip, port in places:
         daemon.wait_listener(ip, port)
     before = routes_and_rules(lab.node)
     with ExitStack() as stack:
-        stack.enter_context(dnslib.programs(dnslib.echo(lab.pods[0])))
-        wait_for(lambda: dnslib.answers(lab.client, dnslib.VIP), "the resolver")
+        stack.enter_context(dns.programs(dns.echo(lab.pods[0])))
+        wait_for(lambda: dns.answers(lab.client, dns.VIP), "the resolver")
         flow = stack.enter_context(lab.client.socket(kind=socket.SOCK_DGRAM))
         flow.settimeout(10)
-        flow.connect((dnslib.VIP, 53))
+        flow.connect((dns.VIP, 53))
         flow.send(b"before")
         assert flow.recv(100) == b"before"
         loads = [stack.enter_context(Load(*place, clients=1)) for place in places]

@@ -6,7 +6,6 @@ import contextlib
 import os
 import resource
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +13,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "integration"))
-
-import probe
-from netlab import become_root
-from probe import Association, Server
-from sctplab import SctpLab, pod_ip
-
+from tests.support import sctp_probe
+from tests.support.netlab import become_root
+from tests.support.sctp_probe import Association, Server
+from tests.support.sctplab import SctpLab, pod_ip
 from tests.vm.errors import has_sctp
 from tests.vm.remote import RemoteTests
 
@@ -84,7 +79,7 @@ def via(request: pytest.FixtureRequest) -> str:
 def join(sctp: SctpLab) -> Iterator[Callable[..., tuple[Association, Association]]]:
     """Makes a client and the server that it talks to, directly or through proxyd; closed with the test.
 
-    Options are those of `probe.connect`, and with `server_` before them those of `probe.Server`.
+    Options are those of `sctp_probe.connect`, and with `server_` before them those of `sctp_probe.Server`.
     """
     with contextlib.ExitStack() as stack:
 
@@ -92,7 +87,7 @@ def join(sctp: SctpLab) -> Iterator[Callable[..., tuple[Association, Association
             for_server = {name[7:]: options.pop(name) for name in list(options) if name.startswith("server_")}
             server = stack.enter_context(Server(sctp.lab.pods[0], pod_ip(1), **for_server))
             if via == "direct":
-                client = probe.connect(sctp.lab.client, server.ip, server.port, **options)
+                client = sctp_probe.connect(sctp.lab.client, server.ip, server.port, **options)
             else:
                 service = sctp.service(server)
                 stack.callback(service.remove)

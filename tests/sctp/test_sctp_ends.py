@@ -9,12 +9,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-import probe
 import pytest
-from clients import wait_for
-from daemon import resident_kib
-from probe import Association, End, Message, Server
-from sctplab import SctpLab, pod_ip
+
+from tests.support import sctp_probe
+from tests.support.clients import wait_for
+from tests.support.daemon import resident_kib
+from tests.support.sctp_probe import Association, End, Message, Server
+from tests.support.sctplab import SctpLab, pod_ip
 
 Join = Callable[..., tuple[Association, Association]]
 
@@ -69,7 +70,7 @@ def test_end_in_the_middle_of_a_message(join: Join, via: str, who: str, how: End
     actor, other = roles(_narrow(join, via, who), who)
     message = Message(os.urandom(256 * KIB), 3)
     actor.send(message)
-    assert select.select([other.socket], [], [], probe.TIMEOUT)[0]
+    assert select.select([other.socket], [], [], sctp_probe.TIMEOUT)[0]
     ENDS[how](actor)
     received, end = other.rest()
     assert end is how
@@ -89,7 +90,9 @@ def test_end_before_the_server_accepts(sctp: SctpLab, via: str, how: End) -> Non
     with Server(sctp.lab.pods[0], pod_ip(1)) as server:
         service = sctp.service(server) if via == "proxyd" else None
         with (
-            service.connect() if service else probe.connect(sctp.lab.client, server.ip, server.port) as client
+            service.connect()
+            if service
+            else sctp_probe.connect(sctp.lab.client, server.ip, server.port) as client
         ):
             client.send(*sent)
             if service:
@@ -172,7 +175,7 @@ def test_close_with_unread_messages_is_an_abort_for_the_other_side(join: Join, v
     client, server = join(via)
     client.send(Message(b"one"), Message(b"two"))
     assert server.receive() == Message(b"one")
-    assert select.select([server.socket], [], [], probe.TIMEOUT)[0]
+    assert select.select([server.socket], [], [], sctp_probe.TIMEOUT)[0]
     server.close()
     assert client.receive() is End.ABORT
 

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-import probe
 import pytest
-from clients import wait_for
-from daemon import Proxyd, resident_kib
-from manifests import service as service_manifest
-from manifests import write
-from netlab import Namespace
-from probe import Association, End, Message, Server, Streams
-from sctplab import PORT, SctpLab, pod_ip
+
+from tests.support import sctp_probe
+from tests.support.clients import wait_for
+from tests.support.daemon import Proxyd, resident_kib
+from tests.support.manifests import service as service_manifest
+from tests.support.manifests import write
+from tests.support.netlab import Namespace
+from tests.support.sctp_probe import Association, End, Message, Server, Streams
+from tests.support.sctplab import PORT, SctpLab, pod_ip
 
 AT_ONCE = 500
 ONE_BY_ONE = 1500
@@ -157,7 +158,7 @@ def test_all_streams_large_messages_and_a_drain(sctp: SctpLab, alone: tuple[Name
             proxyd.wait_listener("127.96.0.10", PORT)
             options = {"outgoing": 65_535, "incoming": 65_535, "buffer": 1 << 21}
             with (
-                probe.connect(namespace, "127.96.0.10", PORT, **options) as client,
+                sctp_probe.connect(namespace, "127.96.0.10", PORT, **options) as client,
                 server.accept() as accepted,
             ):
                 assert client.streams() == accepted.streams() == Streams(incoming=65_535, outgoing=65_535)
@@ -171,7 +172,7 @@ def test_all_streams_large_messages_and_a_drain(sctp: SctpLab, alone: tuple[Name
 
                 def refused() -> bool:
                     try:
-                        probe.connect(namespace, "127.96.0.10", PORT).close()
+                        sctp_probe.connect(namespace, "127.96.0.10", PORT).close()
                     except ConnectionRefusedError:
                         return True
                     return False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from sctplab import SctpLab
 from test_sctp_load import one_after_the_other
+
+from tests.support.sctplab import SctpLab
 
 
 @pytest.mark.timeout(10_000)

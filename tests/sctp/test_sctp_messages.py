@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from clients import wait_for
-from probe import Association, End, Message, Streams
-from sctplab import SctpLab, Server, pod_ip
+
+from tests.support.clients import wait_for
+from tests.support.sctp_probe import Association, End, Message, Streams
+from tests.support.sctplab import SctpLab, Server, pod_ip
 
 Join = Callable[..., tuple[Association, Association]]
 

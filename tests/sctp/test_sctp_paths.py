@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from clients import wait_for
-from netlab import NODE_IP, NODE_IP6, OUTSIDE_IP, OUTSIDE_IP6
-from probe import Association, End, Message, Server
-from sctplab import CLIENT_IP, CLIENT_IP_2, NODE_IP_2, PORT, SctpLab, pod_ip, second_ip
+
+from tests.support.clients import wait_for
+from tests.support.netlab import NODE_IP, NODE_IP6, OUTSIDE_IP, OUTSIDE_IP6
+from tests.support.sctp_probe import Association, End, Message, Server
+from tests.support.sctplab import CLIENT_IP, CLIENT_IP_2, NODE_IP_2, PORT, SctpLab, pod_ip, second_ip
 
 COUNT = 600
 # Lost paths are noticed soon, and heartbeats come often: milliseconds, and failures until another path is taken. Too often

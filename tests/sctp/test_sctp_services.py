@@ -7,12 +7,13 @@ import select
 from collections import Counter
 from collections.abc import Iterator
 
-import probe
 import pytest
-from clients import wait_for
-from netlab import EXTERNAL_IP, NODE_IP
-from probe import Association, End, Message, Server
-from sctplab import CLIENT_IP, PORT, SctpLab, Service, pod_ip, pod_ip6
+
+from tests.support import sctp_probe
+from tests.support.clients import wait_for
+from tests.support.netlab import EXTERNAL_IP, NODE_IP
+from tests.support.sctp_probe import Association, End, Message, Server
+from tests.support.sctplab import CLIENT_IP, PORT, SctpLab, Service, pod_ip, pod_ip6
 
 REFUSED = "refused|not available"  # by the kernel, or by the guard of the VIP
 DEAD = "10.244.0.200"  # nobody has it: INITs are not answered
@@ -28,7 +29,7 @@ def two_servers(sctp: SctpLab) -> Iterator[tuple[Server, Server]]:
 
 def who_serves(client: Association, servers: tuple[Server, ...]) -> Server:
     """Which of the servers got this association: each one asks for an answer of its own."""
-    ready, _, _ = select.select([server.socket for server in servers], [], [], probe.TIMEOUT)
+    ready, _, _ = select.select([server.socket for server in servers], [], [], sctp_probe.TIMEOUT)
     (sock,) = ready
     (server,) = (one for one in servers if one.socket is sock)
     with server.accept() as accepted:
@@ -99,7 +100,7 @@ def test_node_port_and_external_ip_are_served(sctp: SctpLab) -> None:
         sctp.proxyd.wait_listener(NODE_IP, 30_868)
         sctp.proxyd.wait_listener(NODE_IP, PORT)
         for port in (30_868, PORT):
-            with probe.connect(sctp.lab.outside, NODE_IP, port) as client, server.accept() as accepted:
+            with sctp_probe.connect(sctp.lab.outside, NODE_IP, port) as client, server.accept() as accepted:
                 client.send(Message(b"%d" % port, 9, b"\1\2\3\4", True))
                 assert accepted.receive() == Message(b"%d" % port, 9, b"\1\2\3\4", True)
         service.remove()

@@ -7,12 +7,13 @@ import select
 import subprocess
 from collections.abc import Iterator, Sequence
 
-import probe
 import pytest
-from clients import wait_for
-from netlab import Namespace
-from probe import Server
-from sctplab import CLIENT_IP, PORT, SctpLab, pod_ip
+
+from tests.support import sctp_probe
+from tests.support.clients import wait_for
+from tests.support.netlab import Namespace
+from tests.support.sctp_probe import Server
+from tests.support.sctplab import CLIENT_IP, PORT, SctpLab, pod_ip
 
 SERVER_PORT = 3868
 
@@ -39,7 +40,7 @@ def read_until(process: subprocess.Popen[bytes], text: bytes) -> bytes:
     assert process.stdout is not None
     said = b""
     while text not in said:
-        assert select.select([process.stdout], [], [], probe.TIMEOUT)[0], said
+        assert select.select([process.stdout], [], [], sctp_probe.TIMEOUT)[0], said
         data = process.stdout.read1(1 << 16)  # type: ignore[attr-defined]  # a BufferedReader
         assert data, said
         said += data
@@ -88,7 +89,7 @@ def test_sctp_test_sends_its_sequences_of_sizes(sctp: SctpLab, case: str, stream
             streams,
         ]
         with program(sctp.lab.client, argv) as sender, server.accept() as accepted:
-            said, _ = sender.communicate(timeout=probe.TIMEOUT)
+            said, _ = sender.communicate(timeout=sctp_probe.TIMEOUT)
             received, _ = accepted.rest()
             assert sender.returncode == 0, said
         sizes = [len(message.data) for message in received]

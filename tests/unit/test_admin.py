@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commandline import ask, run
-from pictures import picture
 
 from proxyd.control.admin.server import AdminError, AdminServer
+from tests.support.commandline import ask, run
+from tests.support.pictures import picture
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from commandline import ROOT, Result, run
 
 from proxyd.cli.reading import read
 from proxyd.control.config.options import planning_options
 from proxyd.control.config.settings import Settings
+from tests.support.commandline import ROOT, Result, run
 
 FLAGS = ("--service-cluster-ip-range", "10.96.0.0/16", "--hostname-override", "node-1")
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from commandline import ROOT, run
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import COMMANDS, build_parser
+from tests.support.commandline import ROOT, run
 
 # The command line
 

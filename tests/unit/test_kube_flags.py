@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commandline import Result
-from commandline import run as proxyd
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
@@ -17,6 +15,8 @@ from proxyd.control.config.file import parse
 from proxyd.control.config.flags import FLAGS
 from proxyd.control.config.kube_flags import ALIASES, FOREIGN, shared
 from proxyd.control.config.schema import KUBE_PROXY
+from tests.support.commandline import Result
+from tests.support.commandline import run as proxyd
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 NO_CONNTRACK = "proxyd leaves the kernel's connection tracking as it is"

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from commandline import ROOT
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
 from proxyd.control.config.flags import FLAGS
 from proxyd.control.config.kube_flags import ALIASES, FOREIGN
 from proxyd.sources.cluster import load_access
+from tests.support.commandline import ROOT
 
 FOLDER = ROOT / "config" / "kubernetes"
 GUIDE = ROOT / "docs" / "replace-kube-proxy.md"

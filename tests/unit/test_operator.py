@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commandline import ROOT, ask, process, run
-from pictures import picture
 
 from proxyd.cli import completion, manual
 from proxyd.cli.commands import COMMANDS
@@ -38,6 +36,8 @@ from proxyd.host.kubechains import removal
 from proxyd.relay.engine.listing import LOOKED_AT_ONCE, Listings
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import Failure, ListConnections, LiveConnection, LiveConnections
+from tests.support.commandline import ROOT, ask, process, run
+from tests.support.pictures import picture
 
 # Tables
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from pictures import LATE, READY, TCP, WEB, key, listener, picture, service, slice_of
 
 from proxyd.api.service import ServicePort
 from proxyd.cli.get import noun_table
@@ -15,6 +14,7 @@ from proxyd.control.admin.schema import ServiceView
 from proxyd.control.admin.views import Counters
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import ListenerState
+from tests.support.pictures import LATE, READY, TCP, WEB, key, listener, picture, service, slice_of
 
 
 def test_the_services_table_reads_as_promised():

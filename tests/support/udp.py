@@ -8,12 +8,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
-from workerlib import DEADLINE, WorkerDriver
-
 from proxyd.api.service import Protocol, TrafficPolicy
 from proxyd.host.sockets import open_listener
 from proxyd.relay.ipc.messages import BalancerConfig, CloseListener, ListenerConfig
 from proxyd.state.spec import BalancerKey, ListenerKey, ListenerSpec, Role, ServicePortName
+from tests.support.worker import DEADLINE, WorkerDriver
 
 Answer = Callable[[bytes], Sequence[bytes]]
 

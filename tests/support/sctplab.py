@@ -16,12 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import probe
-from clients import wait_for
-from daemon import Proxyd
-from manifests import Document, write
-from netlab import Lab, Namespace, pod_ip, pod_ip6
-from probe import Association, Server
+from tests.support import sctp_probe
+from tests.support.clients import wait_for
+from tests.support.daemon import Proxyd
+from tests.support.manifests import Document, write
+from tests.support.netlab import Lab, Namespace, pod_ip, pod_ip6
+from tests.support.sctp_probe import Association, Server
 
 PORT = 3868
 CLIENT_IP, CLIENT_IP_2 = "10.244.0.100", "10.245.0.100"
@@ -174,8 +174,8 @@ class Service:
     def connect(
         self, namespace: Namespace | None = None, ip: str | None = None, **options: Any
     ) -> Association:
-        """A client's association to it; `options` as those of `probe.connect`."""
-        return probe.connect(namespace or self._lab.lab.client, ip or self.vip, PORT, **options)
+        """A client's association to it; `options` as those of `sctp_probe.connect`."""
+        return sctp_probe.connect(namespace or self._lab.lab.client, ip or self.vip, PORT, **options)
 
     # What the daemon says
 

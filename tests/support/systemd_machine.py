@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from clients import wait_for
+from tests.support.clients import wait_for
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"

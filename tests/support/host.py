@@ -9,10 +9,9 @@ import socket
 import threading
 from typing import Self
 
-from netlab import Namespace
-
 from proxyd.api.service import Protocol, TrafficPolicy
 from proxyd.state.spec import BalancerKey, ListenerKey, ListenerSpec, Role, ServicePortName
+from tests.support.netlab import Namespace
 
 REFUSED = "refused"
 UNREACHABLE = "unreachable"

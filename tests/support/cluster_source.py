@@ -10,14 +10,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from apiserver import ApiServer, kubeconfig
-from apistore import slice_body
-
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem
 from proxyd.sources.cluster import ClusterSource, ClusterState, Tuning, load_access
+from tests.support.api_server import ApiServer, kubeconfig
+from tests.support.api_store import slice_body
 
-RECORDINGS = Path(__file__).parent / "recordings"
+RECORDINGS = Path(__file__).parent.parent / "cluster" / "recordings"
 QUICK = Tuning(
     watch_seconds=(20, 20), slack_seconds=1, steady_seconds=0.1, first_pause=0.05, longest_pause=0.4
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from netlab import Namespace
+from tests.support.netlab import Namespace
 
 
 def client_ports(namespace: Namespace, local_port: int) -> dict[str, int]:

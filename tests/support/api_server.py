@@ -2,7 +2,7 @@
 
 In a test: `async with ApiServer(store) as server`. As a process, for others:
 
-    python tests/cluster/apiserver.py --port 8001 [--state FILE] [--services 1000 --endpoints 3000] [--kubeconfig FILE]
+    python -m tests.support.api_server --port 8001 [--state FILE] [--services 1000 --endpoints 3000] [--kubeconfig FILE]
 
 It prints "ready URL" when it listens. `kubectl --server URL` creates, changes and deletes objects (with --validate=false).
 POST /_test/<operation> with a JSON object does what the methods of the same name do: bulk, storm, compact, fail, cut,
@@ -30,7 +30,8 @@ from urllib.parse import unquote
 
 import uvloop
 from aiohttp import web
-from apistore import KINDS, Change, Failure, Kind, Selector, Store, Stored, from_beta, selector
+
+from tests.support.api_store import KINDS, Change, Failure, Kind, Selector, Store, Stored, from_beta, selector
 
 TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 _TYPES = {"Content-Type": "application/json", "Cache-Control": "no-cache, private"}

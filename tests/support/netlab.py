@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from servers import PodServers
+from tests.support.pod_servers import PodServers
 
 T = TypeVar("T")
 Socket = socket.socket  # within Namespace, `socket` is its method
@@ -167,7 +167,7 @@ class Namespace:
 class Lab:
     """A node, `pods` pods that serve on port 9376, a client pod, an outside host and a far host.
 
-    Pod i (from 1) has 10.244.0.(10+i) and fd00:10:244::(10+i) (decimal digits), and answers as `pod-i` (see servers.py);
+    Pod i (from 1) has 10.244.0.(10+i) and fd00:10:244::(10+i) (decimal digits), and answers as `pod-i` (see pod_servers.py);
     the far host answers as `far` on 9376, 80 and 8080.
     """
 

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from clients import connect, wait_for
-from daemon import REPOSITORY, command_line, is_alive
-from netlab import Namespace
+from tests.support.clients import connect, wait_for
+from tests.support.daemon import REPOSITORY, command_line, is_alive
+from tests.support.netlab import Namespace
 
 # As pip writes it for the console script.
 _PROGRAM = f"#!{sys.executable}\nimport sys\nfrom proxyd.cli.entry import main\nsys.exit(main())\n"

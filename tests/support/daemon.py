@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from clients import wait_for
-from netlab import Namespace
+from tests.support.clients import wait_for
+from tests.support.netlab import Namespace
 
 REPOSITORY = Path(__file__).parent.parent.parent
 # Another build of the program can be tested by naming its command here.

@@ -16,7 +16,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from netlab import Namespace
+from tests.support.netlab import Namespace
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ _keys = itertools.count(1)
 
 
 def new_key() -> str:
-    """A name that no other connection of this run has (see servers.py)."""
+    """A name that no other connection of this run has (see pod_servers.py)."""
     return f"key-{next(_keys)}"
 
 

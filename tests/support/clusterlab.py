@@ -14,13 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from clients import ask, wait_for
-from daemon import Proxyd
-from netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
+from tests.support.clients import ask, wait_for
+from tests.support.daemon import REPOSITORY, Proxyd
+from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
 
 Body = dict[str, Any]
 
-API_SERVER = Path(__file__).parent.parent / "cluster" / "apiserver.py"
 API_PORT = 6443
 NODE_1, NODE_2 = "node-1", "node-2"
 ZONES = {NODE_1: "za", NODE_2: "zb"}
@@ -49,12 +48,22 @@ class Cluster:
 
     def start(self) -> Self:
         """Start it, or start it again."""
-        argv = [sys.executable, str(API_SERVER), "--host", "0.0.0.0", "--port", str(API_PORT)]
+        argv = [
+            sys.executable,
+            "-m",
+            "tests.support.api_server",
+            "--host",
+            "0.0.0.0",
+            "--port",
+            str(API_PORT),
+        ]
         argv += ["--versions", self._versions, "--state", str(self.folder / "objects")]
         if self._pki is not None:
             argv += ["--certificate", str(self._pki / "server.crt"), "--key", str(self._pki / "server.key")]
             argv += ["--token-file", str(self._pki / "token")]
-        self._process = self.lab.node.popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        self._process = self.lab.node.popen(
+            argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=REPOSITORY
+        )
         assert self._process.stdout is not None
         ready = self._process.stdout.readline()
         assert ready.startswith(b"ready"), ready

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from netlab import POD_PORT, pod_ip
+from tests.support.netlab import POD_PORT, pod_ip
 
 Document = dict[str, Any]
 
