@@ -1,12 +1,21 @@
-"""What holds for every test run: in CI a test that did not run is a failure."""
+"""What holds for every test run: the event loop is the daemon's, and in CI a test that did not run is a failure."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
 
 import pytest
+import uvloop
+
+pytest.register_assert_rewrite("tests.support")
 
 _NOT_RUN = ("skipped", "xfailed", "xpassed", "deselected")
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"uvloop": uvloop.new_event_loop}
 
 
 def _not_run(config: pytest.Config) -> list[str]:

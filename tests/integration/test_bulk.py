@@ -16,14 +16,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_relay import MIB, blocks, digest_of, expect_reset, idle, read_digest
 
 from proxyd.relay.engine.pipes import MAX_PIPES, PIPE_BYTES
 from proxyd.relay.engine.plane import READ_BYTES
 from proxyd.relay.ipc import slots as s
 from proxyd.relay.tcp.pump import BULK_BYTES
 from tests.support import without_call
-from tests.support.worker import DEADLINE, Frontend, WorkerDriver, echo, read_all, reset, running, wait_for
+from tests.support.pod_servers import read_digest
+from tests.support.worker import (
+    DEADLINE,
+    MIB,
+    Frontend,
+    WorkerDriver,
+    blocks,
+    digest_of,
+    echo,
+    expect_reset,
+    idle,
+    read_all,
+    reset,
+    running,
+    wait_for,
+)
 
 # An event loop's own, for signals and threads.
 LOOPS_OWN = 2
@@ -77,7 +91,7 @@ def stalled(worker: WorkerDriver, front: Frontend, balancer: int, count: int) ->
 def test_both_ways_at_once_with_checksums(copied: bool) -> None:
     with running(*["--no-tcp-splice"] * copied) as worker:
         assert not pipes(worker)
-        received: list[str] = []
+        received: list[tuple[int, str]] = []
 
         def both(conn: socket.socket) -> None:
             reader = threading.Thread(target=lambda: received.append(read_digest(conn)))
@@ -90,7 +104,7 @@ def test_both_ways_at_once_with_checksums(copied: bool) -> None:
         front = worker.forward(worker.serve(both).port)
         for round_ in range(3):
             with front.connect() as client:
-                answer: list[str] = []
+                answer: list[tuple[int, str]] = []
                 reader = threading.Thread(
                     target=lambda sock=client, got=answer: got.append(read_digest(sock))
                 )
@@ -117,7 +131,7 @@ def test_stalled_readers_keep_the_pipes_and_others_copy(worker: WorkerDriver) ->
     # One that has all its room is not held up by them.
     with front.connect() as free:
         assert read_digest(free) == digest_of(1, 32)
-    digests: list[str] = []
+    digests: list[tuple[int, str]] = []
     readers = [threading.Thread(target=lambda c=c: digests.append(read_digest(c))) for c in clients]
     for reader in readers:
         reader.start()
@@ -322,7 +336,7 @@ def test_a_slow_reader_is_not_idle_and_one_that_has_stopped_is(copied: bool) -> 
 def test_few_descriptors_are_few_pipes() -> None:
     with running(files=128) as worker:
         front = worker.forward(worker.serve(push(16)).port)
-        digests: list[str] = []
+        digests: list[tuple[int, str]] = []
 
         def fetch() -> None:
             with front.connect() as client:

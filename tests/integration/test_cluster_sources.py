@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_systemd import Manager
 
 from tests.support import manifests as written
 from tests.support.clients import Load, ask, refused, wait_for
@@ -19,6 +18,7 @@ from tests.support.clusterlab import NODE_1, Body, Cluster, pod, service, slice_
 from tests.support.daemon import Proxyd
 from tests.support.manifests import write
 from tests.support.netlab import NODE_FAR_IP, NODE_IP, Lab, Namespace
+from tests.support.service_manager import Manager
 
 VIP, OTHER_VIP = "10.96.0.10", "10.96.0.20"
 P1, P2, P3 = "pod-1", "pod-2", "pod-3"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import random
 import signal
@@ -29,11 +28,16 @@ from proxyd.relay.ipc.messages import (
     Shutdown,
 )
 from proxyd.relay.worker import Options, Worker
+from tests.support.pod_servers import read_digest
 from tests.support.worker import (
     DEADLINE,
+    MIB,
     RESET_ON_CLOSE,
-    WorkerDriver,
+    blocks,
+    digest_of,
     echo,
+    expect_reset,
+    idle,
     listen,
     names,
     read_all,
@@ -43,43 +47,11 @@ from tests.support.worker import (
     wait_for,
 )
 
-MIB = 1 << 20
-
 
 @pytest.fixture
 def worker():
     with running("--records") as one:
         yield one
-
-
-def blocks(seed: int, count: int):
-    """`count` MiB that differ from block to block."""
-    body = random.Random(seed).randbytes(MIB - 8)
-    for number in range(count):
-        yield number.to_bytes(8, "big") + body
-
-
-def digest_of(seed: int, count: int) -> str:
-    digest = hashlib.sha256()
-    for block in blocks(seed, count):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def read_digest(sock: socket.socket) -> str:
-    digest = hashlib.sha256()
-    while data := sock.recv(MIB):
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def expect_reset(sock: socket.socket) -> None:
-    with pytest.raises(ConnectionResetError):
-        read_all(sock)
-
-
-def idle(worker: WorkerDriver, balancer_slot: int) -> bool:
-    return worker.total(balancer_slot, s.OPENED) == worker.total(balancer_slot, s.CLOSED)
 
 
 # -- balancing --------------------------------------------------------------------------------------------------------

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -21,6 +18,7 @@ from tests.support.clients import ask, connect, read_line, wait_for
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, endpoints_at, service, write
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, routes_and_rules
+from tests.support.service_manager import Manager
 from tests.support.systemd_machine import POD_IP, REPOSITORY, Machine, real_root
 
 UNIT = "/usr/local/lib/systemd/system/proxyd.service"
@@ -30,48 +28,6 @@ Run = Callable[..., Proxyd]
 NOT_ROOT = "--reuid=45678", "--regid=45678", "--clear-groups"
 # What the unit gives; reading any folder besides, as this checkout may lie in one that is root's own.
 ONLY = "-all,+net_admin,+net_bind_service,+dac_read_search"
-
-
-class Manager:
-    """A service manager's socket, and what came."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "notify")
-        self.seen: list[tuple[float, dict[str, str]]] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        Path(self.path).chmod(0o666)
-        self._socket.setblocking(False)
-
-    def read(self) -> list[dict[str, str]]:
-        """Everything that came so far."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                lines = self._socket.recv(65536).decode().splitlines()
-                self.seen.append((time.monotonic(), dict(line.split("=", 1) for line in lines)))
-        return [message for _, message in self.seen]
-
-    def wait(self, name: str, value: str, timeout: float = 20, count: int = 1) -> dict[str, str]:
-        """Wait for the message in which a variable has a value, for the count-th time."""
-
-        def came() -> dict[str, str] | None:
-            found = [message for message in self.read() if re.fullmatch(value, message.get(name, ""))]
-            return found[count - 1] if len(found) >= count else None
-
-        try:
-            return wait_for(came, f"{name}={value}", timeout, pause=0.005)
-        except AssertionError as error:
-            raise AssertionError(f"{error}; came: {self.seen}") from None
-
-    def fed(self) -> int:
-        """How often the watchdog was fed."""
-        return sum("WATCHDOG" in message for message in self.read())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from test_systemd import Manager
 
 from tests.support import dns
 from tests.support.clients import Load, ask, connect, lines_of, many, read_line, refused, wait_for
@@ -19,6 +18,7 @@ from tests.support.clusterlab import NODE_1, Cluster, pod
 from tests.support.daemon import Proxyd, is_alive
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import EXTERNAL_IP, NODE_IP, Lab, routes_and_rules
+from tests.support.service_manager import Manager
 
 VIP = "10.96.0.10"
 

@@ -3,94 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import selectors
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
 
 from tests.support import sctp_probe
 from tests.support.clients import wait_for
-from tests.support.daemon import Proxyd, resident_kib
+from tests.support.daemon import Proxyd
 from tests.support.manifests import service as service_manifest
 from tests.support.manifests import write
 from tests.support.netlab import Namespace
-from tests.support.sctp_probe import Association, End, Message, Server, Streams
-from tests.support.sctplab import PORT, SctpLab, pod_ip
+from tests.support.sctp_probe import Echo, End, Message, Server, Streams
+from tests.support.sctplab import PORT, SctpLab, one_after_the_other, pod_ip
 
 AT_ONCE = 500
 ONE_BY_ONE = 1500
 LARGE = 384 * 1024  # more than the default limit, and less than what the kernel lets anybody send at once
-
-
-class Echo:
-    """Answers every message of every association with itself, in one thread."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(server.socket, selectors.EVENT_READ, None)
-        self._stop = False
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop:
-            for ready, _ in self._selector.select(0.2):
-                if ready.data is None:
-                    association = self._server.accept()
-                    association.socket.setblocking(False)
-                    self._selector.register(association.socket, selectors.EVENT_READ, association)
-                elif not self._answer(ready.data):
-                    self._selector.unregister(ready.data.socket)
-                    ready.data.close()
-
-    @staticmethod
-    def _answer(association: Association) -> bool:
-        """Answer what there is; False where the association has ended."""
-        try:
-            while isinstance(message := association.receive(), Message):
-                association.send(message)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
-
-    def close(self) -> None:
-        self._stop = True
-        self._thread.join()
-        for ready in list(self._selector.get_map().values()):
-            if ready.data is not None:
-                ready.data.close()
-        self._selector.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def one_after_the_other(sctp: SctpLab, count: int) -> int:
-    """That many associations, a message each way on each; by how many KiB the worker grew after the first tenth."""
-    worker = sctp.worker()
-    with Server(sctp.lab.pods[0], pod_ip(1)) as server, Echo(server):
-        service = sctp.service(server)
-        warm = 0
-        for number in range(count):
-            with service.connect() as client:
-                message = Message(number.to_bytes(4, "big"), number % 10)
-                client.send(message)
-                assert client.receive() == message
-            if number == count // 10:
-                warm = resident_kib(worker)
-        service.wait_ended()
-        grown = resident_kib(worker) - warm
-        service.remove()
-    return grown
 
 
 @pytest.mark.timeout(400)

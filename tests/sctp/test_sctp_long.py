@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_sctp_load import one_after_the_other
 
-from tests.support.sctplab import SctpLab
+from tests.support.sctplab import SctpLab, one_after_the_other
 
 
 @pytest.mark.timeout(10_000)

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from typing import Self
 
 import pytest
-from test_sctp_load import Echo
 
 from tests.support.clients import wait_for
-from tests.support.sctp_probe import Association, End, Message, Server
+from tests.support.sctp_probe import Association, Echo, End, Message, Server
 from tests.support.sctplab import CLIENT_IP, CLIENT_IP_2, NODE_IP_2, PORT, SctpLab, Service, pod_ip
 
 ADDRESSES = {"proxyd.io/sctp-addresses": NODE_IP_2}

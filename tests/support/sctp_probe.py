@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import selectors
 import socket
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -252,6 +254,55 @@ class Server:
     def close(self) -> None:
         """Listen no more."""
         self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Echo:
+    """Answers every message of every association with itself, in one thread."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(server.socket, selectors.EVENT_READ, None)
+        self._stop = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop:
+            for ready, _ in self._selector.select(0.2):
+                if ready.data is None:
+                    association = self._server.accept()
+                    association.socket.setblocking(False)
+                    self._selector.register(association.socket, selectors.EVENT_READ, association)
+                elif not self._answer(ready.data):
+                    self._selector.unregister(ready.data.socket)
+                    ready.data.close()
+
+    @staticmethod
+    def _answer(association: Association) -> bool:
+        """Answer what there is; False where the association has ended."""
+        try:
+            while isinstance(message := association.receive(), Message):
+                association.send(message)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def close(self) -> None:
+        self._stop = True
+        self._thread.join()
+        for ready in list(self._selector.get_map().values()):
+            if ready.data is not None:
+                ready.data.close()
+        self._selector.close()
 
     def __enter__(self) -> Self:
         return self

@@ -18,10 +18,10 @@ from typing import Any, Self
 
 from tests.support import sctp_probe
 from tests.support.clients import wait_for
-from tests.support.daemon import Proxyd
+from tests.support.daemon import Proxyd, resident_kib
 from tests.support.manifests import Document, write
 from tests.support.netlab import Lab, Namespace, pod_ip, pod_ip6
-from tests.support.sctp_probe import Association, Server
+from tests.support.sctp_probe import Association, Echo, Message, Server
 
 PORT = 3868
 CLIENT_IP, CLIENT_IP_2 = "10.244.0.100", "10.245.0.100"
@@ -219,3 +219,22 @@ __all__ = [
     "pod_ip6",
     "second_ip",
 ]
+
+
+def one_after_the_other(sctp: SctpLab, count: int) -> int:
+    """That many associations, a message each way on each; by how many KiB the worker grew after the first tenth."""
+    worker = sctp.worker()
+    with Server(sctp.lab.pods[0], pod_ip(1)) as server, Echo(server):
+        service = sctp.service(server)
+        warm = 0
+        for number in range(count):
+            with service.connect() as client:
+                message = Message(number.to_bytes(4, "big"), number % 10)
+                client.send(message)
+                assert client.receive() == message
+            if number == count // 10:
+                warm = resident_kib(worker)
+        service.wait_ended()
+        grown = resident_kib(worker) - warm
+        service.remove()
+    return grown

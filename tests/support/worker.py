@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+import pytest
+
 from proxyd.relay.ipc import slots as s
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import (
@@ -31,8 +33,10 @@ from proxyd.relay.ipc.messages import (
     Shutdown,
     Trouble,
 )
+from tests.support.pod_servers import stream, stream_digest
 
 DEADLINE = 30.0
+MIB = 1 << 20
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -84,6 +88,25 @@ def read_all(sock: socket.socket) -> bytes:
     while part := sock.recv(1 << 16):
         parts.append(part)
     return b"".join(parts)
+
+
+def blocks(seed: int, count: int) -> Iterator[bytes]:
+    """`count` MiB that only this seed gives."""
+    return stream(seed, count * MIB)
+
+
+def digest_of(seed: int, count: int) -> tuple[int, str]:
+    """What `read_digest` says of them."""
+    return count * MIB, stream_digest(seed, count * MIB)
+
+
+def expect_reset(sock: socket.socket) -> None:
+    with pytest.raises(ConnectionResetError):
+        read_all(sock)
+
+
+def idle(worker: WorkerDriver, balancer_slot: int) -> bool:
+    return worker.total(balancer_slot, s.OPENED) == worker.total(balancer_slot, s.CLOSED)
 
 
 class Server:

@@ -1,0 +1,54 @@
+"""A service manager, as far as a service talks to it: sd_notify(3)."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Self
+
+from tests.support.clients import wait_for
+
+
+class Manager:
+    """A service manager's socket, and what came."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "notify")
+        self.seen: list[tuple[float, dict[str, str]]] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        Path(self.path).chmod(0o666)
+        self._socket.setblocking(False)
+
+    def read(self) -> list[dict[str, str]]:
+        """Everything that came so far."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                lines = self._socket.recv(65536).decode().splitlines()
+                self.seen.append((time.monotonic(), dict(line.split("=", 1) for line in lines)))
+        return [message for _, message in self.seen]
+
+    def wait(self, name: str, value: str, timeout: float = 20, count: int = 1) -> dict[str, str]:
+        """Wait for the message in which a variable has a value, for the count-th time."""
+
+        def came() -> dict[str, str] | None:
+            found = [message for message in self.read() if re.fullmatch(value, message.get(name, ""))]
+            return found[count - 1] if len(found) >= count else None
+
+        try:
+            return wait_for(came, f"{name}={value}", timeout, pause=0.005)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; came: {self.seen}") from None
+
+    def fed(self) -> int:
+        """How often the watchdog was fed."""
+        return sum("WATCHDOG" in message for message in self.read())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
