@@ -326,7 +326,9 @@ async def test_objects_that_cannot_be_used(server: ApiServer, tmp_path: Path) ->
         assert [str(problem) for problem in seen.problems] == [
             'error: Service default/bad: spec.clusterIP: "10.96.0.x" is not an IP address'
         ]
+        # What another watch lists first solves nothing.
         assert seen.source.problems == tuple(seen.problems)
+        assert not seen.solved
         store.patch("services", ("default", "good"), {"spec": {"ports": "http"}})
         await wait_for(lambda: len(seen.problems) == 2)
         assert "Service default/good: spec.ports: expected a list" in str(seen.problems[1])

@@ -240,6 +240,7 @@ class _Follower:
     def __init__(self, table: Table[Any], known: Known, troubles: Troubles) -> None:
         self._table, self._known, self._troubles = table, known, troubles
         self._optional = table is known.node_table
+        self._kind = ""  # of what was listed last
         self._codec: Codec[Any] = Codec(Service)
         self._listed: list[Any] = []
         self._refused: list[Refused] = []
@@ -253,9 +254,10 @@ class _Follower:
                     if self._optional and step.code in _NO_NODE:
                         yield True
                 case Listing():
-                    if step.resource.kind != self._codec.kind.__name__:  # another version of the API
-                        self._troubles.only(self._codec.kind.__name__, set())
-                    self._codec = Codec(_KINDS[step.resource.kind], beta=step.resource.beta)
+                    if self._kind not in {"", step.resource.kind}:  # another version of the API
+                        self._troubles.only(self._kind, set())
+                    self._kind = step.resource.kind
+                    self._codec = Codec(_KINDS[self._kind], beta=step.resource.beta)
                     self._listed, self._refused = [], []
                 case Page():
                     for item in step.items:
@@ -278,15 +280,13 @@ class _Follower:
         if len(keep) < len(refused):  # which one that is cannot be said: it may be any
             keep.update(table.objects)
         self._known.touch(table, table.replace(things, keep))
-        kind = self._codec.kind.__name__
         for one in refused:
-            self._troubles.refused(kind, str(one.name or ""), one.problem)
-        self._troubles.only(kind, {str(one.name or "") for one in refused})
+            self._troubles.refused(self._kind, str(one.name or ""), one.problem)
+        self._troubles.only(self._kind, {str(one.name or "") for one in refused})
 
     def _apply(self, event: Event) -> ObjectName | None:
         """The name of what an event changed."""
-        thing = self._codec.decode(event.object)
-        kind = self._codec.kind.__name__
+        thing, kind = self._codec.decode(event.object), self._kind
         if isinstance(thing, Refused):
             if event.type == "DELETED" and thing.name is not None:
                 self._troubles.accepted(kind, str(thing.name))
