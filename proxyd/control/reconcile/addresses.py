@@ -1,4 +1,4 @@
-"""What makes addresses the node's own: VIP routes, policy rules, and the guard of the VIPs' other ports."""
+"""Makes addresses the node's own: VIP routes, policy rules, and the guard of the VIPs' other ports."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ log = get_logger("reconciler")
 
 
 class Addresses:
-    """Those that proxyd has made. What a killed daemon left is taken over.
+    """The addresses that proxyd has made local or steers. Those that a killed daemon left are taken over.
 
     Args:
-        routes: None where VIPs are not to be routed.
-        rules: None where nothing is to be steered.
-        guard: None where there is none to be.
+        routes: None if VIPs are not to be routed.
+        rules: None if nothing is to be steered.
+        guard: None if there is to be none.
 
     Attributes:
-        vips: that are local by a route.
-        vip_errors: why others are not.
-        steering: what is steered.
+        vips: VIPs that are local by a route.
+        vip_errors: for other VIPs, why they are not local.
+        steering: the policy rules in force.
     """
 
     def __init__(self, routes: VipRoutes | None, rules: SteeringRules | None, guard: VipGuard | None) -> None:
@@ -42,7 +42,7 @@ class Addresses:
         self._rules_trouble = ""
 
     def add(self, todo: Plan, wanted: Collection[ListenerKey]) -> None:
-        """Before listeners are opened: make VIPs local.
+        """Make VIPs local. Call it before listeners are opened.
 
         Args:
             todo: the plan.
@@ -53,12 +53,12 @@ class Addresses:
         self._add_vips(todo)
 
     def settle(self, todo: Plan, listeners: Collection[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
-        """After listeners were opened and closed: steer to those that are open, give up what nobody needs.
+        """Steer to the open listeners, and remove what nobody needs. Call it when listeners were opened and closed.
 
         Args:
             todo: the plan.
-            listeners: that are open.
-            held: what relays of closed listeners need.
+            listeners: those that are open.
+            held: the addresses that relays of closed listeners need.
         """
         self._steer(todo, listeners, held)
         self._refuse_new(listeners, held)
@@ -66,10 +66,10 @@ class Addresses:
         self._guarding.sync(todo, self.vips, listeners)
 
     def observe(self) -> None:
-        """Look at the node again."""
+        """Read from the kernel again which routes and rules there are."""
         try:
             if self._routes:
-                # A VIP that is an ordinary address of the node has no route, and needs none.
+                # A VIP that is one of the node's ordinary addresses has no route, and needs none.
                 own = {address.ip for address in node_addresses()}
                 self.vips = set(self._routes.present()) | (self.vips & own)
             if self._rules:
@@ -81,12 +81,12 @@ class Addresses:
         self._guarding.forget()
 
     def changed(self) -> None:
-        """The node's addresses changed: repair the routes that named one of them as source."""
+        """Repair the routes whose source was one of the node's addresses. Call it when these have changed."""
         if self._rules and self.steering:
             _report("policy rule can't be repaired", {str(k): e for k, e in self._rules.refresh().items()})
 
     def remove_all(self) -> None:
-        """Take back everything."""
+        """Remove every route and rule, and the guard."""
         if self._rules:
             _report("policy rule can't be removed", self._rules.remove(list(self.steering)))
             self._rules.refuse_new(frozenset())
@@ -108,8 +108,8 @@ class Addresses:
     def _steer(self, todo: Plan, listeners: Container[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
         if not self._rules or not todo.steer:
             return
-        # LOCAL only where somebody listens, or the traffic would hang. A key whose relays drain keeps its LOCAL rule:
-        # they need it.
+        # A rule is LOCAL only while somebody listens: otherwise the traffic would hang. A key whose relays
+        # drain keeps its LOCAL rule, because they need it.
         steer = {
             key: how if key in listeners else Steering.UNREACHABLE
             for key, how in todo.steer.items()
@@ -122,7 +122,7 @@ class Addresses:
             self.steering |= {key: how for key, how in steer.items() if key not in failed}
 
     def _refuse_new(self, listeners: Container[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
-        """Clients of an address whose listener is closed while its relays live on are refused, and do not hang."""
+        """Refuse clients of an address whose listener is closed while its relays live on: they would hang."""
         if self._rules is None:
             return
         closed = frozenset(key for key in held if key in self.steering and key not in listeners)
@@ -146,7 +146,7 @@ class Addresses:
 
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:
-    """Log the first few of many errors of one kind, and count the rest."""
+    """Log the first three of many errors of one kind, and how many more there are."""
     say_some(
         log.warning, what, [{"address": str(subject), "error": error} for subject, error in errors.items()], 3
     )

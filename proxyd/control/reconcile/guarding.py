@@ -1,4 +1,4 @@
-"""When the VIP guard is put in force, and what is said when it can't be."""
+"""When the VIP guard is changed, and what is logged if it can't be."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = get_logger("reconciler")
 
 
 class Guarding:
-    """Keeps the guard as the addresses and listeners are.
+    """Keeps the VIP guard in agreement with the addresses and listeners.
 
     Args:
-        guard: None where there is none to be.
+        guard: None if there is to be none.
     """
 
     def __init__(self, guard: VipGuard | None) -> None:
@@ -27,7 +27,7 @@ class Guarding:
         self._error = ""
 
     def begin(self, vips: AbstractSet[str], wanted: Iterable[ListenerKey]) -> None:
-        """Have a first guard made while addresses and sockets are: nft takes as long for thousands of them.
+        """Have nft make the first guard while control makes addresses and sockets: both take equally long.
 
         Args:
             vips: that will be local.
@@ -38,11 +38,11 @@ class Guarding:
             self._made = True
 
     def sync(self, todo: Plan, vips: AbstractSet[str], listeners: Iterable[ListenerKey]) -> None:
-        """Guard these VIPs, all but these listeners, after a plan was carried out."""
+        """Guard these VIPs but for these listeners, after a plan was carried out."""
         if self._guard is None:
             return
         if self._in_force is not None and not (todo.add_vips or todo.remove_vips or todo.open or todo.close):
-            return  # nothing that it is made of has changed
+            return  # nothing that the guard depends on has changed
         wish = frozenset(vips), frozenset(key for key in listeners if key.ip in vips)
         if self._in_force == wish or (not vips and self._in_force is None and not self._made):
             return
@@ -54,11 +54,11 @@ class Guarding:
         self._made = True
 
     def forget(self) -> None:
-        """Somebody else may have changed it: the next `sync` looks."""
+        """Have the next `sync` compare the guard with the kernel's: somebody else may have changed it."""
         self._in_force = None
 
     def remove(self) -> None:
-        """Take it back."""
+        """Remove the guard from the kernel."""
         if self._guard is not None and self._made:
             self._guard.remove()
         self._in_force = None

@@ -1,4 +1,4 @@
-"""Carries out plans: routes, rules, listening sockets, and what the workers are told."""
+"""Carries plans out: routes, rules, listening sockets, and the publication for the workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proxyd.api.service import Protocol
 from proxyd.control.reconcile.addresses import Addresses
 from proxyd.control.runtime.logs import get_logger, say_some
 from proxyd.control.workers.handover import ListeningSocket
-from proxyd.control.workers.inherited_sockets import Inheritance
+from proxyd.control.workers.inherited_sockets import InheritedSockets
 from proxyd.control.workers.old_workers import LeavingWorkers
 from proxyd.control.workers.publication import Held, Publication, Retired, Update
 from proxyd.host.guard import VipGuard
@@ -38,7 +38,7 @@ log = get_logger("reconciler")
 _FIRST_RETRY = 0.1
 _LAST_RETRY = 5.0
 _BACKLOG = 4096
-# Of balancers, and of listeners: so many are one update.
+# Balancers, or listeners, after which an update is published while the rest is carried out.
 _PUBLISHED_AT_ONCE = 1000
 _MENDED = "listener opened after failures"
 
@@ -51,23 +51,23 @@ class Failure:
     message: str
     attempts: int
     retry_at: float  # monotonic
-    exhausted: bool  # descriptors or memory ran out: of many it is said once
-    taken: bool = False  # somebody else has the address
+    exhausted: bool  # descriptors or memory ran out: logged once for many listeners
+    taken: bool = False  # another process has the address
 
 
 @dataclass(slots=True)
 class Ending:
-    """A closed listener, and the workers that may still have relays of it."""
+    """A closed listener and the workers that may still have relays of it."""
 
     retired: Retired
     workers: set[int]
-    holds: bool  # the relays need its address
+    holds: bool  # the relays need its address, which proxyd has made
 
 
 class Reconciler:
-    """Turns desired states into what the node holds. One owner for every address and listening socket.
+    """Makes the node agree with desired states. It owns every address and listening socket.
 
-    Observed is what was really done: what failed is missing there, so the next plan has it again.
+    `observed` is what was really done: whatever failed is missing there, so the next plan has it again.
     """
 
     def __init__(
@@ -87,17 +87,18 @@ class Reconciler:
         self._addresses = Addresses(routes, rules, guard)
         self._drain = drain_seconds
         self._sctp = sctp
-        self._note = note  # what became of a service port's listener, for people
-        # What is observed, where it is the very state that was desired last: the next plan then looks at changes only.
+        self._note = note  # takes what became of a service port's listener, for people to read
+        # The state that was desired last, if all of it was carried out. It then stands for `observed`, and
+        # the next plan looks only at what changed.
         self._carried_out: HostState | None = None
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
         self._listeners: dict[ListenerKey, ListenerSpec] = {}
         self._ending: dict[int, Ending] = {}  # by the listener's number
-        # Of `desired`, once it is asked for.
+        # The keys of `desired.unopened`, computed when they are first needed.
         self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
-        self._inheritance = Inheritance()
+        self._inherited = InheritedSockets()
         self._leaving: LeavingWorkers | None = None
-        self._lines: dict[str, list[dict[str, str]]] = {}  # to be logged, by event
+        self._lines: dict[str, list[dict[str, str]]] = {}  # the fields of lines to be logged, by event
 
     @property
     def observed(self) -> HostState:
@@ -112,14 +113,15 @@ class Reconciler:
     def reconcile(
         self, desired: DesiredState, workers: Iterable[int], publish: Callable[[Update], None]
     ) -> None:
-        """Do what leads to `desired`, and publish it.
+        """Change the node towards `desired`, and publish that.
 
-        Errors stay with the listener they belong to: see `failures` and `statuses`.
+        An error concerns only the listener that it belongs to: see `failures` and `statuses`.
 
         Args:
             desired: the state to reach.
             workers: numbers of the workers that may hold relays.
-            publish: tells the workers an update. Of much there is more than one, so that they work while the rest is done.
+            publish: sends an update to the workers. It is called several times if there is much to do, so
+                that they work while the rest is done.
         """
         self.desired, self._unopened = desired, None
         before, self._carried_out = self._carried_out, None
@@ -135,7 +137,7 @@ class Reconciler:
         for key in todo.close:
             self._close(key, gone)
         self._open_all(todo.open, publish)
-        self._inheritance.close()
+        self._inherited.close()
         for wish in todo.change:
             self._change(wish)
         for balancer in todo.drop_balancers:
@@ -152,7 +154,7 @@ class Reconciler:
             self._carried_out = desired.host
 
     def _is_carried_out(self, todo: Plan, *, vips_were: bool) -> bool:
-        """Whether all of what is desired is held now, and nothing else. `vips_were`: the VIPs were so before the plan."""
+        """Whether the node holds exactly what is desired. `vips_were`: so did its VIPs before the plan."""
         wanted = self.desired.host
         return (
             not self.failures
@@ -164,41 +166,46 @@ class Reconciler:
             )
         )
 
-    def inherit(self, left: Iterable[ListeningSocket], leaving: LeavingWorkers) -> None:
-        """Before the first reconcile: the sockets to go on with, and the workers that relay until they have gone."""
-        self._inheritance = Inheritance(left)
+    def inherit(self, sockets: Iterable[ListeningSocket], leaving: LeavingWorkers) -> None:
+        """Go on from the program before an upgrade. Call it before the first reconcile.
+
+        Args:
+            sockets: its listening sockets, which are used rather than opened anew.
+            leaving: its workers, whose relays need their addresses.
+        """
+        self._inherited = InheritedSockets(sockets)
         self._leaving = leaving
 
     def relayed(self) -> dict[int, tuple[tuple[ListenerKey, ...], frozenset[int]]]:
-        """Closed listeners that workers may have relays of: addresses, and which workers, by their number."""
+        """By number, the addresses of each closed listener that may have relays, and the workers that may."""
         return {
             number: (ending.retired.keys, frozenset(ending.workers))
             for number, ending in self._ending.items()
         }
 
     def set_drain(self, seconds: float) -> None:
-        """Relays of what is closed from now on have so long."""
+        """Set how long the relays of listeners that are closed from now on may go on."""
         self._drain = seconds
 
     def observe(self) -> None:
-        """Look at the node again: what somebody else removed is missing in the next plan."""
+        """Look at the node again: what somebody else removed is part of the next plan."""
         self._carried_out = None
         self._addresses.observe()
 
     def next_retry(self) -> float | None:
-        """When the next failed listener is tried again (monotonic), None where none failed."""
+        """When the next failed listener is tried again (monotonic); None if none has failed."""
         return min((failure.retry_at for failure in self.failures.values()), default=None)
 
     def drained(self, worker: int, numbers: Iterable[int]) -> bool:
-        """A worker has no relays left of these closed listeners. Returns whether an address may be free now."""
+        """A worker has no relays left of these closed listeners. Returns whether an address may be free."""
         return sum(self._one_drained(worker, number) for number in numbers) > 0
 
     def worker_died(self, worker: int) -> bool:
-        """A worker's relays are gone. Returns whether an address may be free now."""
+        """A worker has died, and its relays with it. Returns whether an address may be free."""
         return sum(self._one_drained(worker, number) for number in list(self._ending)) > 0
 
     def statuses(self) -> tuple[ListenerStatus, ...]:
-        """The status of every listener that is wished for."""
+        """The status of every listener that is wanted."""
         open_or_failed = [
             status_of(spec, ListenerState.FAILED, failure.message)
             if (failure := self.failures.get(key))
@@ -208,19 +215,19 @@ class Reconciler:
         return (*open_or_failed, *self.desired.unopened)
 
     def close_listeners(self) -> None:
-        """Close every listening socket; addresses stay, for the relays that drain."""
+        """Close every listening socket. The addresses stay, for the relays that drain."""
         self._publication.close_all()
-        self._inheritance.close()  # of an end before the first reconcile
+        self._inherited.close()  # there still are some if the end comes before the first reconcile
         self._listeners.clear()
         self._carried_out = None
 
     def remove_addresses(self) -> None:
-        """Take back every route, rule and table."""
+        """Remove every route, rule and table."""
         self._addresses.remove_all()
         self._carried_out = None
 
     def addresses_changed(self) -> None:
-        """The node's addresses changed."""
+        """Repair what depends on the node's addresses. Call it when these have changed."""
         self._addresses.changed()
 
     def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
@@ -242,13 +249,13 @@ class Reconciler:
             say_some(log.info if event is _MENDED else log.warning, event, lines)
 
     def _due(self, spec: ListenerSpec) -> bool:
-        """Whether to try to open a listener now: not so soon after it has failed."""
+        """Whether to try to open a listener now: one that has failed waits for its next attempt."""
         failure = self.failures.get(spec.key)
         return not (failure and failure.spec == spec and time.monotonic() < failure.retry_at)
 
     def _open(self, spec: ListenerSpec) -> None:
         try:
-            sock = self._inheritance.take(spec) or open_listener(spec, backlog=_BACKLOG)
+            sock = self._inherited.take(spec) or open_listener(spec, backlog=_BACKLOG)
         except BindFailed as error:
             self._failed(spec, error)
             return
@@ -256,10 +263,10 @@ class Reconciler:
         self._opened(spec)
 
     def _open_sctp(self, specs: list[ListenerSpec]) -> None:
-        from proxyd.control.reconcile.sctp_endpoints import Homes  # noqa: PLC0415 - for those alone who have SCTP turned on
+        # Imported only where SCTP is turned on.
+        from proxyd.control.reconcile.sctp_endpoints import SctpEndpoints  # noqa: PLC0415
 
-        homes = Homes(self._publication, self._inheritance, self._sctp)
-        failed = homes.open(specs, _BACKLOG)
+        failed = SctpEndpoints(self._publication, self._inherited, self._sctp).open(specs, _BACKLOG)
         for spec in specs:
             if spec.key in failed:
                 self._failed(spec, failed[spec.key])
@@ -274,7 +281,7 @@ class Reconciler:
             if not error.exhausted:
                 self._note_line("listener failed", spec, error=message)
             self._note(spec.service_port, f"Failed {spec.key}: {message}")
-        # What takes somebody to mend it is not tried again in a hurry.
+        # What only a person can mend is tried at the longest interval from the beginning.
         pause = (
             min(_FIRST_RETRY * 2 ** min(attempts - 1, 10), _LAST_RETRY) if error.retryable else _LAST_RETRY
         )
@@ -288,39 +295,40 @@ class Reconciler:
         self._listeners[spec.key] = spec
 
     def _note_line(self, event: str, spec: ListenerSpec, **fields: str) -> None:
-        """Have a line logged when all is opened: of hundreds that fail alike a few are enough."""
+        """Keep a line until all listeners were tried: of hundreds that fail alike, a few are logged."""
         line = {"listener": str(spec.key), "service": str(spec.service_port), **fields}
         self._lines.setdefault(event, []).append(line)
 
     def _change(self, spec: ListenerSpec) -> None:
-        # Relays of a Service that lost the address drain; a new spec of the same service port leaves its relays alone.
+        # Relays drain if their Service lost the address; another spec of the same service port leaves its
+        # relays alone.
         same = self._listeners[spec.key].service_port == spec.service_port
         self._publication.change(spec, None if same else self._drain)
         self._listeners[spec.key] = spec
 
     def _close(self, key: ListenerKey, gone: frozenset[ListenerKey]) -> None:
-        """Close a listener, one of those that are to go."""
+        """Close a listener. `gone` are all that are to be closed with it."""
         service_port = self._listeners.pop(key).service_port
         self._note(service_port, f"Closed {key}")
         held = self._publication.held.get(key)
         if held is None:
-            return  # it was closed with another one of its socket
+            return  # it was closed together with another listener of its socket
         if not gone.issuperset(held.specs):
             self._leave_home(held, key)
             return
-        # Where the Service still wants the address, only its endpoints have gone: its relays stay.
+        # If the Service still wants the address, only its endpoints have gone: its relays stay.
         stay = any(self._wants(one, service_port) for one in held.specs)
         self._publication.close(key, None if stay else self._drain)
 
     def _leave_home(self, held: Held, key: ListenerKey) -> None:
-        from proxyd.control.reconcile.sctp_endpoints import leave  # noqa: PLC0415 - as above
+        from proxyd.control.reconcile.sctp_endpoints import leave  # noqa: PLC0415 - see `_open_sctp`
 
         self._publication.leave(key)
         if error := leave(held, key):
             log.warning("SCTP address can't be given up", listener=str(key), error=error)
 
     def _keep_relays(self, crew: set[int]) -> None:
-        """Keep account of closed listeners, and drain those that their Service does not want any more."""
+        """Note which listeners were closed, and drain those that their Service no longer wants."""
         for retired in self._publication.take_retired():
             workers = crew if retired.owner is None else crew & {retired.owner}
             if workers:
@@ -336,7 +344,7 @@ class Reconciler:
             self._leaving.let_go(wanted, self._drain)
 
     def _wants(self, key: ListenerKey, service_port: ServicePortName) -> bool:
-        """Whether a service port wants an address, be it that it can't have it at present."""
+        """Whether a service port wants an address, even if it can't have it at present."""
         holder = self.desired.host.listeners.get(key)
         if holder is not None and holder.service_port == service_port:
             return True

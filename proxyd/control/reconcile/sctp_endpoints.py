@@ -1,6 +1,6 @@
-"""Opening SCTP endpoints: one socket for all listeners of a home, which come and go one by one.
+"""Opens SCTP endpoints: all listeners of a home have one socket, and come and go one by one.
 
-Imported with the first SCTP listener that is to be opened.
+It is imported with the first SCTP listener.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Sequence
 
-from proxyd.control.workers.inherited_sockets import Inheritance
+from proxyd.control.workers.inherited_sockets import InheritedSockets
 from proxyd.control.workers.publication import Held, Publication
 from proxyd.host import sctp
 from proxyd.host.sockets import BindFailed
@@ -17,25 +17,25 @@ from proxyd.state.spec import Home, ListenerKey, ListenerSpec, SctpOptions
 _Failed = dict[ListenerKey, BindFailed]
 
 
-class Homes:
+class SctpEndpoints:
     """Opens listeners of SCTP endpoints.
 
     Args:
-        publication: has the sockets, and tells the workers.
-        inheritance: sockets that the program before left.
+        publication: owns the sockets.
+        inherited: sockets of the program before an upgrade.
         options: of all SCTP sockets.
     """
 
-    def __init__(self, publication: Publication, inheritance: Inheritance, options: SctpOptions) -> None:
+    def __init__(self, publication: Publication, inherited: InheritedSockets, options: SctpOptions) -> None:
         self._publication = publication
-        self._inheritance = inheritance
+        self._inherited = inherited
         self._options = options
 
     def open(self, specs: Iterable[ListenerSpec], backlog: int) -> _Failed:
-        """Open listeners and publish them: each joins the socket of its home, or all of a home get a new one.
+        """Open listeners and publish them. Each joins the socket of its home, or they get a new one together.
 
         Returns:
-            What failed; all others are open.
+            The listeners that failed; all others are open.
         """
         groups: dict[Home | ListenerKey, list[ListenerSpec]] = {}
         for spec in specs:
@@ -59,18 +59,18 @@ class Homes:
         return failed
 
     def _found(self, members: Sequence[ListenerSpec], backlog: int) -> _Failed:
-        left = self._inheritance.take_endpoint(members)
-        if left is not None:
-            return self._go_on(*left, members)
+        inherited = self._inherited.take_endpoint(members)
+        if inherited is not None:
+            return self._adopt(*inherited, members)
         sock, failed = sctp.open_endpoint(members, self._options, backlog)
         if sock is not None:
             self._publish(sock, [spec for spec in members if spec.key not in failed])
         return failed
 
-    def _go_on(
+    def _adopt(
         self, sock: socket.socket, bound: Sequence[ListenerKey], members: Sequence[ListenerSpec]
     ) -> _Failed:
-        """Serve with a socket that the program before left, bound to one member at least."""
+        """Serve with an inherited socket that is bound to at least one member."""
         if known := sctp.bound_to(sock):
             bound = [key for key in bound if key.ip in known] or bound
         held = self._publish(sock, [spec for spec in members if spec.key in bound])
@@ -88,10 +88,10 @@ class Homes:
 
 
 def leave(held: Held, key: ListenerKey) -> str:
-    """Take one address from a socket that keeps others.
+    """Unbind one address of a socket that keeps others.
 
     Returns:
-        "", or one line: why the address stays bound, until the socket is closed.
+        "", or one line that says why the address stays bound until the socket is closed.
     """
     try:
         sctp.remove_address(held.socket, key)

@@ -1,8 +1,8 @@
-"""What one program hands to the next in the same process: listening sockets, and workers that still relay.
+"""The handover of an upgrade: what one program gives to the next one in the same process.
 
-An upgrade replaces the program by execve(2). Descriptors that may be inherited stay open, children stay children, and
-the number of the process stays the same; a memfd says which descriptor is what. Fields may be added to these structs, with
-a default: the next program may be newer or older.
+An upgrade replaces the program by execve(2). Inheritable descriptors stay open, children stay children, and
+the pid stays the same. A memfd says which descriptor is what. New fields of these structs need a default,
+because the next program may be newer or older.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from proxyd.state.spec import ListenerKey
 log = get_logger("upgrade")
 
 VARIABLE = "PROXYD_HANDOVER"
-_CHECK = "check"  # its value where a program is only asked whether it would start
+_CHECK = "check"  # its value if a program is only asked whether it would start
 _VERSION = 1
 _NAME = "proxyd-handover"
 _CHECK_SECONDS = 60.0
 
 
 class UpgradeError(Exception):
-    """The running program goes on: one line says why."""
+    """There is no upgrade, and the running program goes on; the text is one line that says why."""
 
 
 class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
-    """A listening socket. `steered` as in a listener spec; `further` are the other addresses of an SCTP endpoint."""
+    """A listening socket. `steered` is the listener spec's; `further` are more addresses of an SCTP endpoint."""
 
     ip: str
     port: int
@@ -55,13 +55,13 @@ class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Leaving(msgspec.Struct, frozen=True, array_like=True):
-    """A worker that relays until its last relay has ended.
+    """A worker that goes on relaying until its last relay has ended.
 
     Attributes:
         pid: its process, a child.
-        channel: descriptor of control's end.
-        listeners: number, address, port and protocol of those that it may have relays of; a number with several
-            addresses, as of SCTP, is there with each.
+        channel: descriptor of control's end of its channel.
+        listeners: number, address, port and protocol of each listener that it may have relays of. A listener
+            with several addresses (SCTP) has one entry for each.
     """
 
     pid: int
@@ -80,7 +80,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     workers: list[Leaving] = []
 
     def descriptors(self) -> Iterable[int]:
-        """All of them."""
+        """All descriptors that are handed over, without that of the memfd."""
         yield from (one.descriptor for one in self.listeners)
         yield from (worker.channel for worker in self.workers)
         if self.admin >= 0:
@@ -88,19 +88,19 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def checking() -> bool:
-    """Whether this process is only to find out if the program would start with these arguments."""
+    """Whether this process is only to find out whether the program would start with these arguments."""
     return os.environ.get(VARIABLE) == _CHECK
 
 
 def answer() -> str:
-    """What a program that is only asked says: it would start, and which records it can take over from."""
+    """What such a process prints: it would start, and it understands this version of the handover."""
     return f"{_NAME} {_VERSION}"
 
 
 def take() -> Handover | None:
-    """What the program before this one handed over; None where there was none.
+    """What the program before this one handed over; None if there was none.
 
-    Where it cannot be read, what is inherited is closed; this program's own descriptors are never inheritable.
+    If it cannot be read, all inherited descriptors are closed. (This program's own are never inheritable.)
     """
     text = os.environ.pop(VARIABLE, "")
     if not text.isdecimal():
@@ -119,7 +119,8 @@ def take() -> Handover | None:
         for descriptor in found.descriptors():
             os.set_inheritable(descriptor, False)
     except (OSError, ValueError) as error:
-        log.error("what the program before left can't be read: starting anew", error=str(error))  # noqa: TRY400 - one line
+        what = "what the program before left can't be read: starting anew"
+        log.error(what, error=str(error))  # noqa: TRY400 - one line is enough
         for descriptor in left:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -129,7 +130,7 @@ def take() -> Handover | None:
 
 
 def _inheritable() -> list[int]:
-    """The descriptors that whoever executed this program left open, but for the standard streams."""
+    """The descriptors that this program inherited, without the standard streams."""
     found = []
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are numbers
         with contextlib.suppress(OSError):
@@ -144,10 +145,10 @@ def _check_version(found: Handover) -> None:
 
 
 async def check() -> None:
-    """Find out whether the program that is installed now would start with the arguments of this one, and go on from it.
+    """Find out whether the installed program would start with this one's arguments, and can go on from it.
 
     Raises:
-        UpgradeError: it would not.
+        UpgradeError: it would not start, or cannot go on.
     """
     process = await asyncio.create_subprocess_exec(
         *_command(),
@@ -174,12 +175,13 @@ async def check() -> None:
         raise UpgradeError(f"the new program would not start: {why}")
     if answer() not in answered.decode("utf-8", "replace").splitlines():
         raise UpgradeError(
-            "the new program can't go on from this one, their handovers are of different versions: restart the daemon"
+            "the new program can't go on from this one, their handovers are of different versions: "
+            "restart the daemon"
         )
 
 
 def replace_program(handover: Handover) -> None:
-    """Become the program that is installed now, after `hold_signals`. Does not return.
+    """Replace this program by the installed one. Call `hold_signals` first. Does not return.
 
     Raises:
         OSError: it cannot be executed, or there is no memory.

@@ -1,4 +1,4 @@
-"""Listening sockets that the program before this one left: whoever connects meanwhile waits in their backlog."""
+"""Listening sockets inherited from the program before an upgrade; new clients wait in their backlog."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from proxyd.control.workers.publication import close_listening
 from proxyd.state.spec import ListenerKey, ListenerSpec
 
 
-class Inheritance:
-    """Sockets that wait for their listener.
+class InheritedSockets:
+    """Inherited sockets that no listener has taken yet.
 
     Args:
-        left: what was handed over.
+        handed_over: the sockets, as the program before described them.
     """
 
-    def __init__(self, left: Iterable[ListeningSocket] = ()) -> None:
+    def __init__(self, handed_over: Iterable[ListeningSocket] = ()) -> None:
         self._sockets: dict[tuple[ListenerKey, bool], socket.socket] = {}
         self._bound: dict[socket.socket, ListeningSocket] = {}  # SCTP endpoints
-        for one in left:
+        for one in handed_over:
             sock = socket.socket(fileno=one.descriptor)
             self._sockets[one.key, one.steered] = sock
             if one.protocol is Protocol.SCTP:
                 self._bound[sock] = one
 
     def take(self, spec: ListenerSpec) -> socket.socket | None:
-        """The socket for a listener; None where there is none."""
+        """The socket for a listener; None if there is none."""
         return self._sockets.pop((spec.key, spec.steered), None)
 
     def take_endpoint(
         self, specs: Iterable[ListenerSpec]
     ) -> tuple[socket.socket, tuple[ListenerKey, ...]] | None:
-        """The SCTP socket for one of several listeners, and all that it is bound to; None where there is none."""
+        """An SCTP socket bound to one of these listeners, and all it is bound to; None if there is none."""
         wanted = {spec.key for spec in specs}
         for sock, one in self._bound.items():
             if not wanted.isdisjoint(one.keys):
@@ -43,7 +43,7 @@ class Inheritance:
         return None
 
     def close(self) -> None:
-        """Close those that no listener is for: everything that is wanted has been opened."""
+        """Close those that no listener has taken. Call it when everything that is wanted has been opened."""
         for sock in self._sockets.values():
             close_listening(sock)
         self._sockets.clear()

@@ -1,4 +1,4 @@
-"""Asks every worker which relays are alive, and puts their answers together."""
+"""Asks all workers which relays are alive, and joins their answers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_RECORDS = 10_000
 
 
 class Roundup(NamedTuple):
-    """What the workers said."""
+    """The joined answers of the workers."""
 
-    records: list[tuple[int, LiveConnection]]  # with the number of the worker that has it
-    more: int  # alive, and not among the records
+    records: list[tuple[int, LiveConnection]]  # each with the number of its worker
+    more: int  # how many more are alive
     silent: tuple[int, ...]  # workers that did not answer in time
 
 
@@ -34,10 +34,10 @@ class _Question:
 
 
 class Roundups:
-    """One question at a time is put to the workers; further ones wait for it.
+    """Asks one question at a time; further callers wait.
 
     Args:
-        tell: sends a message to every worker there is, and returns their numbers.
+        tell: sends a message to every worker, and returns their numbers.
     """
 
     def __init__(self, tell: Callable[[ListConnections], set[int]]) -> None:
@@ -47,17 +47,17 @@ class Roundups:
         self._lock = asyncio.Lock()
 
     def also(self, tell: Callable[[ListConnections], set[int]]) -> None:
-        """Others to ask too, whose numbers are none of the workers'."""
+        """Ask others too. Their numbers must differ from the workers'."""
         self._tell.append(tell)
 
     async def ask(
         self, *, namespace: str = "", name: str = "", limit: int = MAX_RECORDS, seconds: float = TIMEOUT
     ) -> Roundup:
-        """The relays that are alive, of a namespace or Service where they are named.
+        """The relays that are alive.
 
         Args:
-            namespace: "" for all.
-            name: of Services; "" for all.
+            namespace: of their Services; "" for all.
+            name: of their Services; "" for all.
             limit: of records.
             seconds: that the workers have for an answer.
         """
@@ -77,7 +77,7 @@ class Roundups:
             return Roundup(question.records, question.more, tuple(sorted(question.waiting)))
 
     def heard(self, worker: int, answer: LiveConnections) -> None:
-        """A worker answers. What comes too late is of no use any more."""
+        """Take a part of a worker's answer. One that comes too late is dropped."""
         question = self._questions.get(answer.request)
         if question is None:
             return
@@ -88,7 +88,7 @@ class Roundups:
             self._answered(question, worker)
 
     def gone(self, worker: int) -> None:
-        """A worker has died; its relays are gone with it."""
+        """A worker has died, and its relays with it."""
         for question in self._questions.values():
             question.records = [entry for entry in question.records if entry[0] != worker]
             self._answered(question, worker)

@@ -1,4 +1,4 @@
-"""Workers of the program that this one took over from: they accept nothing new, and end with their last relay."""
+"""Workers of the programs before an upgrade: they drain, and end with their last relay."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from proxyd.state.spec import ListenerKey
 
 log = get_logger("upgrade")
 
-# More are not kept: of many upgrades the workers that have been leaving for the longest time end, with their relays.
+# How many there may be. After many upgrades, those that have drained for the longest time are ended with
+# their relays.
 MAX_WORKERS = 32
-# For how long a relay may outlive an upgrade: a bound for what nobody looks at any more.
+# How long a relay may outlive an upgrade.
 KEEP_SECONDS = 7 * 86400.0
-# A worker that has this many messages unread is not reading: it ends.
+# A worker that leaves this many messages unread does not read: it is ended.
 MAX_QUEUED = 1000
 _RETRY_SECONDS = 0.1
 _CLOSES_AT_ONCE = 2000
@@ -35,23 +36,26 @@ class _Worker:
     pid: int
     pidfd: int
     channel: Channel
-    listeners: dict[int, list[ListenerKey]]  # those that it may have relays of, by their number there
-    told: set[int] = field(default_factory=set)  # whose relays it is to end after a while
+    listeners: dict[
+        int, list[ListenerKey]
+    ]  # those that it may have relays of, by their number in that worker
+    told: set[int] = field(default_factory=set)  # numbers of listeners whose relays it was told to end
     outgoing: deque[ToWorker] = field(default_factory=deque)
-    retry: asyncio.TimerHandle | None = None  # of sending what is in `outgoing`
+    retry: asyncio.TimerHandle | None = None  # sends what is in `outgoing`
     retired: bool = False
-    unanswered: int = 0  # probes since it last said anything
+    unanswered: int = 0  # probes since its last message
 
 
 class LeavingWorkers:
-    """Listens to them until they have gone.
+    """Control's end of their channels, until the last of them has ended.
 
     Args:
-        workers: that were handed over.
-        heard: takes what they say beyond `Drained`, and a number that tells a worker from all others: its pid,
-            negative, as in a container pids are as low as the numbers of this program's own workers.
-        drained: called when an address may be free because the last relay of a listener, or a worker, has ended.
-        gone: takes the number of each that has ended.
+        workers: those that were handed over.
+        heard: takes the number of a worker and a message of it, all but `Drained`. The number is the negative
+            pid: in a container pids are as low as the numbers of this program's own workers.
+        drained: called when an address may be free, because the last relay of a listener, or a worker, has
+            ended.
+        gone: takes the number of a worker that has ended.
     """
 
     def __init__(
@@ -64,23 +68,25 @@ class LeavingWorkers:
         self._heard = heard
         self._drained = drained
         self._ended = gone
-        self._workers: dict[int, _Worker] = {}  # by pid, which is used again only when it was waited for
+        self._workers: dict[
+            int, _Worker
+        ] = {}  # by pid, which is not reused before the process was waited for
         self._gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         for one in workers:
             self._adopt(one)
 
     def __len__(self) -> int:
-        """How many are left."""
+        """How many there still are."""
         return len(self._workers)
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Their processes."""
+        """The pids of their processes."""
         return tuple(self._workers)
 
     def retire(self) -> None:
-        """Others have taken their place: they accept no more."""
+        """Have them accept no more: other workers have taken their place."""
         for worker in list(self._workers.values()):
             if not worker.retired:
                 worker.retired = True
@@ -93,7 +99,7 @@ class LeavingWorkers:
         }
 
     def let_go(self, wanted: Container[ListenerKey], seconds: float) -> None:
-        """Relays of addresses that are not wanted any more have so many seconds."""
+        """Have them end, after so many seconds, the relays of addresses that are no longer wanted."""
         for worker in list(self._workers.values()):
             over = [
                 number
@@ -106,13 +112,13 @@ class LeavingWorkers:
                 self._send(worker, Apply(0, last=False, close=close))
 
     def tell(self, message: ToWorker) -> set[int]:
-        """Tell all of them something. Returns their numbers, as `heard` gets them."""
+        """Send a message to all of them. Returns their numbers, as `heard` gets them."""
         for worker in list(self._workers.values()):
             self._send(worker, message)
         return {-pid for pid in self._workers}
 
     def probe(self) -> None:
-        """Ask each for a sign of life, an empty update that it acknowledges; one that gives none for long ends."""
+        """Send each an empty update to acknowledge. One that has answered none for long is ended."""
         for worker in list(self._workers.values()):
             worker.unanswered += 1
             if worker.unanswered > MAX_UNANSWERED:
@@ -125,7 +131,7 @@ class LeavingWorkers:
                 self._send(worker, Apply(0, last=True))
 
     async def stop(self, drain: float) -> None:
-        """Let them finish for at most `drain` seconds; then they are gone."""
+        """Let them finish for at most `drain` seconds, then end them."""
         self.tell(Shutdown(drain))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain + 2.0):
@@ -145,7 +151,7 @@ class LeavingWorkers:
             self._remove(worker)
 
     def hand_over(self) -> list[Leaving]:
-        """Leave them to the next program; those that have been here for the longest time first."""
+        """Describe them for the next program, those that have drained for the longest time first."""
         return [
             Leaving(
                 worker.pid,
@@ -159,7 +165,7 @@ class LeavingWorkers:
         channel = Channel(socket.socket(fileno=one.channel))
         try:
             pidfd = os.pidfd_open(one.pid)
-        except OSError:  # it has ended, and was waited for
+        except OSError:  # it has ended, and the program before has waited for it
             channel.close()
             return
         listeners: dict[int, list[ListenerKey]] = {}
@@ -187,7 +193,7 @@ class LeavingWorkers:
                     worker.retry = self._loop.call_later(_RETRY_SECONDS, self._flush, worker)
                     return
             except OSError:
-                worker.outgoing.clear()  # it has ended; the pidfd tells
+                worker.outgoing.clear()  # it has ended, which the pidfd reports
                 return
             worker.outgoing.popleft()
 
@@ -199,7 +205,7 @@ class LeavingWorkers:
                 self._loop.remove_reader(worker.channel.fileno())
                 return
             except ChannelError as error:
-                # Something that only its own program understands: it lives all the same.
+                # A message that only its own program understands is a sign of life too.
                 log.debug("from a worker of an earlier program", pid=worker.pid, error=str(error))
                 worker.unanswered = 0
                 continue

@@ -1,4 +1,4 @@
-"""Children that the program before this one had, and that nobody here waits for: they are taken note of when they end."""
+"""Orphans: children that the program before an upgrade started, and that nobody waits for any more."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 
 class Strays:
-    """Waits for them, so that none stays behind as a zombie.
+    """Waits for orphans, so that none of them becomes a zombie.
 
-    To be made before this program starts a process of its own.
+    Make it before this program starts a process of its own.
 
     Args:
-        known: children that somebody else waits for.
+        known: pids of children that somebody else waits for.
     """
 
     def __init__(self, known: Container[int]) -> None:
         self._pids = [pid for pid in _children() if pid not in known]
 
     def watch(self) -> None:
-        """Wait from now on, in the event loop."""
+        """Wait for them in the event loop from now on."""
         for pid in self._pids:
             with contextlib.suppress(OSError):
                 pidfd = os.pidfd_open(pid)
@@ -30,11 +30,11 @@ class Strays:
 
 
 def _children() -> list[int]:
-    """Of this process, which has one thread as yet."""
+    """Pids of the children of this process, which has only one thread so far."""
     try:
         return [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
     except OSError:
-        return []  # the kernel does not say
+        return []  # a kernel without CONFIG_PROC_CHILDREN
 
 
 def _ended(pid: int, pidfd: int) -> None:

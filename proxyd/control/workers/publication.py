@@ -1,4 +1,4 @@
-"""What the workers are told: balancers and listeners by number, and the updates that lead from one state to the next."""
+"""What the workers know: balancers and listeners by number, and the updates from one state to the next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from proxyd.api.service import Protocol
-from proxyd.control.workers.slot_allocator import SlotBook
+from proxyd.control.workers.slot_allocator import SlotAllocator
 from proxyd.relay import registry
 from proxyd.relay.ipc.messages import MAX_DESCRIPTORS, Apply, BalancerConfig, CloseListener, ListenerConfig
 from proxyd.relay.ipc.slots import FIELDS, Slots
@@ -21,7 +21,8 @@ from proxyd.state.spec import BalancerKey, BalancerSpec, Home, ListenerKey, List
 
 _T = TypeVar("_T")
 
-# More endpoints of one service port than fit into one message are left out; Kubernetes caps Endpoints at 1,000.
+# Of one balancer, as it must fit into one message; further ones are left out. Kubernetes caps Endpoints at
+# 1,000.
 MAX_ENDPOINTS = 4000
 # Endpoints in one part of an update: about 60 KB.
 _PART_ENDPOINTS = 2000
@@ -29,9 +30,10 @@ _PART_ENDPOINTS = 2000
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """One open listener: its number among the workers, its socket, and the one worker that has it (None: all).
+    """One listening socket and its number in the workers. `owner` is the one worker that has it; None: all.
 
-    `specs` are all listeners that the socket is for, several for a multi-homed SCTP endpoint; `spec` is the first.
+    `specs` are all listeners that the socket serves, several for a multi-homed SCTP endpoint; `spec` is the
+    first.
     """
 
     id: int
@@ -43,9 +45,9 @@ class Held:
 
 @dataclass(slots=True, eq=False)
 class Retired:
-    """A closed listener whose relays may live on, in the worker that had it (`owner`; None: in all).
+    """A closed listener whose relays may live on in its worker (`owner`; None: in all workers).
 
-    `drains`: they end after a while in any case. `keys`: the addresses that they use.
+    `drains`: the relays end after the drain time in any case. `keys`: the addresses that they use.
     """
 
     id: int
@@ -57,7 +59,7 @@ class Retired:
 
 @dataclass(slots=True)
 class Update:
-    """What changed since the last generation. `owner` None: for all workers."""
+    """What changed since the last generation. In `close` each listener has its owner; None: all workers."""
 
     generation: int
     balancers: list[BalancerConfig] = field(default_factory=list)
@@ -70,15 +72,15 @@ class Update:
 
 
 class Publication:
-    """The listeners and balancers in force, and the update that is being put together.
+    """The listeners and balancers in force, and the update under construction.
 
-    Not a process, no I/O but closing sockets: the supervisor carries updates to the workers.
+    Its only I/O is to close sockets: the supervisor carries updates to the workers.
     """
 
     def __init__(self, slots: Slots, workers: int) -> None:
         self._slots = slots
         self._workers = max(workers, 1)
-        self._book = SlotBook(slots)
+        self._rows = SlotAllocator(slots)
         self._ids = itertools.count(1)
         self._configs: dict[BalancerKey, BalancerConfig] = {}
         self._specs: dict[BalancerKey, BalancerSpec] = {}
@@ -95,11 +97,11 @@ class Publication:
         old = self._specs.get(key)
         if old is not None:
             for endpoint in set(old.endpoints).difference(spec.endpoints):
-                self._book.give_back((key, endpoint))
+                self._rows.give_back((key, endpoint))
         config = BalancerConfig(
-            id=self._book.take(key),
+            id=self._rows.take(key),
             name=str(key.service_port),
-            endpoints=[(e.ip, e.port, self._book.take((key, e))) for e in spec.endpoints[:MAX_ENDPOINTS]],
+            endpoints=[(e.ip, e.port, self._rows.take((key, e))) for e in spec.endpoints[:MAX_ENDPOINTS]],
             affinity_seconds=spec.affinity_seconds,
             udp_idle_seconds=spec.udp_idle_seconds,
             further={ip: list(others) for ip, others in spec.further.items()},
@@ -109,63 +111,63 @@ class Publication:
         self._counted.setdefault(key.service_port, set()).add(key)
         self._update.balancers.append(config)
         if old is not None and bool(old.affinity_seconds) != bool(spec.affinity_seconds):
-            # Whoever may have the listener has changed.
+            # With affinity one worker owns the listeners, without it all do.
             for held in [held for held in self._sockets() if held.spec.balancer == key]:
                 self._reissue(held, held.spec, None)
 
     def drop_balancer(self, key: BalancerKey) -> None:
-        """Remove a balancer. Its counters and position stay with its key until `forget`."""
+        """Remove a balancer. Its key keeps the counters and the round-robin position until `forget`."""
         config, spec = self._configs.pop(key), self._specs.pop(key)
         for endpoint in spec.endpoints:
-            self._book.give_back((key, endpoint))
+            self._rows.give_back((key, endpoint))
         self._update.drop_balancers.append(config.id)
 
     def forget(self, key: BalancerKey) -> None:
-        """Give up the counters of a balancer whose service port is gone."""
-        self._book.give_back(key)
+        """Free the counters of a balancer whose service port is gone."""
+        self._rows.give_back(key)
         keys = self._counted.get(key.service_port, set())
         keys.discard(key)
         if not keys:
             self._counted.pop(key.service_port, None)
 
     def open(self, spec: ListenerSpec, sock: socket.socket) -> None:
-        """Publish a listener. The socket is owned by the publication from now on."""
+        """Publish a listener. The publication owns the socket from now on."""
         held = Held(next(self._ids), sock, spec, self._owner(spec), {spec.key: spec})
         self._hold(held)
         self._update.listeners[held.id] = held
 
     def join(self, spec: ListenerSpec, held: Held) -> None:
-        """One more address of a socket that is open."""
+        """Add an address to an open socket."""
         held.specs[spec.key] = spec
         self.held[spec.key] = held
 
     def leave(self, key: ListenerKey) -> None:
-        """One address less of a socket that has others."""
+        """Remove an address from a socket that has others."""
         held = self.held.pop(key)
         del held.specs[key]
         if held.spec.key == key:
             held.spec = next(iter(held.specs.values()))
 
     def home(self, home: Home) -> Held | None:
-        """The socket of a multi-homed SCTP endpoint, where it is open."""
+        """The socket of a multi-homed SCTP endpoint; None if it is not open."""
         return self._homes.get(home)
 
     def change(self, spec: ListenerSpec, drain: float | None) -> None:
         """Give an open listener another spec; the socket stays.
 
         Args:
-            spec: of the same key.
-            drain: what is left of the relays begun under the old spec ends after that many seconds; None: they stay.
+            spec: has the same key.
+            drain: seconds after which relays that began under the old spec are ended; None: they stay.
         """
         held = self.held[spec.key]
         if held.spec.key == spec.key:
             self._reissue(held, spec, drain)
         else:
-            # Workers know of the first of several, which changes with it.
+            # Workers know only the first of several specs, and are told of the change with that one.
             held.specs[spec.key] = spec
 
     def close(self, key: ListenerKey, drain: float | None) -> None:
-        """Close a listener, and all others of its socket. `drain` as in `change`."""
+        """Close a listener and all others of its socket. `drain` is as in `change`."""
         held = self.held[key]
         for one in held.specs:
             del self.held[one]
@@ -175,12 +177,12 @@ class Publication:
         close_listening(held.socket)
 
     def drain(self, retired: Retired, seconds: float) -> None:
-        """End what is left of a closed listener's relays after that many seconds."""
+        """Have the workers end a closed listener's relays after that many seconds."""
         retired.drains = True
         self._update.close.append((CloseListener(retired.id, seconds), retired.owner))
 
     def take_retired(self) -> list[Retired]:
-        """The listeners that workers had and that were closed, or given anew, since the last call."""
+        """The listeners that workers knew, and that were closed or renumbered since the last call."""
         retired, self._retired = self._retired, []
         return retired
 
@@ -192,7 +194,7 @@ class Publication:
         self._homes.clear()
 
     def take_update(self) -> Update:
-        """The update put together since the last call; a new generation begins where there is anything in it."""
+        """What changed since the last call. If anything did, it is a new generation."""
         update = self._update
         if update:
             self.generation = update.generation
@@ -200,7 +202,7 @@ class Publication:
         return update
 
     def full(self) -> Update:
-        """Everything in force, for a worker that knows nothing yet. Call when no update is under construction."""
+        """Everything in force, for a new worker. Call it while no update is under construction."""
         return Update(
             self.generation,
             balancers=list(self._configs.values()),
@@ -208,27 +210,27 @@ class Publication:
         )
 
     def counters(self, owner: Hashable, fields: Iterable[int]) -> list[int]:
-        """Counters of a balancer, or of a (balancer, endpoint), summed over the workers; zeros where it has none."""
-        slot = self._book.get(owner)
+        """Counters of a balancer or a (balancer, endpoint), summed over the workers; zeros if it has no row."""
+        slot = self._rows.get(owner)
         if slot is None:
             return [0 for _ in fields]
         return [self._slots.total(slot, one, self._workers) for one in fields]
 
     def row(self, owner: Hashable) -> list[int]:
-        """All counters of a balancer, or of a (balancer, endpoint), as `counters` has them. Safe from another thread."""
-        slot = self._book.get(owner)
+        """All counters of a balancer or a (balancer, endpoint), as in `counters`. Safe from another thread."""
+        slot = self._rows.get(owner)
         return [0] * FIELDS if slot is None else self._slots.read(slot, self._workers)
 
     def balancer_keys(self, service_port: ServicePortName) -> frozenset[BalancerKey]:
-        """The balancers of a service port that have counters."""
+        """The balancers of a service port that have counters, those that were dropped included."""
         return frozenset(self._counted.get(service_port, ()))
 
     def rows(self) -> range:
-        """Every row of the slots that may have been counted in."""
-        return self._book.rows()
+        """Every row that may hold counts."""
+        return self._rows.rows()
 
     def listener_config(self, held: Held) -> ListenerConfig:
-        """How a worker is told of a listener."""
+        """A listener as workers are told of it."""
         spec = held.spec
         host = f"[{spec.key.ip}]" if ":" in spec.key.ip else spec.key.ip
         return ListenerConfig(
@@ -241,9 +243,9 @@ class Publication:
         )
 
     def parts(self, update: Update, worker: int) -> Iterator[tuple[Apply, list[Held]]]:
-        """An update as messages for one worker, each with the listeners whose descriptors go with it.
+        """An update as messages for one worker, each small enough for one datagram.
 
-        Each is small enough for one datagram.
+        Each message comes with the listeners whose descriptors travel beside it.
         """
         listeners = [held for held in update.listeners.values() if held.owner in (None, worker)]
         close = [one for one, owner in update.close if owner in (None, worker)]
@@ -265,11 +267,11 @@ class Publication:
             self._homes[held.spec.home] = held
 
     def _sockets(self) -> Iterable[Held]:
-        """What is held, each socket once."""
+        """Every open socket, each once."""
         return dict.fromkeys(self.held.values())
 
     def _reissue(self, held: Held, spec: ListenerSpec, drain: float | None) -> None:
-        # A new number with the same socket: the backlog is kept, and old relays can be told from new ones.
+        # The same socket under a new number: the backlog is kept, and old relays can be told from new ones.
         self._retire(held, drain)
         new = Held(next(self._ids), held.socket, spec, self._owner(spec), {**held.specs, spec.key: spec})
         self._hold(new)
@@ -290,21 +292,22 @@ class Publication:
 
 
 def close_listening(sock: socket.socket) -> None:
-    """Close a listening socket that workers hold too.
+    """Close a listening socket of which workers have duplicates.
 
-    The address is free and clients are refused at once, also while a worker is too busy to close its duplicate.
+    The address is free and clients are refused at once, even while a worker is too busy to close its
+    duplicate.
     """
     if sock.type == socket.SOCK_STREAM:
         with contextlib.suppress(OSError):
             if sock.proto == socket.IPPROTO_SCTP:
-                sock.listen(0)  # its shutdown is for associations; this ends listening (net/sctp/socket.c)
+                sock.listen(0)  # ends listening (net/sctp/socket.c); shutdown(2) concerns associations
             else:
                 sock.shutdown(socket.SHUT_RD)
     sock.close()
 
 
 def still_open(message: Apply, listeners: list[Held]) -> tuple[Apply, list[int]]:
-    """A part as it can be sent now, with its descriptors: listeners that were closed since are left out."""
+    """A message as it can be sent now, without listeners that have been closed since; and its descriptors."""
     alive = [held.socket.fileno() >= 0 for held in listeners]
     if not all(alive):
         kept = [config for config, lives in zip(message.listeners, alive, strict=True) if lives]

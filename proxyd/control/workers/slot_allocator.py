@@ -1,4 +1,4 @@
-"""Who owns which row of the shared slots."""
+"""Allocates the rows of the shared slots."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Hashable
 
 from proxyd.relay.ipc.slots import MAX_SLOTS, Slots
 
-SPARE = 0  # the row that is shared when all others are taken
+SPARE = 0  # the row that owners share when all others are taken
 
 
-class SlotBook:
+class SlotAllocator:
     """Hands out rows of the shared slots to owners, and takes them back.
 
-    A row that was given back is used again as late as possible, since relays of its old owner may still count in it.
+    A row that was given back is reused as late as possible: relays of its old owner may still count in it.
     """
 
     def __init__(self, slots: Slots, rows: int = MAX_SLOTS) -> None:
@@ -24,7 +24,7 @@ class SlotBook:
         self._owned: dict[Hashable, int] = {}
 
     def take(self, owner: Hashable) -> int:
-        """The owner's row, a new one at first; `SPARE` where all are taken."""
+        """The owner's row; a new one the first time, `SPARE` if all are taken."""
         slot = self._owned.get(owner)
         if slot is not None:
             return slot
@@ -40,7 +40,7 @@ class SlotBook:
         return slot
 
     def get(self, owner: Hashable) -> int | None:
-        """The owner's row, None where it has none."""
+        """The owner's row; None if it has none."""
         return self._owned.get(owner)
 
     def give_back(self, owner: Hashable) -> None:
