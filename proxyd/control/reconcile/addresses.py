@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
-from proxyd.control.reconcile.guarding import Guarding
 from proxyd.control.runtime.logs import get_logger, say_some
 from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
@@ -37,7 +36,7 @@ class Addresses:
         self.steering: dict[ListenerKey, Steering] = rules.present() if rules else {}
         self._routes = routes
         self._rules = rules
-        self._guarding = Guarding(guard)
+        self._guard = _Guard(guard)
         self._refused: frozenset[ListenerKey] | None = None
         self._rules_trouble = ""
 
@@ -49,7 +48,7 @@ class Addresses:
             wanted: what will be listened on.
         """
         if todo.add_vips:
-            self._guarding.begin(todo.add_vips | self.vips, wanted)
+            self._guard.begin(todo.add_vips | self.vips, wanted)
         self._add_vips(todo)
 
     def settle(self, todo: Plan, listeners: Collection[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
@@ -63,7 +62,7 @@ class Addresses:
         self._steer(todo, listeners, held)
         self._refuse_new(listeners, held)
         self._remove(todo, held)
-        self._guarding.sync(todo, self.vips, listeners)
+        self._guard.sync(todo, self.vips, listeners)
 
     def observe(self) -> None:
         """Read from the kernel again which routes and rules there are."""
@@ -78,7 +77,7 @@ class Addresses:
                 self._refused = None
         except OSError as error:
             log.warning("routes and rules can't be read", error=str(error))
-        self._guarding.forget()
+        self._guard.forget()
 
     def changed(self) -> None:
         """Repair the routes whose source was one of the node's addresses. Call it when these have changed."""
@@ -92,7 +91,7 @@ class Addresses:
             self._rules.refuse_new(frozenset())
         if self._routes and self.vips:
             _report("VIP route can't be removed", self._routes.remove(self.vips))
-        self._guarding.remove()
+        self._guard.remove()
         self.steering.clear()
         self.vips.clear()
 
@@ -143,6 +142,57 @@ class Addresses:
         if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
             _report("VIP route can't be removed", self._routes.remove(free))
             self.vips -= free
+
+
+class _Guard:
+    """Keeps the VIP guard in agreement with the addresses and listeners.
+
+    Args:
+        guard: None if there is to be none.
+    """
+
+    def __init__(self, guard: VipGuard | None) -> None:
+        self._guard = guard
+        self._made = bool(guard and guard.present())
+        self._in_force: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
+        self._error = ""
+
+    def begin(self, vips: AbstractSet[str], wanted: Iterable[ListenerKey]) -> None:
+        """Have nft make the first guard while control makes addresses and sockets: both take equally long.
+
+        Args:
+            vips: that will be local.
+            wanted: what will be listened on.
+        """
+        if self._guard is not None and self._in_force is None and vips:
+            self._guard.begin(frozenset(vips), frozenset(key for key in wanted if key.ip in vips))
+            self._made = True
+
+    def sync(self, todo: Plan, vips: AbstractSet[str], listeners: Iterable[ListenerKey]) -> None:
+        """Guard these VIPs but for these listeners, after a plan was carried out."""
+        if self._guard is None:
+            return
+        if self._in_force is not None and not (todo.add_vips or todo.remove_vips or todo.open or todo.close):
+            return  # nothing that the guard depends on has changed
+        wish = frozenset(vips), frozenset(key for key in listeners if key.ip in vips)
+        if self._in_force == wish or (not vips and self._in_force is None and not self._made):
+            return
+        error = self._guard.sync(*wish) or ""
+        if error and error != self._error:
+            log.warning("VIP guard failed: other ports of VIPs reach this node's own daemons", error=error)
+        self._error = error
+        self._in_force = wish
+        self._made = True
+
+    def forget(self) -> None:
+        """Have the next `sync` compare the guard with the kernel's: somebody else may have changed it."""
+        self._in_force = None
+
+    def remove(self) -> None:
+        """Remove the guard from the kernel."""
+        if self._guard is not None and self._made:
+            self._guard.remove()
+        self._in_force = None
 
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:
