@@ -21,6 +21,7 @@ from proxyd.cli.env import CommandError, Env
 from proxyd.cli.get import noun_table
 from proxyd.cli.run import given, serve, settings_of
 from proxyd.control.admin import views
+from proxyd.control.admin.picture import Picture
 from proxyd.control.admin.unix_socket import AdminError, check_folder, listening_pid, make_folder
 from proxyd.control.config.settings import Surroundings, default_admin_socket
 from proxyd.state.spec import ListenerState
@@ -55,7 +56,7 @@ def demo(args: argparse.Namespace, env: Env) -> int:
             "state_file": f"{scratch}/state.json",
         }
 
-        def on_serving(picture: views.Picture) -> None:
+        def on_serving(picture: Picture) -> None:
             called = _called(env.environ.get("PATH", ""))
             env.stdout.write(welcome(picture, told, called, colour=env.colour, width=env.width))
             env.stdout.flush()
@@ -64,7 +65,7 @@ def demo(args: argparse.Namespace, env: Env) -> int:
 
 
 def welcome(
-    picture: views.Picture,
+    picture: Picture,
     told: str = "",
     called: str = "proxyd",
     *,

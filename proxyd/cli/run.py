@@ -9,11 +9,12 @@ from typing import Any
 
 from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
 from proxyd.cli.pflags import Given
+from proxyd.control.admin.picture import Picture
 from proxyd.control.admin.unix_socket import AdminError
-from proxyd.control.admin.views import Picture
 from proxyd.control.config.file import ConfigError, Configuration, write
 from proxyd.control.config.flags import FLAGS
 from proxyd.control.config.kube_flags import WINNING, judge, setting_warnings, void_beside_a_file
+from proxyd.control.config.options import StartError
 from proxyd.control.config.settings import Settings, SettingsError, Surroundings, build
 from proxyd.control.runtime import logs
 
@@ -92,8 +93,7 @@ def serve(
         CommandError: it cannot start.
     """
     _configure_logs(settings, env)
-    from proxyd.control.daemon import StartError  # noqa: PLC0415 - a wrong flag need not wait for it
-    from proxyd.control.daemon import run as run_daemon  # noqa: PLC0415 - as above
+    from proxyd.control.daemon import run as run_daemon  # noqa: PLC0415 - a wrong flag need not wait for it
 
     try:
         return run_daemon(settings, on_serving, configuration)

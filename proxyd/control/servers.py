@@ -1,4 +1,4 @@
-"""When the daemon begins to answer: the admin socket is open from the start, its server comes after the listeners."""
+"""The servers of the daemon, and when they begin to answer: their sockets wait until the listeners are open."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import contextlib
 import importlib
 import os
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from proxyd.control.admin.unix_socket import listen
+from proxyd.control.config.file import effective
+from proxyd.control.core import Core
 from proxyd.control.observe.health import BusyError
 from proxyd.control.runtime.tasks import cancel, spawn
 
 if TYPE_CHECKING:
+    from proxyd.control.admin.operations import Operations
     from proxyd.control.admin.server import AdminServer
-    from proxyd.control.daemon import Daemon
+    from proxyd.control.observe.server import Observers
+    from proxyd.control.observe.telemetry import Telemetry
 
 
 def prepare() -> None:
@@ -24,65 +28,67 @@ def prepare() -> None:
     importlib.import_module("proxyd.control.observe.server")
 
 
-class Answering:
-    """The servers of one daemon: the admin API, health and metrics.
+class Servers:
+    """The admin API, health and metrics of one daemon.
 
     Args:
-        daemon: that they answer for.
-
-    Raises:
-        AdminError: the admin socket can't be opened.
+        core: the daemon's parts.
+        listening: the admin socket, open from the start: who asks before the servers answer waits in its backlog.
+        operations: what the admin API shows and does.
+        telemetry: what health and metrics are answered from.
+        answering: called when the servers answer.
 
     Attributes:
         begun: whether they answer.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(
+        self,
+        core: Core,
+        listening: socket.socket,
+        operations: Operations,
+        telemetry: Telemetry,
+        answering: Callable[[], None],
+    ) -> None:
         self.begun = False
-        self._daemon = daemon
-        self._path = daemon.settings.admin_socket
-        left = daemon.succession.admin
-        self._listening = socket.socket(fileno=left) if left >= 0 else listen(self._path)
+        self._core = core
+        self._path = core.settings.admin_socket
+        self._listening = listening
+        self._operations = operations
+        self._telemetry = telemetry
+        self._answering = answering
         self._admin: AdminServer | None = None
+        self._observers: Observers | None = None
         self._starting: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
-        """Start the servers, once; who asked before has waited in the backlog."""
-        if self._starting is None and not self._daemon.stopping:
-            self._starting = spawn(self._start(), name="servers", on_failure=self._daemon.failed)
+        """Start the servers, once."""
+        if self._starting is None and not self._core.lifecycle.stopping:
+            self._starting = spawn(self._start(), name="servers", on_failure=self._core.lifecycle.failed)
 
     def changed(self) -> None:
-        """The state changed: who watches it is told."""
+        """The state changed: who watches it through the admin API is told."""
         if self._admin is not None:
             self._admin.changed()
 
     def look(self) -> None:
         """See whether the admin socket is still there, and open it again where it is not."""
         if self.begun and not os.path.lexists(self._path):
-            spawn(self._look(), name="admin socket")
-
-    async def _look(self) -> None:
-        assert self._admin is not None
-        self._listening = await self._admin.renew() or self._listening
+            spawn(self._renew(), name="admin socket")
 
     async def stop(self) -> None:
         """End the servers, and take the admin socket away."""
-        if self._starting is not None:
-            await cancel(self._starting)
-        await self._daemon.observation.stop()
+        await self._stop_observers()
         if self._admin is not None:
             await self._admin.stop()
         else:
             self._listening.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)  # noqa: PTH108 - one call on a local path, at exit
+            self._unlink()
 
     async def leave(self) -> int:
         """End the servers, but leave the admin socket for the next program. Returns its descriptor."""
         kept = os.dup(self._listening.fileno())
-        if self._starting is not None:
-            await cancel(self._starting)
-        await self._daemon.observation.stop()
+        await self._stop_observers()
         if self._admin is not None:
             await self._admin.stop(leave=True)
         return kept
@@ -90,19 +96,45 @@ class Answering:
     def abandon(self, kept: int) -> None:
         """There is no next program: take away what `leave` left for it."""
         os.close(kept)
+        self._unlink()
+
+    def _unlink(self) -> None:
         with contextlib.suppress(OSError):
-            os.unlink(self._path)  # noqa: PTH108 - as above
+            os.unlink(self._path)  # noqa: PTH108 - one call on a local path, at exit
+
+    async def _renew(self) -> None:
+        assert self._admin is not None
+        self._listening = await self._admin.renew() or self._listening
+
+    async def _stop_observers(self) -> None:
+        """The data of metrics may go away afterwards."""
+        if self._starting is not None:
+            await cancel(self._starting)
+        if self._observers is not None:
+            await self._observers.stop()
 
     async def _start(self) -> None:
         from proxyd.control.admin.server import AdminServer  # noqa: PLC0415 - see `prepare`
+        from proxyd.control.observe.server import Observers  # noqa: PLC0415 - as above
 
-        daemon = self._daemon
-        self._admin = AdminServer(self._path, daemon.picture, daemon.operations)
+        core, telemetry = self._core, self._telemetry
+        self._admin = AdminServer(self._path, self._operations)
         await self._admin.start(self._listening)
+        settings = core.settings
+        self._observers = Observers(
+            healthz=settings.healthz_address,
+            metrics_at=settings.metrics_address,
+            hard_fail=settings.bind_address_hard_fail,
+            health=telemetry.health,
+            metrics=telemetry.metrics,
+            facts=telemetry.facts,
+            config=lambda: effective(core.settings),
+            profiling=settings.profiling,
+        )
         try:
-            await daemon.observation.start()
+            await self._observers.start()
         except BusyError as error:
-            daemon.give_up(str(error))
+            core.lifecycle.give_up(str(error))
             return
         self.begun = True
-        daemon.acknowledged()
+        self._answering()

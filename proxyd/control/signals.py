@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from proxyd.control.config.reload import has_terminal
+from proxyd.control.lifecycle import Lifecycle
 from proxyd.control.runtime.signal_mask import ORDERS, executor
-
-if TYPE_CHECKING:
-    from proxyd.control.daemon import Daemon
-
 
 # So long the event loop has for what came before signals are held: it sees them in its next turn.
 _SEEN_SECONDS = 0.01
 
 
-def handle_signals(daemon: Daemon) -> None:
-    """Have them handled in the event loop, from the beginning on: until a handler is there a signal ends the process.
+def handle_signals(
+    lifecycle: Lifecycle,
+    *,
+    drain_timeout: Callable[[], float],
+    reload: Callable[[], None],
+    upgrade: Callable[[], None],
+) -> None:
+    """Handle them in the event loop from now on; without a handler a signal ends the process.
 
     What came while the program was being replaced comes now.
+
+    Args:
+        lifecycle: is told to stop.
+        drain_timeout: the seconds that relays have after SIGTERM.
+        reload: orders that the configuration and the manifests are read again.
+        upgrade: orders that the installed program takes over.
     """
     loop = asyncio.get_running_loop()
 
     def hung_up() -> None:
-        """A hang-up: of the terminal that it was started from, or else an order to reload."""
+        """Stop where the terminal is gone that this was started from; else it is an order to reload."""
         if has_terminal():
-            daemon.reloading.ask()
+            reload()
         else:
-            daemon.stop_after(0.0)
+            lifecycle.stop_after(0.0)
 
-    loop.add_signal_handler(signal.SIGTERM, lambda: daemon.stop_after(daemon.settings.drain_timeout))
-    loop.add_signal_handler(signal.SIGINT, daemon.stop_after, 0.0)
-    loop.add_signal_handler(signal.SIGUSR2, daemon.succession.ask)
-    loop.add_signal_handler(signal.SIGHUP, hung_up if has_terminal() else daemon.reloading.ask)
+    loop.add_signal_handler(signal.SIGTERM, lambda: lifecycle.stop_after(drain_timeout()))
+    loop.add_signal_handler(signal.SIGINT, lifecycle.stop_after, 0.0)
+    loop.add_signal_handler(signal.SIGUSR2, upgrade)
+    loop.add_signal_handler(signal.SIGHUP, hung_up if has_terminal() else reload)
     loop.set_default_executor(executor())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)
 
@@ -47,8 +56,17 @@ async def hold_signals() -> None:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
     await asyncio.sleep(_SEEN_SECONDS)
-    # What a library's thread gets, which does not leave it to the main one (`orders`), is for the one that lives on.
+    # A thread of a library may not leave signals to the main one: what it gets is sent to the thread that lives on.
     main = threading.main_thread().ident
     assert main is not None
     for number in ORDERS:
         signal.signal(number, lambda came, _frame: signal.pthread_kill(main, came))
+
+
+def has_terminal() -> bool:
+    """Whether this process has a terminal that lives."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

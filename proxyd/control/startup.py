@@ -1,4 +1,4 @@
-"""What the daemon makes once, at its start: the claim of the node's addresses, the reconciler."""
+"""What the daemon makes and does once, at its start."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ from collections.abc import Callable, Iterator
 
 from proxyd.control.config.options import StartError
 from proxyd.control.config.settings import Settings
+from proxyd.control.core import Core
 from proxyd.control.feeds.joined import FeedError, Feeds
+from proxyd.control.lifecycle import Lifecycle
 from proxyd.control.reconcile.reconciler import Reconciler
-from proxyd.control.runtime.logs import get_logger
+from proxyd.control.runtime.accesslog import AccessLog
+from proxyd.control.runtime.garbage import seldom
+from proxyd.control.runtime.logs import Summariser, get_logger
+from proxyd.control.workers.handover import Handover
+from proxyd.control.workers.old_workers import LeavingWorkers
 from proxyd.control.workers.publication import Publication
+from proxyd.control.workers.supervisor import Supervisor, WorkerOptions
 from proxyd.host import limits
 from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
-from proxyd.state.snapshot import Options, Snapshot
+from proxyd.relay.ipc.slots import Slots
+from proxyd.state.snapshot import NodeView, Options, Snapshot
 from proxyd.state.spec import SctpOptions, ServicePortName
 
 log = get_logger("proxyd")
 
 
-def set_oom_score(settings: Settings) -> None:
-    """Make it less or more likely that the kernel ends this process and its workers for lack of memory; best effort."""
+def prepare_process(settings: Settings) -> None:
+    """Set what holds for this process and its workers: limits, and how seldom garbage is searched for; best effort."""
+    seldom()
+    limits.raise_nofile()
     score = settings.oom_score
     if score is not None and (reason := limits.set_oom_score(score)):
         # What nobody asked for need not be mended.
@@ -49,20 +59,69 @@ def claim(options: Options) -> contextlib.AbstractContextManager[object]:
     return held
 
 
-def make_reconciler(
+def make_core(
+    settings: Settings,
+    options: Options,
+    lifecycle: Lifecycle,
+    left: Handover,
+    resources: contextlib.ExitStack,
+    *,
+    said: Summariser,
+    note: Callable[[ServicePortName, str], None],
+    look_again: Callable[[], None],
+) -> Core:
+    """The parts that carry out what is wanted; nothing is started, and nothing is done to the node.
+
+    Args:
+        settings: what to do.
+        options: how Services are planned.
+        lifecycle: of the daemon.
+        left: what the program before this one left.
+        resources: what is to be closed at the end.
+        said: logs what happens often.
+        note: takes note of what happened to a service port.
+        look_again: has a reconcile, as an address may be free.
+    """
+    slots = Slots.create()
+    resources.callback(slots.close)
+    access = AccessLog(settings.access_log)
+    resources.callback(access.close)
+    publication = Publication(slots, settings.workers)
+    supervisor = Supervisor(
+        settings.workers,
+        slots,
+        publication,
+        WorkerOptions(
+            settings.tcp_idle_timeout,
+            settings.udp_timeout,
+            records=bool(settings.access_log),
+            sctp_max_message=settings.sctp_max_message,
+            tcp_splice=settings.tcp_splice,
+        ),
+        said=said,
+    )
+    old_workers = LeavingWorkers(left.workers, supervisor.heard, look_again, supervisor.roundups.gone)
+    supervisor.roundups.also(old_workers.tell)
+    return Core(
+        settings=settings,
+        options=options,
+        lifecycle=lifecycle,
+        publication=publication,
+        reconciler=_make_reconciler(settings, options, publication, note),
+        supervisor=supervisor,
+        old_workers=old_workers,
+        access=access,
+        node=NodeView(name=settings.node_name),
+    )
+
+
+def _make_reconciler(
     settings: Settings,
     options: Options,
     publication: Publication,
     note: Callable[[ServicePortName, str], None],
 ) -> Reconciler:
-    """A reconciler with the means that the options call for.
-
-    Args:
-        settings: for the drain.
-        options: what is to be done to the node.
-        publication: what it tells the workers through.
-        note: takes note of what happened to a service port.
-    """
+    """A reconciler with the means that the options call for."""
     guard = None
     if options.vip_mode.route:
         guard = VipGuard()

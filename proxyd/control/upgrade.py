@@ -4,44 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from typing import TYPE_CHECKING
+import socket
+from collections.abc import Callable
 
 from proxyd import __version__
+from proxyd.control.admin.unix_socket import listen
+from proxyd.control.core import Core
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.runtime.tasks import spawn
 from proxyd.control.workers import handover
 from proxyd.control.workers.handover import Handover, Leaving, ListeningSocket, UpgradeError
-from proxyd.control.workers.old_workers import MAX_WORKERS, LeavingWorkers
-from proxyd.control.workers.orphans import Strays
-
-if TYPE_CHECKING:
-    from proxyd.control.daemon import Daemon
+from proxyd.control.workers.old_workers import MAX_WORKERS
 
 log = get_logger("upgrade")
 
+# An answer that is under way is given before the next program begins.
+_ANSWER_GIVEN_SECONDS = 0.05
 
-class Succession:
-    """What one daemon takes over, and hands over.
+
+def admin_socket(left: Handover, path: str) -> socket.socket:
+    """The listening admin socket: that which the program before left, where it is for the same path, or a new one.
+
+    One for another path is closed and removed, as nobody would answer there.
+
+    Raises:
+        AdminError: another daemon answers there, or the path cannot be used.
+    """
+    if left.admin < 0:
+        return listen(path)
+    if left.admin_path == path:
+        return socket.socket(fileno=left.admin)
+    listening = listen(path)
+    os.close(left.admin)
+    with contextlib.suppress(OSError):
+        os.unlink(left.admin_path)  # noqa: PTH108 - one call on a local path, once
+    return listening
+
+
+class Upgrade:
+    """What one daemon takes over from the program before it, and hands over to the next.
 
     Args:
-        daemon: of this program.
-        left: what the program before it left; None where there was none.
+        core: of this program.
+        left: what the program before it left.
+        replaceable: whether the next program can be started as this one was.
+        begun: called when this program is about to end its part.
     """
 
-    def __init__(self, daemon: Daemon, left: Handover | None) -> None:
-        self._daemon = daemon
-        self._left = left or Handover()
-        self._strays = Strays({worker.pid for worker in self._left.workers})
-        self._began = time.monotonic()
+    def __init__(self, core: Core, left: Handover, *, replaceable: bool, begun: Callable[[], None]) -> None:
+        self._core = core
+        self._left = left
+        self._replaceable = replaceable
+        self._begun = begun
         self._checking = False
-        self.due = False  # the next program is to begin
-        self.workers: LeavingWorkers | None = None
-
-    @property
-    def admin(self) -> int:
-        """The listening admin socket that was left for the path in use; -1 where there is none."""
-        return self._left.admin if self._left.admin_path == self._daemon.settings.admin_socket else -1
 
     @property
     def goes_on(self) -> bool:
@@ -49,39 +64,16 @@ class Succession:
         return bool(self._left.program)
 
     def begin(self) -> None:
-        """Take over. Before the first reconcile, in the event loop."""
-        daemon = self._daemon
-        self._strays.watch()
-        if self.admin < 0 <= self._left.admin:  # the path was changed: nobody would answer at the old one
-            os.close(self._left.admin)
-            with contextlib.suppress(OSError):
-                os.unlink(self._left.admin_path)  # noqa: PTH108 - one call on a local path, once
-        self.workers = LeavingWorkers(
-            self._left.workers,
-            daemon.supervisor.heard,
-            daemon.look_again,
-            daemon.supervisor.roundups.gone,
-        )
-        daemon.reconciler.inherit(self._left.listeners, self.workers)
-        daemon.supervisor.roundups.also(self.workers.tell)
+        """Take over, before the first reconcile: sockets and the addresses that old workers need."""
+        self._core.reconciler.inherit(self._left.listeners, self._core.old_workers)
         if self._left.program:
             log.info(
                 "goes on from an earlier program",
                 version=__version__,
                 earlier=self._left.program,
                 listeners=len(self._left.listeners),
-                workers=len(self.workers),
+                workers=len(self._core.old_workers),
             )
-
-    def in_force(self) -> None:
-        """This program's own workers have everything: those of earlier ones accept no more."""
-        if self.workers is not None:
-            self.workers.retire()
-
-    def probe(self) -> None:
-        """See whether the workers of earlier programs answer."""
-        if self.workers is not None:
-            self.workers.probe()
 
     async def upgrade(self) -> None:
         """Have the program that is installed now take over, soon after this returns.
@@ -89,22 +81,22 @@ class Succession:
         Raises:
             UpgradeError: nothing was changed, and why.
         """
-        daemon = self._daemon
-        if not daemon.replaceable:
+        lifecycle = self._core.lifecycle
+        if not self._replaceable:
             raise UpgradeError("this daemon can't be upgraded: it was not started by `proxyd run`")
-        if daemon.settings.workers == 0:
+        if self._core.settings.workers == 0:
             raise UpgradeError("this daemon can't be upgraded: with --workers=0 its connections would end")
-        if daemon.phase != "serving" or self._checking or self.due:
+        if lifecycle.phase != "serving" or self._checking or lifecycle.making_way:
             raise UpgradeError("the daemon is starting, stopping or being upgraded")
         self._checking = True
         try:
             await handover.check()
         finally:
             self._checking = False
-        if daemon.stopping:
+        if lifecycle.stopping:
             raise UpgradeError("the daemon is stopping")
-        self.due = True
-        daemon.make_way()
+        self._begun()
+        lifecycle.make_way(_ANSWER_GIVEN_SECONDS)
 
     def ask(self) -> None:
         """Upgrade; what is wrong goes to the log."""
@@ -116,19 +108,18 @@ class Succession:
         Args:
             admin: the listening admin socket.
         """
-        daemon = self._daemon
-        assert self.workers is not None
-        own, earlier = self._own_workers(), self.workers.hand_over()
+        core = self._core
+        own, earlier = self._own_workers(), core.old_workers.hand_over()
         # Those of this program all go on, however many.
         surplus = max(0, len(earlier) + len(own) - max(MAX_WORKERS, len(own)))
         for worker in earlier[:surplus]:
             log.warning(
                 "a worker of an earlier program ends with its connections: there are too many", pid=worker.pid
             )
-            self.workers.end(worker.pid)
+            core.old_workers.end(worker.pid)
         left = Handover(
             program=__version__,
-            admin_path=daemon.settings.admin_socket,
+            admin_path=core.settings.admin_socket,
             admin=admin,
             listeners=[
                 ListeningSocket(
@@ -137,7 +128,7 @@ class Succession:
                     held.socket.fileno(),
                     [key.ip for key in held.specs if key != held.spec.key],
                 )
-                for held in dict.fromkeys(daemon.publication.held.values())
+                for held in dict.fromkeys(core.publication.held.values())
             ],
             workers=[*earlier[surplus:], *own],
         )
@@ -148,14 +139,12 @@ class Succession:
             log.error("the next program can't be executed", error=str(error))  # noqa: TRY400 - one line is what an operator needs
 
     def _own_workers(self) -> list[Leaving]:
-        daemon = self._daemon
-        closed = daemon.reconciler.relayed()
+        core = self._core
+        closed = core.reconciler.relayed()
         found = []
-        for index, worker in daemon.supervisor.workers.items():
+        for index, worker in core.supervisor.workers.items():
             listeners = [
-                (held.id, *key)
-                for key, held in daemon.publication.held.items()
-                if held.owner in (None, index)
+                (held.id, *key) for key, held in core.publication.held.items() if held.owner in (None, index)
             ]
             listeners += [
                 (number, *key)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from proxyd.api.discovery import EndpointConditions, EndpointPort, EndpointSlice, SliceEndpoint
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.problems import Problem
 from proxyd.api.service import Protocol, Service, ServicePort, ServiceSpec, ServiceType, TrafficPolicy
-from proxyd.control.admin.views import Counters, Picture, SourceFacts, WorkerFacts
+from proxyd.control.admin.history import History
+from proxyd.control.admin.picture import Picture
+from proxyd.control.admin.schema import (
+    ConnectionsView,
+    Counters,
+    DrainView,
+    ReloadView,
+    UpgradeView,
+    WorkerFacts,
+)
+from proxyd.control.feeds.facts import SourceFacts
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import (
     BalancerKey,
@@ -148,3 +160,27 @@ def picture(**changes) -> Picture:
 def key(name: str) -> ObjectName:
     namespace, _, name = name.partition("/")
     return ObjectName(namespace, name)
+
+
+class Shown:
+    """What an admin server shows, where nothing can be ordered.
+
+    Args:
+        draw: gives the picture at each moment.
+    """
+
+    def __init__(self, draw: Callable[[], Picture] = picture) -> None:
+        self.history = History()
+        self.picture = draw
+
+    async def connections(self, **_asked: object) -> ConnectionsView:
+        raise AssertionError("nobody asked for connections")
+
+    async def reload(self) -> ReloadView:
+        raise AssertionError("nobody ordered a reload")
+
+    async def upgrade(self) -> UpgradeView:
+        raise AssertionError("nobody ordered an upgrade")
+
+    def drain(self, seconds: float | None) -> DrainView:
+        raise AssertionError(f"nobody ordered the end, after {seconds} s")

@@ -16,13 +16,13 @@ import pytest
 
 from proxyd.control.admin.server import AdminError, AdminServer
 from tests.support.commandline import ask, run
-from tests.support.pictures import picture
+from tests.support.pictures import Shown
 
 
 @pytest.fixture
 async def admin(tmp_path) -> AsyncIterator[str]:
     path = str(tmp_path / "run" / "admin.sock")
-    server = AdminServer(path, picture)
+    server = AdminServer(path, Shown())
     await server.start()
     yield path
     await server.stop()
@@ -123,7 +123,7 @@ async def test_the_socket_is_for_owner_and_group_alone(admin):
 
 async def test_a_live_daemons_socket_is_refused_with_its_pid(admin):
     with pytest.raises(AdminError, match=f"is in use by pid {os.getpid()}"):
-        await AdminServer(admin, picture).start()
+        await AdminServer(admin, Shown()).start()
     assert (await ask("status", "--admin-socket", admin)).code == 0
 
 
@@ -132,7 +132,7 @@ async def test_a_dead_daemons_socket_is_replaced(tmp_path):
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(path)
         left.listen()
-    server = AdminServer(path, picture)
+    server = AdminServer(path, Shown())
     await server.start()
     assert (await ask("status", "--admin-socket", path)).code == 0
     await server.stop()
@@ -143,13 +143,13 @@ async def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
     path = tmp_path / "admin.sock"
     path.write_text("precious")
     with pytest.raises(AdminError, match="exists and is not a socket"):
-        await AdminServer(str(path), picture).start()
+        await AdminServer(str(path), Shown()).start()
     assert path.read_text() == "precious"
 
 
 async def test_stopping_leaves_a_successors_socket(tmp_path):
     path = str(tmp_path / "admin.sock")
-    old, new = AdminServer(path, picture), AdminServer(path, picture)
+    old, new = AdminServer(path, Shown()), AdminServer(path, Shown())
     await old.start()
     remove(path)
     await new.start()
@@ -170,7 +170,7 @@ def open_folder() -> Iterator[Path]:
 
 async def test_a_folder_of_somebody_else_is_not_trusted(open_folder):
     with pytest.raises(AdminError, match="not a private folder of yours"):
-        await AdminServer(f"{open_folder}/admin.sock", picture).start()
+        await AdminServer(f"{open_folder}/admin.sock", Shown()).start()
     got = run("status", "--admin-socket", f"{open_folder}/admin.sock")
     assert got.code == 4
     assert "not a private folder" in got.err
@@ -239,7 +239,7 @@ async def test_a_revision_is_of_one_program_also_where_the_next_has_its_pid_and_
     path = str(tmp_path / "admin.sock")
     revisions = []
     for _ in range(2):
-        server = AdminServer(path, picture)
+        server = AdminServer(path, Shown())
         await server.start()
         got = await ask("get", "services", "-o", "json", "--admin-socket", path)
         assert got.code == 0

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectMeta
 from proxyd.api.service import Protocol, TrafficPolicy
+from proxyd.control.feeds.facts import ClusterFacts
 from proxyd.control.observe import exposition, health
-from proxyd.control.observe.cluster_metrics import ClusterFacts
 from proxyd.control.observe.exposition import Chosen
 from proxyd.control.observe.health import Health
 from proxyd.control.observe.metrics import MAX_TROUBLES, Facts, Metrics, WorkerState

@@ -28,16 +28,16 @@ from proxyd.cli.rates import Sample, endpoint_rows, service_rows
 from proxyd.cli.tables import Table, cut, length, table
 from proxyd.control.admin import views
 from proxyd.control.admin.history import MAX_EVENTS, MAX_FAILURES, MAX_SERVICES, History
+from proxyd.control.admin.schema import Counters
 from proxyd.control.admin.selector import Selector, SelectorError
 from proxyd.control.admin.server import AdminServer
-from proxyd.control.admin.views import Counters
 from proxyd.control.workers.live_connections import Roundups
 from proxyd.host.kubechains import removal
 from proxyd.relay.engine.listing import LOOKED_AT_ONCE, Listings
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import Failure, ListConnections, LiveConnection, LiveConnections
 from tests.support.commandline import ROOT, ask, process, run
-from tests.support.pictures import picture
+from tests.support.pictures import Shown, picture
 
 # Tables
 
@@ -278,7 +278,7 @@ def terminal(command: list[str], environ: dict[str, str]) -> Iterator[Terminal]:
 
 @pytest.fixture
 async def admin(tmp_path) -> AsyncIterator[str]:
-    server = AdminServer(str(tmp_path / "admin.sock"), picture)
+    server = AdminServer(str(tmp_path / "admin.sock"), Shown())
     await server.start()
     yield server.path
     await server.stop()
@@ -322,17 +322,20 @@ def test_top_wants_a_sensible_interval(interval):
 # The API while the daemon cannot do more than show
 
 
-async def test_orders_to_a_daemon_that_is_starting(admin):
-    for words in (("reload",), ("drain",), ("get", "connections")):
-        got = await ask(*words, "--admin-socket", admin)
+async def test_orders_to_a_daemon_that_is_starting(tmp_path):
+    server = AdminServer(str(tmp_path / "admin.sock"), Shown(lambda: picture(phase="starting")))
+    await server.start()
+    for words in (("reload",), ("drain",), ("upgrade",), ("get", "connections")):
+        got = await ask(*words, "--admin-socket", server.path)
         assert (got.code, got.out) == (4, "")
         assert got.err == "proxyd: error: the daemon is starting; try again\n"
+    await server.stop()
 
 
 async def test_every_path_is_documented(admin):
     text = (ROOT / "docs" / "admin-api.md").read_text()
     documented = set(re.findall(r"^### (GET|POST|PUT) (\S+)$", text, re.MULTILINE))
-    server = AdminServer(admin, picture)
+    server = AdminServer(admin, Shown())
     served = {
         (route.method, route.resource.canonical.replace("{namespace}", "NAMESPACE").replace("{name}", "NAME"))
         for route in server._application().router.routes()

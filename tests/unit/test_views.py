@@ -10,8 +10,7 @@ from proxyd.cli.get import noun_table
 from proxyd.cli.status import status_text
 from proxyd.cli.tables import table
 from proxyd.control.admin import views
-from proxyd.control.admin.schema import ServiceView
-from proxyd.control.admin.views import Counters
+from proxyd.control.admin.schema import Counters, ServiceView
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import ListenerState
 from tests.support.pictures import LATE, READY, TCP, WEB, key, listener, picture, service, slice_of

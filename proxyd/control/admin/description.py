@@ -6,8 +6,8 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.service import ServiceType, SessionAffinity
 from proxyd.control.admin import views
 from proxyd.control.admin.history import History
+from proxyd.control.admin.picture import Picture
 from proxyd.control.admin.schema import ServiceDescription
-from proxyd.control.admin.views import Picture
 
 _DEFAULT_AFFINITY_SECONDS = 10800  # kubernetes api/core/v1, DefaultClientIPServiceAffinitySeconds
 

@@ -1,33 +1,104 @@
-"""What an operator orders and asks of the running daemon through the admin API."""
+"""What the admin API shows of the running daemon, and what an operator orders through it."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 
 from proxyd import __version__
 from proxyd.api.meta import ObjectName
+from proxyd.api.problems import Problem
 from proxyd.control.admin import views
 from proxyd.control.admin.history import History
-from proxyd.control.admin.schema import ConnectionsView, ConnectionView, DrainView, ReloadView, UpgradeView
+from proxyd.control.admin.picture import Picture, ServiceViews
+from proxyd.control.admin.schema import (
+    NOTHING_COUNTED,
+    ConnectionsView,
+    ConnectionView,
+    Counters,
+    DrainView,
+    ReloadView,
+    UpgradeView,
+    WorkerFacts,
+    total,
+)
 from proxyd.control.admin.selector import Selector
+from proxyd.control.core import Core
 from proxyd.control.workers.live_connections import MAX_RECORDS
+from proxyd.control.workers.publication import Publication
 from proxyd.relay.ipc.messages import LiveConnection
-
-if TYPE_CHECKING:
-    from proxyd.control.daemon import Daemon
+from proxyd.relay.ipc.slots import ATTEMPTS, BYTES_IN, BYTES_OUT, CLOSED, CONNECT_US, FAILED, OPENED, REFUSED
+from proxyd.state.spec import Endpoint, ServicePortName
 
 
 class Operations:
-    """Carries out orders.
+    """Draws the picture of one daemon, and carries out orders.
 
     Args:
-        daemon: that is ordered.
+        core: the daemon's parts.
+        history: what happened to Services.
+        reload: reads the configuration and the manifests again.
+        upgrade: has the installed program take over; raises UpgradeError.
+        refused: what is wrong with the configuration that was read last.
+        more_problems: what is wrong beside the objects.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
-        self.history = History()
-        self._daemon = daemon
+    def __init__(
+        self,
+        core: Core,
+        history: History,
+        *,
+        reload: Callable[[], Awaitable[None]],
+        upgrade: Callable[[], Awaitable[None]],
+        refused: Callable[[], tuple[str, ...]],
+        more_problems: Callable[[], Iterable[Problem]],
+    ) -> None:
+        self.history = history
+        self._core = core
+        self._reload = reload
+        self._upgrade = upgrade
+        self._refused = refused
+        self._more_problems = more_problems
+        self._service_views = ServiceViews()
+
+    def picture(self) -> Picture:
+        """What the daemon is and does at this moment."""
+        core = self._core
+        publication, reconciler, supervisor = core.publication, core.reconciler, core.supervisor
+
+        def counters(service_port: ServicePortName) -> Counters:
+            keys = publication.balancer_keys(service_port)
+            return total([_counters(publication, key) for key in keys])
+
+        def endpoint_counters(service_port: ServicePortName, endpoint: Endpoint) -> Counters:
+            keys = publication.balancer_keys(service_port)
+            return total(_counters(publication, (key, endpoint)) for key in keys)
+
+        return Picture(
+            version=__version__,
+            pid=os.getpid(),
+            phase=core.lifecycle.phase,
+            started=core.started,
+            snapshot=core.snapshot,
+            statuses=reconciler.statuses(),
+            balancers=reconciler.desired.host.balancers,
+            service_views=self._service_views,
+            leaving=core.old_workers.pids,
+            problems=(*core.feed.problems, *self._more_problems()),
+            counters=counters,
+            endpoint_counters=endpoint_counters,
+            generation=publication.generation,
+            workers=tuple(
+                WorkerFacts(
+                    pid=worker.pid,
+                    state="ready" if worker.ready else "starting",
+                    generation=worker.acknowledged,
+                    restarts=supervisor.restarts.get(worker.index, 0),
+                )
+                for worker in supervisor.workers.values()
+            ),
+            sources=core.feed.facts,
+        )
 
     async def connections(
         self, *, namespace: str = "", name: str = "", selector: Selector, limit: int = MAX_RECORDS
@@ -40,16 +111,15 @@ class Operations:
             selector: of their labels.
             limit: of items. With a selector, `more` may count connections of other Services.
         """
-        supervisor = self._daemon.supervisor
+        supervisor = self._core.supervisor
         pids = {index: worker.pid for index, worker in supervisor.workers.items()}
-        if (leaving := self._daemon.succession.workers) is not None:
-            pids |= {-pid: pid for pid in leaving.pids}
+        pids |= {-pid: pid for pid in self._core.old_workers.pids}
         # What a selector leaves out must not use up the limit.
         asked = MAX_RECORDS if selector else limit
         found = await supervisor.roundups.ask(namespace=namespace, name=name, limit=asked)
         items = [_view(record, pids.get(worker, 0)) for worker, record in found.records]
         if selector:
-            chosen = views.chosen(self._daemon.picture(), selector)
+            chosen = views.chosen(self.picture(), selector)
             items = [item for item in items if ObjectName(item.namespace, item.name) in chosen]
         items.sort(key=lambda item: (item.namespace, item.name, item.port, -item.age))
         return ConnectionsView(
@@ -60,13 +130,13 @@ class Operations:
 
     async def reload(self) -> ReloadView:
         """Read the configuration and the manifests again, as SIGHUP does, and wait until that is done."""
-        daemon = self._daemon
-        await daemon.reload()
+        await self._reload()
+        feed = self._core.feed
         return ReloadView(
-            files=daemon.feed.files,
-            services=len(daemon.snapshot.services),
-            problems=daemon.feed.problems,
-            configuration=daemon.observation.refused,
+            files=feed.files,
+            services=len(self._core.snapshot.services),
+            problems=feed.problems,
+            configuration=self._refused(),
         )
 
     async def upgrade(self) -> UpgradeView:
@@ -75,17 +145,21 @@ class Operations:
         Raises:
             UpgradeError: it would not start, or this one can't be replaced now.
         """
-        daemon = self._daemon
-        await daemon.succession.upgrade()
-        return UpgradeView(pid=os.getpid(), version=__version__, started=daemon.started)
+        await self._upgrade()
+        return UpgradeView(pid=os.getpid(), version=__version__, started=self._core.started)
 
     def drain(self, seconds: float | None) -> DrainView:
-        """Stop accepting, let relays finish for so long, exit. A daemon that is stopping keeps to what it was told."""
-        daemon = self._daemon
-        before = views.status(daemon.picture(), now=0.0)
-        wanted = daemon.settings.drain_timeout if seconds is None else seconds
+        """Stop accepting, let relays finish for so long, exit. A daemon that is stopping keeps to what it was told.
+
+        Args:
+            seconds: None for the drain timeout of the settings.
+        """
+        before = views.status(self.picture(), now=0.0)
+        wanted = self._core.settings.drain_timeout if seconds is None else seconds
         return DrainView(
-            phase="draining", timeout_seconds=daemon.drain(wanted), connections=before.connections
+            phase="draining",
+            timeout_seconds=self._core.lifecycle.drain(wanted),
+            connections=before.connections,
         )
 
 
@@ -109,4 +183,20 @@ def _view(record: LiveConnection, pid: int) -> ConnectionView:
         client_path=record.paths[0],
         endpoint_path=record.paths[1],
         worker=pid,
+    )
+
+
+def _counters(publication: Publication, owner: Hashable) -> Counters:
+    row = publication.row(owner)
+    if not any(row):
+        return NOTHING_COUNTED
+    return Counters(
+        opened=row[OPENED],
+        closed=row[CLOSED],
+        failed=row[FAILED],
+        attempts=row[ATTEMPTS],
+        bytes_in=row[BYTES_IN],
+        bytes_out=row[BYTES_OUT],
+        connect_us=row[CONNECT_US],
+        refused=row[REFUSED],
     )

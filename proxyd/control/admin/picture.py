@@ -1,79 +1,118 @@
-"""Draws the picture of the daemon that the admin API shows."""
+"""The picture of the daemon that the admin API's answers are made of."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import msgspec
 
-from proxyd import __version__
-from proxyd.control.admin.schema import NOTHING_COUNTED, Counters, WorkerFacts, total
-from proxyd.control.admin.views import Picture
-from proxyd.control.workers.publication import Publication
-from proxyd.relay.ipc.slots import ATTEMPTS, BYTES_IN, BYTES_OUT, CLOSED, CONNECT_US, FAILED, OPENED, REFUSED
-from proxyd.state.spec import Endpoint, ServicePortName
+from proxyd.api.discovery import EndpointSlice
+from proxyd.api.meta import ObjectName
+from proxyd.api.problems import Problem
+from proxyd.api.service import Service, ServiceType
+from proxyd.control.admin.schema import Counters, PortView, ServiceView, WorkerFacts
+from proxyd.control.feeds.facts import SourceFacts
+from proxyd.state.snapshot import Snapshot
+from proxyd.state.spec import BalancerKey, BalancerSpec, Endpoint, ListenerStatus, ServicePortName
 
-if TYPE_CHECKING:
-    from proxyd.control.daemon import Daemon
+
+def _nothing(*_: object) -> Counters:
+    return Counters()
 
 
-def draw(daemon: Daemon) -> Picture:
-    """The daemon at this moment; of one that is still starting, what is known so far."""
-    bare = Picture(version=__version__, pid=os.getpid(), phase=daemon.phase, started=daemon.started)
-    if not hasattr(daemon, "feed"):
-        return bare
-    publication, reconciler, supervisor, feed = (
-        daemon.publication,
-        daemon.reconciler,
-        daemon.supervisor,
-        daemon.feed,
-    )
+class ServiceViews:
+    """What is shown of Services apart from traffic and state, remembered while their objects are the very same."""
 
-    def counters(service_port: ServicePortName) -> Counters:
-        keys = publication.balancer_keys(service_port)
-        return total([_counters(publication, key) for key in keys])
+    def __init__(self) -> None:
+        self._known: dict[ObjectName, tuple[Service, object, ServiceView]] = {}
 
-    def endpoint_counters(service_port: ServicePortName, endpoint: Endpoint) -> Counters:
-        keys = publication.balancer_keys(service_port)
-        return total(_counters(publication, (key, endpoint)) for key in keys)
+    def of(self, owner: ObjectName, service: Service, slices: tuple[EndpointSlice, ...]) -> ServiceView:
+        """A Service without its counters and its state."""
+        known = self._known.get(owner)
+        if known is not None and known[0] is service and known[1] is slices:
+            return known[2]
+        view = _view(service, slices)
+        self._known[owner] = (service, slices, view)
+        return view
 
-    return msgspec.structs.replace(
-        bare,
-        snapshot=daemon.snapshot,
-        statuses=reconciler.statuses(),
-        balancers=reconciler.desired.host.balancers,
-        faces=daemon.faces,
-        leaving=daemon.succession.workers.pids if daemon.succession.workers else (),
-        problems=(*feed.problems, *daemon.duties.problems),
-        counters=counters,
-        endpoint_counters=endpoint_counters,
-        generation=publication.generation,
-        workers=tuple(
-            WorkerFacts(
-                pid=worker.pid,
-                state="ready" if worker.ready else "starting",
-                generation=worker.acknowledged,
-                restarts=supervisor.restarts.get(worker.index, 0),
+    def forget(self, services: Mapping[ObjectName, Service]) -> None:
+        """Forget those that are not among these any more."""
+        if len(self._known) > len(services):
+            self._known = {key: known for key, known in self._known.items() if key in services}
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon at one moment: all that views are made of."""
+
+    snapshot: Snapshot = Snapshot()
+    statuses: tuple[ListenerStatus, ...] = ()  # of every listener that is wanted, served or not
+    balancers: Mapping[BalancerKey, BalancerSpec] = {}
+    problems: tuple[Problem, ...] = ()
+    counters: Callable[[ServicePortName], Counters] = _nothing
+    endpoint_counters: Callable[[ServicePortName, Endpoint], Counters] = _nothing
+    version: str = ""
+    pid: int = 0
+    phase: str = "starting"  # starting, serving, draining
+    started: float = 0.0  # Unix time
+    generation: int = 0
+    workers: tuple[WorkerFacts, ...] = ()
+    sources: tuple[SourceFacts, ...] = ()
+    leaving: tuple[int, ...] = ()  # workers of earlier programs
+    service_views: ServiceViews = msgspec.field(default_factory=ServiceViews)
+
+
+def _view(service: Service, slices: tuple[EndpointSlice, ...]) -> ServiceView:
+    spec = service.spec
+    owner = service.metadata.key
+    alias = spec.type is ServiceType.EXTERNAL_NAME
+    ready, present = (0, 0) if alias else _count_endpoints(service, slices)
+    return ServiceView(
+        namespace=owner.namespace,
+        name=owner.name,
+        labels=service.metadata.labels,
+        type=str(spec.type),
+        cluster_ips=("None",) if spec.headless else () if alias else spec.all_cluster_ips,
+        external_ips=_external_ips(service),
+        external_name=spec.external_name if alias else "",
+        ports=tuple(
+            PortView(
+                name=port.name,
+                port=port.port,
+                protocol=str(port.protocol),
+                target_port=port.target,
+                node_port=port.node_port,
             )
-            for worker in supervisor.workers.values()
+            for port in spec.ports
         ),
-        sources=feed.facts,
+        endpoints_ready=ready,
+        endpoints_total=present,
     )
 
 
-def _counters(publication: Publication, owner: Hashable) -> Counters:
-    row = publication.row(owner)
-    if not any(row):
-        return NOTHING_COUNTED
-    return Counters(
-        opened=row[OPENED],
-        closed=row[CLOSED],
-        failed=row[FAILED],
-        attempts=row[ATTEMPTS],
-        bytes_in=row[BYTES_IN],
-        bytes_out=row[BYTES_OUT],
-        connect_us=row[CONNECT_US],
-        refused=row[REFUSED],
-    )
+def _external_ips(service: Service) -> tuple[str, ...]:
+    ingress = service.status.load_balancer.ingress
+    return tuple(dict.fromkeys([*service.spec.external_ips, *(item.ip for item in ingress if item.ip)]))
+
+
+def _count_endpoints(service: Service, slices: tuple[EndpointSlice, ...]) -> tuple[int, int]:
+    """How many endpoint addresses are ready, and how many there are."""
+    ips = service.spec.all_cluster_ips
+    first = 6 if ips and ":" in ips[0] else 4
+    wanted = {(port.name, port.protocol) for port in service.spec.ports}
+    ready: set[str] = set()
+    found: set[str] = set()
+    for family in (f"IPv{first}", f"IPv{10 - first}"):
+        for one in slices:
+            # Headless without ports: the slices have none to match either.
+            if one.address_type != family or (
+                wanted and not any((p.name, p.protocol) in wanted and p.port is not None for p in one.ports)
+            ):
+                continue
+            for item in one.endpoints:
+                if item.addresses:
+                    found.add(item.addresses[0])
+                    if item.conditions.ready is not False:
+                        ready.add(item.addresses[0])
+        if found:
+            break
+    return len(ready), len(found)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from proxyd.api.problems import Problem
+from proxyd.control.feeds.facts import SourceFacts
 
 # What is said of a Service that has no listener.
 ALIAS = "Alias"  # ExternalName: a DNS name, nothing to proxy
@@ -63,14 +64,6 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     state: str = "ready"  # starting, ready, draining, dead
     generation: int = 0  # the last one it acknowledged
     restarts: int = 0
-
-
-class SourceFacts(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One source of objects."""
-
-    name: str  # "manifests config/demo"
-    synced: bool = False  # it has delivered its first full list
-    last_event: float = 0.0  # Unix time; 0 = none yet
 
 
 class PortView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

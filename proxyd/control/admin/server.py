@@ -14,6 +14,7 @@ from aiohttp import web
 
 from proxyd.control.admin import description, views
 from proxyd.control.admin.history import History
+from proxyd.control.admin.picture import Picture
 from proxyd.control.admin.requests import (
     MAX_BODY,
     answered,
@@ -35,15 +36,12 @@ from proxyd.control.admin.schema import (
 )
 from proxyd.control.admin.selector import Selector
 from proxyd.control.admin.unix_socket import BACKLOG, AdminError, listen
-from proxyd.control.admin.views import Picture
 from proxyd.control.runtime import logs
 from proxyd.control.runtime.garbage import paused
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.runtime.tasks import describe
 from proxyd.control.workers.handover import UpgradeError
 from proxyd.control.workers.live_connections import MAX_RECORDS
-
-__all__ = ["AdminError", "AdminServer", "Operations"]
 
 log = get_logger("admin")
 
@@ -56,9 +54,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Operations(Protocol):
-    """What the API does beyond showing a picture."""
+    """What the API shows and does."""
 
     history: History
+
+    def picture(self) -> Picture:
+        """The daemon at this moment; called once for each request."""
 
     async def connections(
         self, *, namespace: str, name: str, selector: Selector, limit: int
@@ -80,15 +81,11 @@ class AdminServer:
 
     Args:
         path: of the Unix socket.
-        picture: gives the picture at this moment; called once for each request.
-        operations: the rest; None while the daemon cannot do any of it.
+        operations: what it shows and does.
     """
 
-    def __init__(
-        self, path: str, picture: Callable[[], Picture], operations: Operations | None = None
-    ) -> None:
+    def __init__(self, path: str, operations: Operations) -> None:
         self.path = path
-        self._picture = picture
         self._operations = operations
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
@@ -102,7 +99,7 @@ class AdminServer:
         """Open the socket and answer.
 
         Args:
-            listening: the socket, where it was opened before by `adminsocket.listen`.
+            listening: the socket, where it was opened before by `unix_socket.listen`.
 
         Raises:
             AdminError: another daemon answers there, or the path cannot be used.
@@ -249,7 +246,7 @@ class AdminServer:
                     return web.Response(status=304)
             with paused():
                 items = view(
-                    self._picture(),
+                    self._operations.picture(),
                     namespace=query.get("namespace", ""),
                     name=query.get("name", ""),
                     selector=selector,
@@ -278,8 +275,7 @@ class AdminServer:
     async def _description(self, request: web.Request) -> web.Response:
         parameters(request)
         namespace, name = request.match_info["namespace"], request.match_info["name"]
-        history = self._operations.history if self._operations else History()
-        found = description.describe(self._picture(), history, namespace, name)
+        found = description.describe(self._operations.picture(), self._operations.history, namespace, name)
         if found is None:
             raise web.HTTPNotFound(text=f"service {namespace}/{name} not found")
         return answered(found)
@@ -299,7 +295,7 @@ class AdminServer:
 
     async def _status(self, request: web.Request) -> web.Response:
         parameters(request)
-        return answered(views.status(self._picture(), now=time.time()))
+        return answered(views.status(self._operations.picture(), now=time.time()))
 
     # -- what is ordered ------------------------------------------------------------------------------------------
 
@@ -320,6 +316,6 @@ class AdminServer:
             raise web.HTTPConflict(text=str(error)) from None
 
     def _able(self) -> Operations:
-        if self._operations is None or self._picture().phase == "starting":
+        if self._operations.picture().phase == "starting":
             raise web.HTTPServiceUnavailable(text="the daemon is starting; try again")
         return self._operations

@@ -4,51 +4,31 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectName
-from proxyd.api.problems import Problem
 from proxyd.api.service import Service, ServicePort, ServiceType
+from proxyd.control.admin.picture import Picture
 from proxyd.control.admin.schema import (
     ALIAS,
     HEADLESS,
     NOT_SERVED,
-    Counters,
     EndpointView,
     ListenerView,
-    PortView,
     ServiceView,
-    SourceFacts,
     StatusView,
-    WorkerFacts,
     total,
 )
 from proxyd.control.admin.selector import Selector
 from proxyd.state.endpoints import Candidate, candidates
-from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import (
-    BalancerKey,
-    BalancerSpec,
     Endpoint,
     ListenerState,
     ListenerStatus,
     ServicePortName,
 )
-
-__all__ = [
-    "Counters",
-    "Picture",
-    "SourceFacts",
-    "WorkerFacts",
-    "chosen",
-    "endpoints",
-    "listeners",
-    "services",
-    "status",
-]
 
 # Of several listeners the worst one speaks for the Service.
 WORST_FIRST = (
@@ -60,51 +40,6 @@ WORST_FIRST = (
 )
 
 
-def _nothing(*_: object) -> Counters:
-    return Counters()
-
-
-class Faces:
-    """What is shown of Services and stays as it is with traffic; remembered while their objects are the very same."""
-
-    def __init__(self) -> None:
-        self._known: dict[ObjectName, tuple[Service, object, ServiceView]] = {}
-
-    def of(self, owner: ObjectName, service: Service, slices: tuple[EndpointSlice, ...]) -> ServiceView:
-        """A Service without its counters and its state."""
-        known = self._known.get(owner)
-        if known is not None and known[0] is service and known[1] is slices:
-            return known[2]
-        face = _face(service, slices)
-        self._known[owner] = (service, slices, face)
-        return face
-
-    def forget(self, services: Mapping[ObjectName, Service]) -> None:
-        """Forget those that are not among these any more."""
-        if len(self._known) > len(services):
-            self._known = {key: known for key, known in self._known.items() if key in services}
-
-
-class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon at one moment: all that views are made of."""
-
-    snapshot: Snapshot = Snapshot()
-    statuses: tuple[ListenerStatus, ...] = ()  # of every listener that is wanted, served or not
-    balancers: Mapping[BalancerKey, BalancerSpec] = {}
-    problems: tuple[Problem, ...] = ()
-    counters: Callable[[ServicePortName], Counters] = _nothing
-    endpoint_counters: Callable[[ServicePortName, Endpoint], Counters] = _nothing
-    version: str = ""
-    pid: int = 0
-    phase: str = "starting"  # starting, serving, draining
-    started: float = 0.0  # Unix time
-    generation: int = 0
-    workers: tuple[WorkerFacts, ...] = ()
-    sources: tuple[SourceFacts, ...] = ()
-    leaving: tuple[int, ...] = ()  # workers of earlier programs
-    faces: Faces = msgspec.field(default_factory=Faces)
-
-
 def services(
     picture: Picture, *, namespace: str = "", name: str = "", selector: Selector | None = None
 ) -> list[ServiceView]:
@@ -113,7 +48,7 @@ def services(
     for status in picture.statuses:
         owner = ObjectName(status.service_port.namespace, status.service_port.name)
         statuses.setdefault(owner, []).append(status)
-    picture.faces.forget(picture.snapshot.services)
+    picture.service_views.forget(picture.snapshot.services)
     return [
         _service(picture, key, service, statuses.get(key, []))
         for key, service in _chosen(picture, namespace, name, selector)
@@ -226,46 +161,13 @@ def _service(
     counters = total(picture.counters(_name_of(owner, port)) for port in service.spec.ports)
     state, detail = _summary(service, statuses)
     return msgspec.structs.replace(
-        picture.faces.of(owner, service, picture.snapshot.slices.get(owner, ())),
+        picture.service_views.of(owner, service, picture.snapshot.slices.get(owner, ())),
         connections=counters.active,
         counters=counters,
         state=state,
         detail=detail,
         listeners=_states(statuses),
     )
-
-
-def _face(service: Service, slices: tuple[EndpointSlice, ...]) -> ServiceView:
-    spec = service.spec
-    owner = service.metadata.key
-    alias = spec.type is ServiceType.EXTERNAL_NAME
-    ready, present = (0, 0) if alias else _count_endpoints(service, slices)
-    return ServiceView(
-        namespace=owner.namespace,
-        name=owner.name,
-        labels=service.metadata.labels,
-        type=str(spec.type),
-        cluster_ips=("None",) if spec.headless else () if alias else spec.all_cluster_ips,
-        external_ips=_external_ips(service),
-        external_name=spec.external_name if alias else "",
-        ports=tuple(
-            PortView(
-                name=port.name,
-                port=port.port,
-                protocol=str(port.protocol),
-                target_port=port.target,
-                node_port=port.node_port,
-            )
-            for port in spec.ports
-        ),
-        endpoints_ready=ready,
-        endpoints_total=present,
-    )
-
-
-def _external_ips(service: Service) -> tuple[str, ...]:
-    ingress = service.status.load_balancer.ingress
-    return tuple(dict.fromkeys([*service.spec.external_ips, *(item.ip for item in ingress if item.ip)]))
 
 
 def _summary(service: Service, statuses: list[ListenerStatus]) -> tuple[str, str]:
@@ -278,30 +180,6 @@ def _summary(service: Service, statuses: list[ListenerStatus]) -> tuple[str, str
         return ListenerState.SERVING.value, ""
     worst = min(statuses, key=lambda status: (WORST_FIRST.index(status.state), status.key))
     return str(worst.state), worst.detail
-
-
-def _count_endpoints(service: Service, slices: tuple[EndpointSlice, ...]) -> tuple[int, int]:
-    """How many endpoint addresses are ready, and how many there are."""
-    ips = service.spec.all_cluster_ips
-    first = 6 if ips and ":" in ips[0] else 4
-    wanted = {(port.name, port.protocol) for port in service.spec.ports}
-    ready: set[str] = set()
-    found: set[str] = set()
-    for family in (f"IPv{first}", f"IPv{10 - first}"):
-        for one in slices:
-            # Headless without ports: the slices have none to match either.
-            if one.address_type != family or (
-                wanted and not any((p.name, p.protocol) in wanted and p.port is not None for p in one.ports)
-            ):
-                continue
-            for item in one.endpoints:
-                if item.addresses:
-                    found.add(item.addresses[0])
-                    if item.conditions.ready is not False:
-                        ready.add(item.addresses[0])
-        if found:
-            break
-    return len(ready), len(found)
 
 
 def _endpoint(

@@ -8,9 +8,8 @@ from proxyd import __version__
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service
-from proxyd.control.admin.schema import SourceFacts
 from proxyd.control.config.settings import Settings
-from proxyd.control.observe.cluster_metrics import ClusterFacts
+from proxyd.control.feeds.facts import ClusterFacts, SourceFacts
 from proxyd.control.runtime.logs import get_logger
 from proxyd.sources.cluster import (
     DURATION_BOUNDS,

@@ -10,8 +10,8 @@ import msgspec
 
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
-from proxyd.control.admin.schema import SourceFacts
 from proxyd.control.config.settings import Settings
+from proxyd.control.feeds.facts import SourceFacts
 from proxyd.control.feeds.manifests import Feed
 from proxyd.control.feeds.merge import Merger, TakenByCluster
 from proxyd.control.runtime.logs import get_logger
@@ -131,6 +131,11 @@ class Feeds:
                 msgspec.structs.replace(address, primary=address.ip in wanted) for address in addresses
             )
         return NodeView(name=name, zone=node.zone, addresses=addresses, pod_cidrs=node.pod_cidrs)
+
+    def post_event(self, service: ObjectName, kind: str, reason: str, message: str) -> None:
+        """Post an Event about a Service to the API server, where there is one that has this Service."""
+        if self.cluster is not None:
+            self.cluster.about_service(service, kind, reason, message)
 
     def first(self, idle: Callable[[], None] | None = None) -> tuple[Problem, ...]:
         """Read the manifests once; what they say is handed on now where there is no API server to wait for.

@@ -1,23 +1,20 @@
-"""What a node's proxy does beside relaying: Events about Services, health check node ports, whether the node is eligible."""
+"""Events about Services of the API server, and what is said once of Services that are not served."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from proxyd.api.meta import ObjectName
-from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Protocol
-from proxyd.control.kube.health_check_ports import HealthPorts
+from proxyd.control.core import Core
 from proxyd.control.runtime.logs import get_logger
 from proxyd.state.desired import DesiredState
 from proxyd.state.spec import ListenerKey, ListenerState, ServicePortName
 
-if TYPE_CHECKING:
-    from proxyd.control.daemon import Daemon
-
 log = get_logger("proxyd")
 
 PORT_CONFLICT, SCTP_DISABLED = "PortConflict", "SCTPDisabled"
+HEALTH_PORT_FAILED = "FailedToStartServiceHealthcheck"
 
 
 class _Trouble(NamedTuple):
@@ -27,39 +24,34 @@ class _Trouble(NamedTuple):
     reason: str
 
 
-class Duties:
-    """Does them for one daemon.
+class ServiceEvents:
+    """Posts an Event when a service port loses an address, once for as long as it lasts.
 
     Args:
-        daemon: whose state is looked at after each reconcile.
+        core: the daemon's parts.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._sctp_said = False
         self._told: dict[_Trouble, str] = {}
         self._seen: tuple[object, object] = ((), ())
-        self.health_ports = HealthPorts(self._healthy, self._port_failed)
-
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        """What is wrong with health check node ports at the moment."""
-        return tuple(
-            Problem(severity=Severity.WARNING, subject=f"Service {name}", message=why)
-            for name, why in sorted(self.health_ports.failures.items())
-        )
 
     def reconciled(self, desired: DesiredState) -> None:
-        """A state was carried out as far as it can be."""
-        daemon = self._daemon
+        """A state was carried out, all but what the reconciler failed at."""
         self._say_sctp_is_off(desired)
-        self.health_ports.update(daemon.snapshot, daemon.node, daemon.options)
-        if daemon.feed.cluster is not None:
+        if self._core.feed.cluster is not None:
             self._tell(desired)
+
+    def health_port_failed(self, name: ObjectName, port: int, why: str) -> None:
+        """A Service's healthCheckNodePort can't be opened."""
+        node = self._core.settings.node_name
+        message = f"node {node} failed to start healthcheck {name} on port {port}: {why}"
+        self._core.feed.post_event(name, "Warning", HEALTH_PORT_FAILED, message)
 
     def _say_sctp_is_off(self, desired: DesiredState) -> None:
         """Once: what their status says of each Service."""
-        if self._sctp_said or self._daemon.settings.sctp:
+        if self._sctp_said or self._core.settings.sctp:
             return
         services = {
             f"{status.service_port.namespace}/{status.service_port.name}"
@@ -74,18 +66,8 @@ class Duties:
                 first=min(services),
             )
 
-    def node_changed(self) -> None:
-        """What is known of this node's Node has changed."""
-        daemon = self._daemon
-        daemon.observation.health.eligible = daemon.feed.eligible
-
-    async def stop(self) -> None:
-        """Close what is open."""
-        await self.health_ports.stop()
-
     def _tell(self, desired: DesiredState) -> None:
-        """Post an Event for each service port that has lost an address, once for as long as it lasts."""
-        failures = self._daemon.reconciler.failures
+        failures = self._core.reconciler.failures
         taken = {key: failure for key, failure in failures.items() if failure.taken}
         seen = (desired.unopened, {key: failure.message for key, failure in taken.items()})
         if self._seen[0] is seen[0] and self._seen[1] == seen[1]:
@@ -98,7 +80,7 @@ class Duties:
             elif (
                 status.state is ListenerState.DISABLED
                 and status.key.protocol is Protocol.SCTP
-                and not self._daemon.settings.sctp
+                and not self._core.settings.sctp
             ):
                 reason = SCTP_DISABLED
             else:
@@ -111,30 +93,11 @@ class Duties:
         for trouble, places in found.items():
             text = self._told[trouble] = self._message(trouble, places)
             if told.get(trouble) != text:
-                self._post(trouble.service_port, trouble.reason, text)
+                owner = ObjectName(trouble.service_port.namespace, trouble.service_port.name)
+                self._core.feed.post_event(owner, "Warning", trouble.reason, text)
 
     def _message(self, trouble: _Trouble, places: list[tuple[ListenerKey, str]]) -> str:
         key, detail = min(places)
         more = f" (and {len(places) - 1} more addresses)" if len(places) > 1 else ""
         what = "is not served" if trouble.reason == SCTP_DISABLED else "can't be opened"
-        return f"node {self._daemon.settings.node_name}: {key} {what}{more}: {detail}"
-
-    def _post(self, service_port: ServicePortName, reason: str, message: str) -> None:
-        cluster = self._daemon.feed.cluster
-        if cluster is not None:
-            name = ObjectName(service_port.namespace, service_port.name)
-            cluster.about_service(name, "Warning", reason, message)
-
-    def _port_failed(self, name: ObjectName, port: int, why: str) -> None:
-        cluster = self._daemon.feed.cluster
-        if cluster is not None:
-            node = self._daemon.settings.node_name
-            cluster.about_service(
-                name,
-                "Warning",
-                "FailedToStartServiceHealthcheck",
-                f"node {node} failed to start healthcheck {name} on port {port}: {why}",
-            )
-
-    def _healthy(self) -> bool:
-        return self._daemon.observation.health.look().healthy
+        return f"node {self._core.settings.node_name}: {key} {what}{more}: {detail}"

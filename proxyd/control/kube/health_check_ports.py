@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from proxyd.api.meta import ObjectName
+from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Protocol, Service, ServiceType, TrafficPolicy
 from proxyd.control.runtime.logs import get_logger, silent
 from proxyd.control.runtime.tasks import cancel, spawn
@@ -31,7 +32,7 @@ _BACKLOG = 64
 Place = tuple[str, int]  # address and port
 
 
-class HealthPorts:
+class HealthCheckPorts:
     """Answers on the healthCheckNodePort of each Service of type LoadBalancer with externalTrafficPolicy Local.
 
     Any path is answered with the number of this node's ready endpoints: 200 where there are some and this proxy is
@@ -63,19 +64,17 @@ class HealthPorts:
         self._stopped = False
 
     @property
-    def failures(self) -> Mapping[ObjectName, str]:
-        """Why a Service's port is not open, for those that should be."""
+    def problems(self) -> tuple[Problem, ...]:
+        """Why ports are not open, for the Services whose port should be."""
         failed = {
             owner: f"healthCheckNodePort {place[1]}: {why}"
             for place, why in self._failures.items()
             if (owner := self._wanted.get(place)) is not None
         }
-        return {**self._losers, **failed}
-
-    @property
-    def places(self) -> frozenset[Place]:
-        """What is open."""
-        return frozenset(self._open)
+        return tuple(
+            Problem(severity=Severity.WARNING, subject=f"Service {name}", message=why)
+            for name, why in sorted({**self._losers, **failed}.items())
+        )
 
     def update(self, snapshot: Snapshot, node: NodeView, options: Options) -> None:
         """Take a new state: what changed in it is counted, and ports are opened and closed soon."""

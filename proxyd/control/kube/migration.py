@@ -1,4 +1,4 @@
-"""Taking over from kube-proxy: what it left on the node is removed or named at start."""
+"""Migration from kube-proxy: what it left on the node is removed or named at start."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import msgspec
 
 from proxyd.control.config.settings import Settings
 from proxyd.control.runtime.logs import get_logger
+from proxyd.control.runtime.tasks import spawn
 from proxyd.host.kubechains import remove_userspace_chains
 from proxyd.host.kubeproxy import Leftover, Mode, kube_proxy_leftovers
 from proxyd.host.limits import can_route
@@ -18,7 +19,7 @@ log = get_logger("takeover")
 _PAUSE = 1.0  # seconds between two looks whether kube-proxy has ended
 
 
-class Takeover(msgspec.Struct, frozen=True, kw_only=True):
+class Migration(msgspec.Struct, frozen=True, kw_only=True):
     """What was found and done.
 
     Attributes:
@@ -54,29 +55,37 @@ class Takeover(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-def look(settings: Settings) -> Takeover:
+def look(settings: Settings) -> Migration:
     """Look for what kube-proxy left, and remove the userspace mode's chains where that is wanted.
 
     Takes some milliseconds where there is nothing, and calls programs where there is: not for the event loop. Without
     CAP_NET_ADMIN rules are neither seen nor removed.
     """
     if not can_route():
-        return Takeover()
+        return Migration()
     left = kube_proxy_leftovers()
     if not (any(one.mode is Mode.USERSPACE for one in left) and wanted(settings)):
-        return Takeover(left=tuple(left))
+        return Migration(left=tuple(left))
     running = _kube_proxy(settings) if settings.cleanup_kube_proxy == "auto" else None
     if running is not None:
-        return Takeover(left=tuple(left), running=running)
+        return Migration(left=tuple(left), running=running)
     lines = remove_userspace_chains()
-    return Takeover(
+    return Migration(
         left=tuple(kube_proxy_leftovers()),
         removed=tuple(line for line in lines if line.startswith("removed ")),
         failed=tuple(line for line in lines if not line.startswith("removed ")),
     )
 
 
-async def when_it_ends(settings: Settings) -> None:
+async def migrate(settings: Settings) -> None:
+    """Look, and say what was found; where a kube-proxy still runs, go on looking in a task until it has ended."""
+    found = await asyncio.to_thread(look, settings)
+    found.say()
+    if found.running is not None:
+        spawn(_when_it_ends(settings), name="migration")
+
+
+async def _when_it_ends(settings: Settings) -> None:
     """Go on looking until the kube-proxy that was found has ended, as where one DaemonSet takes another's place."""
     found = None
     while found is None or found.running is not None:

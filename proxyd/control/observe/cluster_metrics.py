@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from proxyd import __version__
+from proxyd.control.feeds.facts import ClusterFacts
 
 # kubernetes pkg/proxy/metrics/metrics.go, network_programming_duration_seconds
 PROGRAMMING_BUCKETS = (0, 0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
-
-
-class ClusterFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is counted about the API server, copied at one moment."""
-
-    requests: Mapping[tuple[str, str, str], int] = {}  # by code, method, host
-    durations: Mapping[
-        tuple[str, str], tuple[Sequence[int], float]
-    ] = {}  # by verb, host: buckets, sum of seconds
-    bounds: Sequence[float] = ()  # upper ones of the buckets; a last one without bound follows
-    events_dropped: int = 0
-    lists: int = 0
-    problems: int = 0  # that last
-    synced: bool = False
-    last_event: float = 0.0  # Unix time; 0 = none yet
 
 
 def families(facts: ClusterFacts) -> Iterator[Metric]:

@@ -26,8 +26,8 @@ from prometheus_client.registry import Collector
 
 from proxyd import __version__
 from proxyd.api.service import Protocol
+from proxyd.control.feeds.facts import ClusterFacts
 from proxyd.control.observe import cluster_metrics, exposition
-from proxyd.control.observe.cluster_metrics import ClusterFacts
 from proxyd.control.observe.exposition import (
     ENDPOINT_FAMILIES,
     PORT_FAMILIES,
@@ -188,7 +188,7 @@ class Metrics:
         """An answer of /healthz or /livez was given."""
         (self._healthz if path == "/healthz" else self._livez).labels(str(code)).inc()
 
-    def config_read(self, *, valid: bool) -> None:
+    def config_read(self, valid: bool) -> None:
         """The configuration was read again."""
         self._config.set(valid)
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from proxyd.api.problems import Severity
+from proxyd.control.core import Core
 from proxyd.control.observe.systemd import Notifier
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.runtime.tasks import describe
 from proxyd.state.spec import ListenerState
-
-if TYPE_CHECKING:
-    from proxyd.control.daemon import Daemon
 
 log = get_logger("watchdog")
 
@@ -34,14 +32,16 @@ class Watchdog:
     worker runs and answers: whatever hangs, it starts the daemon anew.
 
     Args:
-        daemon: to look at.
-        notifier: to tell.
+        core: the daemon's parts.
+        notifier: tells the service manager.
+        due: whether the reconcile loop has something to do.
     """
 
-    def __init__(self, daemon: Daemon, notifier: Notifier) -> None:
+    def __init__(self, core: Core, notifier: Notifier, due: Callable[[], bool]) -> None:
         self.wrong = ""  # what is wrong at the moment, in one line; "" where nothing is
-        self._daemon = daemon
+        self._core = core
         self._notifier = notifier
+        self._due = due
         every = notifier.watchdog_seconds / 2  # as sd_watchdog_enabled(3) advises
         self._feed_every = every
         self._tick_every = min(TICK_SECONDS, every / 2) if every else TICK_SECONDS
@@ -95,14 +95,14 @@ class Watchdog:
 
     def summary(self) -> str:
         """One line: how many Services and listeners are served, and what is not as it should be."""
-        daemon = self._daemon
-        desired, failures = daemon.reconciler.desired, daemon.reconciler.failures
+        core = self._core
+        desired, failures = core.reconciler.desired, core.reconciler.failures
         unopened = [status.state for status in desired.unopened]
         failed = len(failures) + unopened.count(ListenerState.FAILED)
         conflicts = unopened.count(ListenerState.CONFLICT)
-        errors = sum(problem.severity is Severity.ERROR for problem in daemon.feed.manifest_problems)
+        errors = sum(problem.severity is Severity.ERROR for problem in core.feed.manifest_problems)
         parts = [
-            _count(len(daemon.snapshot.services), "service"),
+            _count(len(core.snapshot.services), "service"),
             _count(len(desired.host.listeners) - len(failures), "listener"),
             *([f"{failed} failed"] if failed else []),
             *([_count(conflicts, "conflict")] if conflicts else []),
@@ -123,13 +123,13 @@ class Watchdog:
         if self._ending:
             self.wrong = ""
         else:
-            self._daemon.succession.probe()
-            wrong = self._reconcile_waits() or self._daemon.supervisor.probe()
+            self._core.old_workers.probe()
+            wrong = self._reconcile_waits() or self._core.supervisor.probe()
             if not self._ready:
                 wrong = ""  # a start takes its time; the manager has a limit of its own for it
-                if self._daemon.phase == "starting":
+                if self._core.lifecycle.phase == "starting":
                     # But not for an API server that is away: starting anew would not bring it back.
-                    missing = ", ".join(fact.name for fact in self._daemon.feed.facts if not fact.synced)
+                    missing = ", ".join(fact.name for fact in self._core.feed.facts if not fact.synced)
                     self._notifier.starting(f"waiting for the first list of {missing}", _WAIT_SECONDS)
             if wrong and wrong != self.wrong:
                 log.warning("not healthy", why=wrong)
@@ -143,7 +143,7 @@ class Watchdog:
             self._notifier.alive()
 
     def _reconcile_waits(self) -> str:
-        turns, due = self._daemon.turns, self._daemon.turn_is_due()
+        turns, due = self._core.turns, self._due()
         self._waited = self._waited + 1 if due and turns == self._turns else 0
         self._turns = turns
         return "the reconcile loop does not run" if self._waited >= _MAX_WAITED else ""

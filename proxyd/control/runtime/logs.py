@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import logging
@@ -310,6 +311,12 @@ class Summariser:
                 self._say(repeat, now)
             if everything or now - repeat.last >= self._interval:
                 del self._repeats[key]
+
+    async def flush_every(self, seconds: float) -> None:
+        """Flush now and then, until it is cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            self.flush()
 
     def _report(self, method: str, key: str, event: str, count: int, fields: dict[str, Any]) -> None:
         now = self._clock()

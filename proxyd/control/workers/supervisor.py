@@ -22,8 +22,10 @@ from proxyd.relay.ipc.channel import Channel, ChannelError, send_much
 from proxyd.relay.ipc.messages import (
     Acknowledged,
     Apply,
+    Connection,
     Connections,
     Drained,
+    Failure,
     Failures,
     ListConnections,
     LiveConnections,
@@ -75,9 +77,11 @@ class Events:
     acknowledged: Callable[[], None]
     drained: Callable[[int, list[int]], None]  # worker, listener numbers
     died: Callable[[int], None]  # worker
-    connections: Callable[[Connections], None]
-    trouble: Callable[[int, dict[str, int]], None]
-    failures: Callable[[Failures], None]
+    connections: Callable[
+        [list[Connection], int], None
+    ]  # finished ones, and how many more were lost on the way
+    trouble: Callable[[int, dict[str, int]], None]  # worker, how often by text
+    failures: Callable[[list[Failure]], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +113,6 @@ class Supervisor:
         slots: counters that it shares with them.
         publication: what they are told.
         options: what they are started with.
-        events: called when they say something.
         said: logs what may happen over and over.
     """
 
@@ -119,7 +122,6 @@ class Supervisor:
         slots: Slots,
         publication: Publication,
         options: WorkerOptions,
-        events: Events,
         *,
         said: Summariser,
     ) -> None:
@@ -130,7 +132,7 @@ class Supervisor:
         self._slots = slots
         self._publication = publication
         self._options = options
-        self._events = events
+        self._events: Events
         self._said = said
         self._deaths: dict[int, int] = {}
         self._timers: set[asyncio.TimerHandle] = set()
@@ -138,12 +140,16 @@ class Supervisor:
         self._gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    def start(self) -> None:
+    def start(self, events: Events) -> None:
         """Start every worker.
+
+        Args:
+            events: called when they say something.
 
         Raises:
             OSError: a process or a channel could not be made.
         """
+        self._events = events
         for index in range(max(self.count, 1)):
             self._spawn(index)
 
@@ -338,11 +344,11 @@ class Supervisor:
         """What a worker reports of its relays, be it one of an earlier program."""
         match message:
             case Connections():
-                self._events.connections(message)
+                self._events.connections(message.records, message.dropped)
             case LiveConnections():
                 self.roundups.heard(number, message)
             case Failures():
-                self._events.failures(message)
+                self._events.failures(message.records)
             case Trouble(counts=counts):
                 self._events.trouble(number, counts)
             case Ready() | Acknowledged():

@@ -1,0 +1,51 @@
+"""What every part of the control process looks at: the settings in force, the objects, and who carries them out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from proxyd.control.config.settings import Settings
+from proxyd.control.feeds.joined import Feeds
+from proxyd.control.lifecycle import Lifecycle
+from proxyd.control.reconcile.reconciler import Reconciler
+from proxyd.control.runtime.accesslog import AccessLog
+from proxyd.control.workers.old_workers import LeavingWorkers
+from proxyd.control.workers.publication import Publication
+from proxyd.control.workers.supervisor import Supervisor
+from proxyd.state.snapshot import NodeView, Options, Snapshot
+
+
+@dataclass(slots=True, kw_only=True)
+class Core:
+    """The parts of one daemon. It does nothing; the daemon fills it before it starts whatever reads it.
+
+    Attributes:
+        settings: in force. The daemon replaces them when the configuration is read again.
+        options: how Services are planned; they follow from the settings.
+        lifecycle: the phase, and the order to end.
+        publication: what the workers are told.
+        reconciler: what is open, and what failed.
+        supervisor: the worker processes.
+        old_workers: those of the programs before this one, which still relay.
+        access: the access log.
+        feed: the sources. It is set once the workers are being started.
+        node: this node, as the feed and its addresses have it.
+        snapshot: the objects that were handed on last.
+        turns: how often the reconcile loop has turned.
+        started: Unix time.
+    """
+
+    settings: Settings
+    options: Options
+    lifecycle: Lifecycle
+    publication: Publication
+    reconciler: Reconciler
+    supervisor: Supervisor
+    old_workers: LeavingWorkers
+    access: AccessLog
+    feed: Feeds = field(init=False)
+    node: NodeView
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    turns: int = 0
+    started: float = field(default_factory=time.time)

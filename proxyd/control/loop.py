@@ -1,0 +1,186 @@
+"""The reconcile loop: whatever changed, the desired state is planned anew and carried out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from proxyd.control.core import Core
+from proxyd.control.observe.telemetry import Telemetry
+from proxyd.control.runtime.garbage import uncollected
+from proxyd.control.runtime.logs import Summariser, get_logger
+from proxyd.control.runtime.tasks import describe
+from proxyd.control.workers.publication import Update
+from proxyd.host.addresses import AddressMonitor, node_addresses
+from proxyd.state.desired import DesiredState, Planner
+from proxyd.state.snapshot import Snapshot
+
+log = get_logger("proxyd")
+
+Stopped = asyncio.Task[Literal[True]]
+
+_RETRY_SECONDS = 1.0  # after a reconcile that ended in an internal error
+
+
+class ReconcileLoop:
+    """Waits for changes, and has each carried out; one reconcile takes all that have come.
+
+    Args:
+        core: what is planned, and who carries it out.
+        telemetry: takes note of what is queued, published and carried out.
+        said: logs what may happen over and over.
+        reconciled: called after each reconcile with the state that was desired.
+        resynced: called with each look at the node, every --iptables-sync-period.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        telemetry: Telemetry,
+        said: Summariser,
+        *,
+        reconciled: Callable[[DesiredState], None],
+        resynced: Callable[[], None],
+    ) -> None:
+        self._core = core
+        self._telemetry = telemetry
+        self._said = said
+        self._on_reconciled = reconciled
+        self._resynced = resynced
+        self._changed = asyncio.Event()
+        self._reconciled = False  # the last reconcile went through
+        self._planner = Planner()
+        self._monitor = AddressMonitor()
+        self._addresses = node_addresses()
+
+    def close(self) -> None:
+        """Look at the node's addresses no more."""
+        self._monitor.close()
+
+    def is_due(self) -> bool:
+        """Whether there is something to do."""
+        return self._changed.is_set()
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that has come was carried out as far as it can be."""
+        return self._reconciled and not self.is_due()
+
+    # What changes
+
+    def snapshot_changed(self, snapshot: Snapshot) -> None:
+        """The sources hand on other objects."""
+        self._core.snapshot = snapshot
+        self._telemetry.queued(snapshot)
+        self.look_again()
+
+    def node_changed(self) -> None:
+        """Something else is known of this node."""
+        self._core.node = self._core.feed.node_view(self._addresses)
+        self.look_again()
+
+    def settings_changed(self) -> None:
+        """Other settings are in force."""
+        self._telemetry.queued()
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Have a reconcile soon, as when an address may be free."""
+        self._changed.set()
+
+    def drained(self, worker: int, listeners: list[int]) -> None:
+        """A worker has ended the last relays of closed listeners, by their numbers."""
+        if self._core.reconciler.drained(worker, listeners):
+            self.look_again()
+
+    def worker_died(self, worker: int) -> None:
+        """A worker has died with its relays."""
+        self._telemetry.published()
+        if self._core.reconciler.worker_died(worker):
+            self.look_again()
+
+    def _addresses_changed(self) -> None:
+        if self._monitor.drain():
+            self._addresses = node_addresses()
+            self._core.reconciler.addresses_changed()
+            self._telemetry.queued()
+            self.node_changed()
+
+    # What is done
+
+    async def run(self) -> None:
+        """Reconcile until the daemon is told to stop.
+
+        Nothing is opened or closed before every source has delivered its first full list.
+        """
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._monitor.fileno(), self._addresses_changed)
+        stopped = asyncio.ensure_future(self._core.lifecycle.stop.wait())
+        try:
+            while not (self._core.feed.synced or self._core.lifecycle.stopping):
+                self._changed.clear()
+                await self._wait(stopped, None)
+            if not self._core.lifecycle.stopping:
+                self._core.lifecycle.phase = "serving"
+                await self._turn_until(stopped)
+        finally:
+            stopped.cancel()
+            loop.remove_reader(self._monitor.fileno())
+
+    async def _turn_until(self, stopped: Stopped) -> None:
+        core = self._core
+        resync = time.monotonic() + core.settings.sync_period
+        renewal = time.monotonic() + core.settings.config_sync_period
+        while not core.lifecycle.stopping:
+            began = time.monotonic()
+            core.turns += 1
+            self._changed.clear()
+            self._reconcile_or_say_why()
+            retry = core.reconciler.next_retry()
+            due = min(resync, renewal) if retry is None else min(retry, resync, renewal)
+            await self._wait(stopped, max(0.0, due - time.monotonic()))
+            if (pause := began + core.settings.min_sync_period - time.monotonic()) > 0:
+                await asyncio.wait({stopped}, timeout=pause)
+            if time.monotonic() >= renewal:
+                # A safety net: whatever is remembered of earlier plans is forgotten.
+                log.debug("planning everything anew")
+                self._planner = Planner()
+                gc.collect()
+                renewal = time.monotonic() + core.settings.config_sync_period
+            if time.monotonic() >= resync:
+                core.reconciler.observe()
+                self._resynced()
+                resync = time.monotonic() + core.settings.sync_period
+
+    async def _wait(self, stopped: Stopped, seconds: float | None) -> None:
+        """Wait for a change or the order to stop, so many seconds at most (None: without a limit)."""
+        changed = asyncio.ensure_future(self._changed.wait())
+        await asyncio.wait({stopped, changed}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        changed.cancel()
+
+    def _reconcile_or_say_why(self) -> None:
+        try:
+            self._reconciled = False
+            with uncollected() if self._core.turns == 1 else contextlib.nullcontext():
+                self._reconcile()
+        except Exception as error:  # noqa: BLE001 - what is served goes on; the next plan knows what was done so far
+            self._said.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
+            self._telemetry.reconcile_failed()
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self.look_again)
+
+    def _reconcile(self) -> None:
+        core = self._core
+        began = time.perf_counter()
+        desired = self._planner.desired(core.snapshot, core.node, core.options)
+        core.reconciler.reconcile(desired, core.supervisor.workers, self._publish)
+        self._reconciled = True
+        self._telemetry.reconciled(time.perf_counter() - began)
+        self._on_reconciled(desired)
+
+    def _publish(self, update: Update) -> None:
+        self._core.supervisor.publish(update)
+        self._telemetry.published()
