@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -243,6 +243,31 @@ def test_what_waited_for_control_comes_complete_and_the_most_important_first(lab
     assert heard[-1] == Trouble({"trouble": 1})
     lab.loop.turn(3)
     assert lab.heard() == []
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        (lambda reporter: reporter.answer(Acknowledged(1)), Acknowledged(1)),
+        (lambda reporter: reporter.drained(1), Drained([1])),
+        (lambda reporter: reporter.record(connection(1)), Connections([connection(1)])),
+        (
+            lambda reporter: reporter.failure("prod/web", "", "why"),
+            Failures([Failure("prod/web", "", "why", 1)]),
+        ),
+        (lambda reporter: reporter.trouble("trouble"), Trouble({"trouble": 1})),
+    ],
+    ids=["answer", "drained", "record", "failure", "trouble"],
+)
+def test_nothing_is_lost_while_control_does_not_read(
+    lab: Lab, report: Callable[[Reporter], None], expected: object
+) -> None:
+    lab.fill()
+    report(lab.reporter)
+    lab.loop.advance(TROUBLE_SECONDS)
+    lab.heard()
+    lab.loop.turn()
+    assert lab.heard() == [expected]
 
 
 def test_once_control_has_read_the_loop_is_left_alone(lab: Lab) -> None:
