@@ -1,4 +1,11 @@
-"""`proxyd completion bash|zsh|fish`: completion scripts, made from the parser."""
+"""`proxyd completion bash|zsh|fish`: completion scripts, made from the parser.
+
+Why not shtab, which makes such scripts of any parser: 1.13.0 was tried on this one. It completes names by asking the daemon,
+as is done here, but in zsh it completes only the first PATH of `proxyd check`, in zsh and fish it takes the word after a
+flag whose value may be left out (`--tcp-splice --manifests`) for that value, and in fish it completes no file after
+`--manifests=`. The first two can be mended only by editing the scripts it has made, and it would be one more library that
+every installation needs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +18,7 @@ from proxyd.cli.grammar import Argument, Subcommand, subcommands
 # Where a command takes the name of a Service, the daemon is asked for those it serves.
 _NAMES = "proxyd get services -o name 2>/dev/null"
 _NAMED = frozenset({"get", "describe"})
+_PROGRAM_FLAGS = {"--help": "show this help message and exit", "--version": "show the version and exit"}
 
 
 def completion(args: argparse.Namespace, env: Env) -> int:
@@ -25,7 +33,7 @@ def bash(commands: list[Subcommand]) -> str:
     cases = []
     for command in commands:
         flags = " ".join(flag for argument in command.flags for flag in argument.flags)
-        values = [_bash_value(argument) for argument in command.flags if argument.metavar]
+        values = [_bash_value(argument) for argument in command.flags if _takes_next_word(argument)]
         words = [word for argument in command.positionals for word in argument.choices]
         files = any(argument.files for argument in command.positionals)
         body = [
@@ -48,13 +56,22 @@ def bash(commands: list[Subcommand]) -> str:
             "}",
             "_proxyd() {",
             '    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"',
-            '    local command="" words="" files="" position=0 index',
+            '    local command="" words="" files="" position=0 index word',
+            f'    local valued=" {" ".join(_valued(commands))} "',
+            "    # The = of --output=json is a word of its own.",
+            '    if [[ $current == = ]]; then current=""',
+            '    elif [[ $previous == = ]]; then previous="${COMP_WORDS[COMP_CWORD-2]}"; fi',
             "    for (( index = 1; index < COMP_CWORD; index++ )); do",
-            "        [[ ${COMP_WORDS[index]} == -* ]] && continue",
-            '        if [[ -z $command ]]; then command="${COMP_WORDS[index]}"; fi',
-            "        (( ++position ))",
+            '        word="${COMP_WORDS[index]}"',
+            "        if [[ ${COMP_WORDS[index+1]} == = ]]; then (( index += 2 ))",
+            '        elif [[ $valued == *" $word "* ]]; then (( ++index ))',
+            "        elif [[ $word != -* ]]; then",
+            '            if [[ -z $command ]]; then command="$word"; fi',
+            "            (( ++position ))",
+            "        fi",
             "    done",
-            f'    if [[ -z $command ]]; then words="{" ".join(c.name for c in commands)} --help --version"',
+            "    if [[ -z $command ]]; then",
+            f'        words="{" ".join([*(c.name for c in commands), *_PROGRAM_FLAGS])}"',
             "    else _proxyd_words; fi",
             "    COMPREPLY=()",
             '    if [[ -n $words ]]; then mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current"); fi',
@@ -67,6 +84,16 @@ def bash(commands: list[Subcommand]) -> str:
             "",
         ]
     )
+
+
+def _takes_next_word(argument: Argument) -> bool:
+    return bool(argument.metavar) and not argument.optional_value
+
+
+def _valued(commands: list[Subcommand]) -> list[str]:
+    """The flags whose value is the next word. A flag means the same in every command that has it."""
+    flags = (argument for command in commands for argument in command.flags)
+    return sorted({flag for one in flags if _takes_next_word(one) for flag in one.flags})
 
 
 def _bash_value(argument: Argument) -> str:
@@ -88,6 +115,7 @@ def zsh(commands: list[Subcommand]) -> str:
         cases += [f"            {spec} \\" for spec in specs[:-1]]
         cases += [f"            {specs[-1]}", "        ;;"]
     listed = [f"        {_quoted(f'{command.name}:{_plain(command.text)}')}" for command in commands]
+    program_flags = " ".join(_quoted(f"{flag}:{text}") for flag, text in _PROGRAM_FLAGS.items())
     return "\n".join(
         [
             "#compdef proxyd",
@@ -103,6 +131,8 @@ def zsh(commands: list[Subcommand]) -> str:
             "    )",
             "    if (( CURRENT == 2 )); then",
             "        _describe command commands",
+            f"        local -a flags=({program_flags})",
+            "        [[ $PREFIX == -* ]] && _describe -o flag flags",
             "        return",
             "    fi",
             "    local command=$words[2]",
@@ -125,7 +155,9 @@ def _zsh_flag(argument: Argument) -> str:
         value = ":" + value
     star = "*" if argument.repeatable else ""
     others = "" if argument.repeatable else f"({' '.join(argument.flags)})"
-    return " ".join(_quoted(f"{others}{star}{flag}[{text}]{value}") for flag in argument.flags)
+    # Of a long flag the value may also stand behind a = in the same word.
+    names = [flag + "=" * (bool(value) and flag.startswith("--")) for flag in argument.flags]
+    return " ".join(_quoted(f"{others}{star}{name}[{text}]{value}") for name in names)
 
 
 def _zsh_action(argument: Argument, command: Subcommand | None = None) -> str:
@@ -142,19 +174,32 @@ def fish(commands: list[Subcommand]) -> str:
         "# fish completion of proxyd; put it into ~/.config/fish/completions/proxyd.fish, or",
         "# proxyd completion fish | source",
         "complete -c proxyd -f",
-        "function __proxyd_position",
-        "    test (count (string match -v -- '-*' (commandline -opc))) -eq $argv[1]",
+        "# Whether this is the command, and as many words are there which are no flags and no values of flags.",
+        "function __proxyd_at --argument-names command words",
+        f"    set -l valued {' '.join(_valued(commands))}",
+        "    set -l plain",
+        "    set -l value 0",
+        "    for word in (commandline -opc)",
+        "        if test $value -eq 1",
+        "            set value 0",
+        "        else if contains -- $word $valued",
+        "            set value 1",
+        "        else if not string match -q -- '-*' $word",
+        "            set -a plain $word",
+        "        end",
+        "    end",
+        '    test "$plain[2]" = "$command"; and test -z "$words" -o (count $plain) -eq "$words"',
         "end",
     ]
-    none = "-n __fish_use_subcommand"
-    lines += [f"complete -c proxyd {none} -a {c.name} -d {_quoted(_plain(c.text))}" for c in commands]
+    none = """complete -c proxyd -n '__proxyd_at ""'"""
+    lines += [f"{none} -a {c.name} -d {_quoted(_plain(c.text))}" for c in commands]
+    lines += [f"{none} -l {flag[2:]} -d {_quoted(text)}" for flag, text in _PROGRAM_FLAGS.items()]
     for command in commands:
-        seen = f"__fish_seen_subcommand_from {command.name}"
-        start = f"complete -c proxyd -n {_quoted(seen)}"
+        start = f"complete -c proxyd -n '__proxyd_at {command.name}'"
         for number, argument in enumerate(command.positionals, 2):
             here = start
             if not argument.repeatable:
-                here = f"complete -c proxyd -n {_quoted(f'{seen}; and __proxyd_position {number}')}"
+                here = f"complete -c proxyd -n '__proxyd_at {command.name} {number}'"
             if argument.choices:
                 lines.append(f"{here} -a {_quoted(' '.join(argument.choices))}")
             elif argument.files:
@@ -168,7 +213,7 @@ def fish(commands: list[Subcommand]) -> str:
             value = ""
             if argument.choices:
                 value = f" -x -a {_quoted(' '.join(argument.choices))}"
-            elif argument.metavar and not argument.optional_value:
+            elif _takes_next_word(argument):
                 value = " -r -F" if argument.files else " -x"
             lines.append(f"{start} {' '.join(names)}{value} -d {_quoted(_plain(argument.help))}")
     return "\n".join(lines) + "\n"

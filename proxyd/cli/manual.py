@@ -1,4 +1,10 @@
-"""Manual pages made from the parser: `python -m proxyd.cli.manual FOLDER` writes proxyd.1 and one for each command."""
+"""Manual pages made from the parser: `python -m proxyd.cli.manual FOLDER` writes proxyd.1 and one for each command.
+
+Why not argparse-manpage: 4.8 was tried on this parser. It writes one page for all commands, 560 lines. Called for a single
+command it leaves the heading's program and the purpose in NAME out of order ("proxyd get" is two arguments of .TH, an error
+for mandoc). It knows nothing of kube-proxy's flags, which the parser does not have, and EXIT STATUS, FILES and SEE ALSO would
+have to be written in roff beside it.
+"""
 
 from __future__ import annotations
 

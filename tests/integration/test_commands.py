@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -294,6 +296,41 @@ def test_top_without_a_terminal(lab: Lab, daemon: Proxyd) -> None:
     assert first["SERVICE"] == "default/other"
     assert float(first["CONN/S"].replace(",", "")) > 0
     assert rows(endpoint_lines)[0]["ENDPOINT"] == "10.244.0.11:9376"
+
+
+# Completion asks the daemon for names
+
+
+COMPLETE = {
+    "bash": """source <(proxyd completion bash)
+COMP_WORDS=(proxyd describe service -o json default/); COMP_CWORD=5
+_proxyd; printf '%s\\n' "${COMPREPLY[@]}" """,
+    "fish": "proxyd completion fish | source; complete -C 'proxyd describe service -o json default/'",
+    # zsh completes in its line editor alone: the function that looks for names, and what it would add.
+    "zsh": """compdef() { }; compadd() { print -l ${(P)2} }; source <(proxyd completion zsh); _proxyd_services""",
+}
+
+
+@pytest.mark.parametrize("shell", COMPLETE)
+def test_completion_offers_the_services_of_the_daemon(shell: str, tmp_path: Path, daemon: Proxyd) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    # The script asks the daemon that commands find by themselves: here one that has its socket elsewhere.
+    called = tmp_path / "proxyd"
+    socket_flag = f"--admin-socket {shlex.quote(str(daemon.socket))}"
+    called.write_text(
+        f'#!/bin/sh\n[ "$1" = get ] && set -- "$@" {socket_flag}\nexec {shlex.join(COMMAND)} "$@"\n'
+    )
+    called.chmod(0o755)
+    done = subprocess.run(
+        [shell, "-c", COMPLETE[shell]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert (set(done.stdout.split()), done.stderr) == ({"default/web", "default/other", "default/dead"}, "")
 
 
 # reload, log-level, version, status

@@ -152,15 +152,33 @@ COMPLETED = [
     (["proxyd", "get", "services", "-o", ""], {"table", "wide", "json", "yaml", "name"}),
     (["proxyd", "log-level", "d"], {"debug"}),
     (["proxyd", "drain", "--no"], {"--no-wait"}),
+    (["proxyd", "--v"], {"--version"}),
+    # A flag's value is neither a command nor an argument.
+    (["proxyd", "get", "-n", "check", "ser"], {"services"}),
+    (["proxyd", "run", "--tcp-splice", "--manif"], {"--manifests"}),
+    (["proxyd", "check", "Makefile", "pyproj"], {"pyproject.toml"}),
+]
+# bash makes a word of each =.
+EQUALS_IN_BASH = [
+    (["proxyd", "get", "services", "--output", "=", "js"], {"json"}),
+    (["proxyd", "get", "services", "--output", "="], {"table", "wide", "json", "yaml", "name"}),
+    (["proxyd", "get", "--namespace", "=", "prod", "ser"], {"services"}),
+    (["proxyd", "check", "--config", "=", "pyproj"], {"pyproject.toml"}),
+    (["proxyd", "run", "--tcp-splice", "=", "false", "--manif"], {"--manifests"}),
+]
+EQUALS_IN_FISH = [
+    (["proxyd", "get", "services", "--output=js"], {"--output=json"}),
+    (["proxyd", "get", "--namespace=prod", "ser"], {"services"}),
+    (["proxyd", "check", "--config=pyproj"], {"--config=pyproject.toml"}),
 ]
 
 
-@pytest.mark.parametrize(("words", "expected"), COMPLETED)
+@pytest.mark.parametrize(("words", "expected"), COMPLETED + EQUALS_IN_BASH)
 def test_completion_in_bash(words, expected):
     assert set(shell("bash", "--norc", "-c", BASH, "bash", *words).split()) == expected
 
 
-@pytest.mark.parametrize(("words", "expected"), COMPLETED)
+@pytest.mark.parametrize(("words", "expected"), COMPLETED + EQUALS_IN_FISH)
 def test_completion_in_fish(words, expected):
     lines = shell("fish", "--no-config", "-c", FISH, " ".join(words)).splitlines()
     assert {line.split("\t")[0] for line in lines} == expected
@@ -171,13 +189,18 @@ def test_completion_in_zsh(tmp_path):
         pytest.skip("zsh is not installed")
     (tmp_path / "_proxyd").write_text(completion.zsh(subcommands()))
     # zsh completes in its line editor alone: type into one.
-    setup = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -d {tmp_path}/dump; PS1='READY '; stty -echo\n"
+    setup = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -d {tmp_path}/dump; setopt nobeep; PS1='REA''DY '; stty -echo\n"
     with terminal(["zsh", "-f", "-i"], {"TERM": "dumb", "PATH": "/usr/bin:/bin"}) as typed:
         typed.say(setup)
         typed.until("READY ")
         for begun, ended in (
             ("proxyd log-", "proxyd log-level"),
             ("proxyd get conn", "proxyd get connections"),
+            ("proxyd get -n check ser", "proxyd get -n check services"),
+            ("proxyd get services --output=js", "--output=json"),
+            ("proxyd run --tcp-splice --manif", "--manifests"),
+            ("proxyd --v", "proxyd --version"),
+            (f"proxyd check {ROOT}/Makefile {ROOT}/pyproj", "pyproject.toml"),
         ):
             typed.say(f"{begun}\t")
             typed.until(ended)
