@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -54,6 +55,16 @@ class Decoded(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool = True
 
 
+class _Subject(NamedTuple):
+    """What a problem is about: "" for what cannot be read."""
+
+    kind: str
+    name: str
+
+
+_NOTHING = _Subject("", "")
+
+
 class _Collector:
     """Builds a Decoded."""
 
@@ -89,16 +100,27 @@ class _Collector:
             complete=self.complete,
         )
 
-    def unusable(self, subject: str, place: Path, path: Path, message: str) -> None:
+    def unusable(self, subject: _Subject, place: Path, path: Path, message: str) -> None:
         """Report what cannot be known as any object."""
         self.complete = False
         self.report(subject, place, path, message)
 
     def report(
-        self, subject: str, place: Path, path: Path, message: str, severity: Severity = Severity.ERROR
+        self,
+        subject: _Subject,
+        place: Path,
+        path: Path,
+        message: str,
+        severity: Severity = Severity.ERROR,
     ) -> None:
         self.problems.append(
-            Problem(severity=severity, subject=subject, path=field_path(path), message=message)
+            Problem(
+                severity=severity,
+                kind=subject.kind,
+                object=subject.name,
+                path=field_path(path),
+                message=message,
+            )
         )
         self.problem_places.append(place + path)
 
@@ -119,7 +141,7 @@ def decode(raw: object, rules: Rules) -> Decoded:
                     continue
                 if item_head[1] in _LISTS:
                     out.unusable(
-                        "", place, ("kind",), "a list inside a list is not read: write its items here"
+                        _NOTHING, place, ("kind",), "a list inside a list is not read: write its items here"
                     )
                 else:
                     _one(item, item_head, place, out)
@@ -131,7 +153,9 @@ def decode(raw: object, rules: Rules) -> Decoded:
 def _head(raw: object, place: Path, inherited: tuple[str, str], out: _Collector) -> tuple[str, str] | None:
     """Return apiVersion and kind, if both are readable and of a kind to go on with."""
     if not isinstance(raw, dict):
-        out.unusable("", place, (), f"expected an object (a map with apiVersion and kind), got {shown(raw)}")
+        out.unusable(
+            _NOTHING, place, (), f"expected an object (a map with apiVersion and kind), got {shown(raw)}"
+        )
         return None
     version, kind = raw.get("apiVersion") or inherited[0], raw.get("kind") or inherited[1]
     if isinstance(kind, str) and isinstance(version, str) and version in _VERSIONS.get(kind, ()):
@@ -165,13 +189,15 @@ def _foreign(version: str, accepted: tuple[str, ...]) -> bool:
     return "." in group and all(group != ours.rpartition("/")[0] for ours in accepted)
 
 
-def _ignore(subject: str, place: Path, kind: str, version: str, out: _Collector) -> None:
+def _ignore(subject: _Subject, place: Path, kind: str, version: str, out: _Collector) -> None:
     message = f"kind {clip(kind)} ({clip(version)}) is not used by proxyd: ignored"
-    out.problems.append(Problem(severity=Severity.WARNING, subject=subject, message=message))
+    out.problems.append(
+        Problem(severity=Severity.WARNING, kind=subject.kind, object=subject.name, message=message)
+    )
     out.problem_places.append((*place, "kind"))
 
 
-def _subject(kind: object, raw: dict[str, object]) -> str:
+def _subject(kind: object, raw: dict[str, object]) -> _Subject:
     """What to call an object in messages: as much of "Service prod/web" as can be read."""
     meta = raw.get("metadata")
     name = meta.get("name") if isinstance(meta, dict) else None
@@ -182,8 +208,8 @@ def _subject(kind: object, raw: dict[str, object]) -> str:
     elif kind in _KINDS and len(texts) == 1 and texts[0] is name:
         texts.insert(0, "default")
     if not isinstance(name, str) or not name:
-        return clip(kind) if kind != "object" else ""
-    return f"{clip(kind)} {'/'.join(map(clip, texts))}"
+        return _Subject(clip(kind), "") if kind != "object" else _NOTHING
+    return _Subject(clip(kind), "/".join(map(clip, texts)))
 
 
 def _items(
@@ -195,7 +221,7 @@ def _items(
     if items is None:
         return
     if not isinstance(items, list | tuple):
-        out.unusable(kind, (), ("items",), f"expected a list, got {shown(items)}")
+        out.unusable(_Subject(kind, ""), (), ("items",), f"expected a list, got {shown(items)}")
         return
     # The API server leaves both out in the items of a ServiceList, not in those of a List.
     inherited = (version, _LISTS[kind]) if _LISTS[kind] else ("", "")

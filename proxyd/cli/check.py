@@ -6,12 +6,11 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 
-import msgspec
-
 from proxyd.api.problems import Severity
 from proxyd.cli.env import INVALID, OK, Env
 from proxyd.cli.explain import explain
-from proxyd.cli.reading import Reading, as_json, read, settings_of_check
+from proxyd.cli.output import pretty
+from proxyd.cli.reading import Reading, read, settings_of_check
 from proxyd.cli.tables import clean, count
 
 
@@ -26,8 +25,8 @@ def check(args: argparse.Namespace, env: Env) -> int:
     counts = Counter(problem.severity for problem in reading.problems)
     shown = [p for p in reading.problems if p.severity is Severity.ERROR or not args.quiet]
     if args.output == "json":
-        answer = {"problems": [as_json(problem) for problem in shown], "summary": _totals(reading, counts)}
-        env.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
+        answer = {"problems": shown, "summary": _totals(reading, counts)}
+        env.stdout.write(pretty(answer))
     else:
         for problem in shown:
             env.stdout.write(clean(str(problem)) + "\n")

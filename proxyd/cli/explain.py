@@ -13,7 +13,8 @@ from proxyd.api.pod import Pod, PodPhase
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service, ServicePort, ServiceType, TrafficPolicy
 from proxyd.cli.env import INVALID, OK, CommandError, Env
-from proxyd.cli.reading import Reading, as_json
+from proxyd.cli.output import pretty
+from proxyd.cli.reading import Reading
 from proxyd.cli.tables import clean, table
 from proxyd.sources.standalone.endpoints import SKIP_MIRROR_LABEL
 from proxyd.state.explain import Considered, considered
@@ -42,7 +43,7 @@ def explain(args: argparse.Namespace, env: Env, reading: Reading) -> int:
     found = [_explanation(name, reading) for name in names]
     if args.output == "json":
         answer = {"services": [_as_json(one) for one in found]}
-        env.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
+        env.stdout.write(pretty(answer))
     else:
         env.stdout.write("\n".join(_text(one, env) for one in found))
     wrong = any(problem.severity is Severity.ERROR for one in found for problem in one.problems)
@@ -63,7 +64,7 @@ def _named(wanted: str, reading: Reading) -> list[ObjectName]:
 
 def _explanation(name: ObjectName, reading: Reading) -> Explanation:
     manifests, snapshot = reading.manifests, reading.assembled.snapshot
-    problems = tuple(p for p in reading.problems if p.subject == f"Service {name}")
+    problems = tuple(p for p in reading.problems if (p.kind, p.object) == (Service.__name__, str(name)))
     service = snapshot.services.get(name)
     if service is None:
         file = next((p.file for p in problems), "")
@@ -83,7 +84,7 @@ def _explanation(name: ObjectName, reading: Reading) -> Explanation:
     return Explanation(
         service=name,
         type=service.spec.type,
-        file=manifests.origins.get(("Service", name), ""),
+        file=manifests.origins.get((Service.__name__, name), ""),
         listeners=tuple(sorted(_listeners(name, reading), key=_listener_order)),
         endpoints=(*endpoints, *(() if service.spec.headless else left_out)),
         notes=tuple(_notes(service, reading)),
@@ -207,7 +208,7 @@ def _as_json(one: Explanation) -> dict[str, object]:
         ],
         "endpoints": [msgspec.to_builtins(item) for item in one.endpoints],
         "notes": list(one.notes),
-        "problems": [as_json(problem) for problem in one.problems],
+        "problems": list(one.problems),
     }
 
 

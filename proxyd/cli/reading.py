@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import msgspec
-
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.rules import Rules
@@ -28,7 +26,7 @@ from proxyd.sources.standalone.allocation import Settings as AllocationSettings
 from proxyd.sources.standalone.assemble import Assembled, assemble
 from proxyd.state.desired import DesiredState, desired_state
 from proxyd.state.snapshot import NodeView, Options
-from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerState, ListenerStatus, Role
+from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerStatus, Role
 
 
 class Reading(NamedTuple):
@@ -82,24 +80,17 @@ def read(paths: list[str], settings: Settings) -> Reading:
     held: dict[ListenerKey, str] = {}
     with contextlib.suppress(OSError):  # a sandbox: then nothing is known of other processes
         held = occupied(desired.host.listeners)
-    services = found.services
     problems = located(
         {
             *found.problems,
             *assembled.problems,
-            *_placed(found, _conflicts(desired.unopened, services)),
-            *_placed(found, _held(desired.host.listeners.values(), held, services)),
+            *_conflicts(found, desired.unopened),
+            *_in_use(found, desired.host.listeners.values(), held),
         },
         paths,
     )
     problems.sort(key=lambda p: (p.file, p.line, p.column, p.subject, p.path, p.message))
     return Reading(found, assembled, node, options, desired, held, problems)
-
-
-def as_json(problem: Problem) -> dict[str, object]:
-    """A problem as an object; `line` and `column` count from 1, and are 0 where they are unknown."""
-    kind, _, name = problem.subject.partition(" ")
-    return {**msgspec.to_builtins(problem), "kind": kind, "object": name}
 
 
 def _node(settings: Settings) -> NodeView:
@@ -110,51 +101,45 @@ def _node(settings: Settings) -> NodeView:
     return NodeView(name=settings.node_name, addresses=addresses)
 
 
-def _placed(found: ManifestSet, problems: Iterable[Problem]) -> Iterator[Problem]:
-    """The problems of Services, with the file each was found in."""
-    for problem in problems:
-        name = ObjectName(*problem.subject.removeprefix("Service ").split("/", 1))
-        yield msgspec.structs.replace(problem, file=found.origins.get((Service.__name__, name), ""))
-
-
-def _conflicts(
-    statuses: Iterable[ListenerStatus], services: Mapping[ObjectName, Service]
-) -> Iterator[Problem]:
+def _conflicts(found: ManifestSet, statuses: Iterable[ListenerStatus]) -> Iterator[Problem]:
     """A warning for every address that two Services want. NodePorts once, not for each address of the node."""
     for status in statuses:
-        if status.state is not ListenerState.CONFLICT:
-            continue
-        holder = status.detail.partition(" is held by ")[2]
-        what = _what(status.key, status.role)
-        yield _warning(
-            status, services, f"{what} is held by Service {holder}, which comes first: one must change"
-        )
+        if status.holder is not None:
+            what = _what(status.key, status.role)
+            yield _warning(
+                found,
+                status,
+                f"{what} is held by Service {status.holder}, which comes first: one must change",
+            )
 
 
-def _held(
-    listeners: Iterable[ListenerSpec],
-    held: dict[ListenerKey, str],
-    services: Mapping[ObjectName, Service],
+def _in_use(
+    found: ManifestSet, listeners: Iterable[ListenerSpec], held: Mapping[ListenerKey, str]
 ) -> Iterator[Problem]:
+    """A warning for every address whose port a process of this node has."""
     for listener in listeners:
         who = held.get(listener.key)
         if who is not None:
             what = _what(listener.key, listener.role)
-            yield _warning(listener, services, f"{what} is in use on this node by {who or 'another process'}")
+            yield _warning(found, listener, f"{what} is in use on this node by {who or 'another process'}")
 
 
 def _what(key: ListenerKey, role: Role) -> str:
     return f"NodePort {key.port}/{key.protocol}" if role is Role.NODE_PORT else str(key)
 
 
-def _warning(
-    listener: ListenerSpec | ListenerStatus, services: Mapping[ObjectName, Service], message: str
-) -> Problem:
+def _warning(found: ManifestSet, listener: ListenerSpec | ListenerStatus, message: str) -> Problem:
     """A warning about a listener, at the field that asks for it."""
     owner = ObjectName(listener.service_port.namespace, listener.service_port.name)
-    service = services.get(owner)
-    path = _field(listener, service) if service else ""
-    return Problem(severity=Severity.WARNING, subject=f"Service {owner}", path=path, message=message)
+    service = found.services.get(owner)
+    return Problem(
+        file=found.origins.get((Service.__name__, owner), ""),
+        severity=Severity.WARNING,
+        kind=Service.__name__,
+        object=str(owner),
+        path=_field(listener, service) if service else "",
+        message=message,
+    )
 
 
 def _field(listener: ListenerSpec | ListenerStatus, service: Service) -> str:

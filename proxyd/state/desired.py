@@ -232,4 +232,5 @@ def _unopened(wishes: ServiceWishes) -> tuple[ListenerStatus, ...]:
 
 
 def _conflict(loser: ListenerSpec, holder: ListenerSpec) -> ListenerStatus:
-    return status_of(loser, ListenerState.CONFLICT, f"{loser.key} is held by {holder.service_port}")
+    who = holder.service_port
+    return status_of(loser, ListenerState.CONFLICT, f"{loser.key} is held by {who}", holder=who)

@@ -141,12 +141,15 @@ class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: ListenerState
     detail: str = ""
     mapped_from: str = ""
+    holder: ServicePortName | None = None  # in a conflict: who has the address
 
     def __str__(self) -> str:
         return f"{self.state}: {self.detail}" if self.detail else str(self.state)
 
 
-def status_of(listener: ListenerSpec, state: ListenerState, detail: str = "") -> ListenerStatus:
+def status_of(
+    listener: ListenerSpec, state: ListenerState, detail: str = "", *, holder: ServicePortName | None = None
+) -> ListenerStatus:
     """A listener's status."""
     return ListenerStatus(
         key=listener.key,
@@ -155,4 +158,5 @@ def status_of(listener: ListenerSpec, state: ListenerState, detail: str = "") ->
         state=state,
         detail=detail,
         mapped_from=listener.mapped_from,
+        holder=holder,
     )

@@ -203,6 +203,10 @@ def test_every_open_listener_has_endpoints_and_every_wish_a_status(snapshot: Sna
         assert listener.key == key
         assert desired.host.balancers[listener.balancer].endpoints
         assert key.protocol in opts.protocols
+    holders = {key: {listener.service_port} for key, listener in desired.host.listeners.items()}
+    for status in desired.unopened:
+        if status.state is ListenerState.NO_ENDPOINTS:
+            holders.setdefault(status.key, set()).add(status.service_port)
     # An address is held once: no listener that is open is also refused, but as the loser's conflict.
     for status in desired.unopened:
         if status.state is not ListenerState.CONFLICT:
@@ -211,6 +215,7 @@ def test_every_open_listener_has_endpoints_and_every_wish_a_status(snapshot: Sna
             )
         else:
             assert "is held by" in status.detail
+            assert status.holder in holders[status.key] - {status.service_port}
 
 
 @given(snapshots(), options)

@@ -140,7 +140,7 @@ def picture(**changes) -> Picture:
             web: BalancerSpec(key=web, endpoints=tuple(Endpoint(f"10.1.0.{n}", 9376) for n in (1, 2, 3)))
         },
         "problems": (
-            Problem(file="config/web.yaml", line=14, subject="Service prod/bad", message="no ports"),
+            Problem(file="config/web.yaml", line=14, kind="Service", object="prod/bad", message="no ports"),
         ),
         "counters": lambda name: (
             Counters(opened=1328, closed=200, failed=1, bytes_in=5_000_000) if name == WEB else Counters()

@@ -153,6 +153,9 @@ def test_the_service_created_first_keeps_an_address_then_the_first_by_name() -> 
     state = desired(younger, older)
     assert state.host.listeners[ListenerKey("10.96.0.10", 80, Protocol.TCP)].service_port.name == "zeta"
     assert reasons(state) == {"10.96.0.10:80/TCP": "Conflict: 10.96.0.10:80/TCP is held by default/zeta"}
+    assert [status.holder for status in state.unopened] == [
+        state.host.listeners[ListenerKey("10.96.0.10", 80, Protocol.TCP)].service_port
+    ]
     same = desired(service("b", created="2026-01-01T00:00:00Z"), service("a", created="2026-01-01T00:00:00Z"))
     assert next(iter(same.host.listeners.values())).service_port.name == "a"
     # One that is not dated comes after all that are.

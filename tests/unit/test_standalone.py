@@ -14,7 +14,6 @@ import pytest
 from proxyd.api.discovery import Endpoints, EndpointSlice
 from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
-from proxyd.api.problems import Severity
 from proxyd.api.service import Service
 from proxyd.sources.manifests.source import ManifestSet
 from proxyd.sources.standalone.allocation import Allocated, Allocations, Settings, allocate
@@ -354,17 +353,20 @@ class TestClusterIPs:
         others = [service(f"a{n}", created="2000-01-01T00:00:00Z") for n in range(5)]
         second = allocated(service("m"), *others, previous=first.allocations, settings=narrow)
         assert ips(second, "m") == ips(first, "m")
-        assert second.problems == ()
+        assert second.shortages == ()
 
     def test_exhausted_is_said_of_the_service_and_nothing_else_stops(self) -> None:
         narrow = Settings(cluster_cidrs=("10.96.0.0/30",))
         result = allocated(service("a"), service("b"), service("c"), settings=narrow)
         assert {ips(result, "a"), ips(result, "b")} == {("10.96.0.1",), ("10.96.0.2",)}
         assert ips(result, "c") == ()
-        (problem,) = result.problems
-        assert problem.subject == "Service prod/c"
-        assert problem.path == "spec.clusterIP"
-        assert problem.severity is Severity.ERROR
+        (shortage,) = result.shortages
+        assert shortage.service == ObjectName("prod", "c")
+        assert shortage.path == "spec.clusterIP"
+        whole = run(service("a"), service("b"), service("c"), settings=narrow)
+        assert [text for text in messages(whole) if ": error: " in text] == [
+            f"c.yaml: error: Service prod/c: spec.clusterIP: {shortage.message}"
+        ]
 
     @pytest.mark.parametrize(
         ("spec", "families"),
@@ -380,13 +382,13 @@ class TestClusterIPs:
     def test_families(self, spec: dict[str, Any], families: tuple[int, ...]) -> None:
         result = allocated(service(**spec), settings=DUAL)
         assert tuple(ip_address(ip).version for ip in ips(result)) == families
-        assert result.problems == ()
+        assert result.shortages == ()
 
     @pytest.mark.parametrize(("policy", "count"), [("PreferDualStack", 0), ("RequireDualStack", 1)])
     def test_a_family_without_a_range(self, policy: str, count: int) -> None:
         result = allocated(service(ipFamilyPolicy=policy, ipFamilies=["IPv4", "IPv6"]))
         assert len(ips(result)) == 1
-        assert len(result.problems) == count
+        assert len(result.shortages) == count
 
     def test_another_range_means_another_address(self) -> None:
         first = allocated(service())
@@ -435,8 +437,8 @@ class TestNodePorts:
         settings = Settings(node_port_range=(30000, 30001))
         result = allocated(*(service(f"s{n}", type="NodePort") for n in range(3)), settings=settings)
         assert sorted(node_ports(result, f"s{n}")[0] for n in range(3)) == [0, 30000, 30001]
-        (problem,) = result.problems
-        assert problem.path == "spec.ports[0].nodePort"
+        (shortage,) = result.shortages
+        assert shortage.path == "spec.ports[0].nodePort"
         assert all(ips(result, f"s{n}") for n in range(3))
 
     def test_they_are_released_with_the_type(self) -> None:

@@ -18,10 +18,10 @@ WANTED = {
 
 
 def given(taken: Taken, before: Allocations | None = None) -> tuple[str, int, Allocations, list[str]]:
-    """What web gets: clusterIP and nodePort; the allocations; the problems' texts."""
+    """What web gets: clusterIP and nodePort; the allocations; the shortages' messages."""
     done = allocate(WANTED, before or Allocations(), SETTINGS, NOW, taken=taken)
     spec = done.services[WEB].spec
-    return spec.cluster_ip, spec.ports[0].node_port, done.allocations, [str(p) for p in done.problems]
+    return spec.cluster_ip, spec.ports[0].node_port, done.allocations, [s.message for s in done.shortages]
 
 
 def taken(*what: str | int) -> Taken:

@@ -215,7 +215,8 @@ class Feeds:
 def _hidden(name: ObjectName) -> Problem:
     return Problem(
         severity=Severity.WARNING,
-        subject=f"Service {name}",
+        kind="Service",
+        object=str(name),
         message="the cluster has a Service of this name, which is served: give the one in the manifests another name",
     )
 

@@ -72,7 +72,7 @@ class HealthCheckPorts:
             if (owner := self._wanted.get(place)) is not None
         }
         return tuple(
-            Problem(severity=Severity.WARNING, subject=f"Service {name}", message=why)
+            Problem(severity=Severity.WARNING, kind="Service", object=str(name), message=why)
             for name, why in sorted({**self._losers, **failed}.items())
         )
 

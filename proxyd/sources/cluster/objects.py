@@ -175,7 +175,8 @@ class Codec(Generic[T]):
         first = found.found[0]
         problem = Problem(
             severity=Severity.ERROR,
-            subject=f"{self.kind.__name__} {name or '(without a name)'}",
+            kind=self.kind.__name__,
+            object=str(name or "(without a name)"),
             path=field_path(first.path),
             message=first.message,
         )

@@ -230,7 +230,7 @@ class ClusterSource:
 
     def _event_trouble(self, message: str) -> None:
         self._on_problem(
-            Problem(severity=Severity.WARNING, subject=f"API server {self._client.host}", message=message)
+            Problem(severity=Severity.WARNING, kind="API server", object=self._client.host, message=message)
         )
 
 

@@ -22,7 +22,7 @@ class Troubles:
     def __init__(
         self, server: str, on_problem: Callable[[Problem], None], on_solved: Callable[[str], None]
     ) -> None:
-        self._subject = f"API server {server}"
+        self._server = server
         self._on_problem, self._on_solved = on_problem, on_solved
         self._current: dict[str, Problem] = {}  # by watch
         self._said: set[str] = set()
@@ -38,7 +38,7 @@ class Troubles:
         """A watch cannot go on for now."""
         if not self._current:
             self._since = time.monotonic()
-        problem = Problem(severity=Severity.WARNING, subject=self._subject, message=message)
+        problem = Problem(severity=Severity.WARNING, kind="API server", object=self._server, message=message)
         self._current[watch] = problem
         if message not in self._said and len(self._said) < _MAX_SAID:
             self._said.add(message)
@@ -48,7 +48,9 @@ class Troubles:
         """A watch goes on."""
         if self._current.pop(watch, None) is not None and not self._current:
             self._said.clear()
-            self._on_solved(f"{self._subject}: answers again after {time.monotonic() - self._since:.1f} s")
+            self._on_solved(
+                f"API server {self._server}: answers again after {time.monotonic() - self._since:.1f} s"
+            )
 
     def refused(self, kind: str, name: str, problem: Problem) -> None:
         """An object is left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from msgspec.structs import replace
 
@@ -17,6 +18,7 @@ from proxyd.sources.text.documents import Document, read_documents
 
 _STEP = re.compile(r"\[([^\]]*)\]|([^.\[\]]+)")
 _RULES = Rules()
+_Subject: TypeAlias = tuple[str, str]  # kind and object of a problem
 
 
 def located(problems: Iterable[Problem], paths: Sequence[str]) -> list[Problem]:
@@ -29,10 +31,11 @@ def located(problems: Iterable[Problem], paths: Sequence[str]) -> list[Problem]:
         paths: the files and folders that were scanned; they are read again.
     """
     problems = list(problems)
-    wanted: dict[str, dict[str, list[int]]] = {}  # file -> subject -> indexes
+    wanted: dict[str, dict[_Subject, list[int]]] = {}  # by file: indexes by subject
     for index, problem in enumerate(problems):
-        if problem.file and problem.subject and not problem.line:
-            wanted.setdefault(problem.file, {}).setdefault(problem.subject, []).append(index)
+        if problem.file and problem.object and not problem.line:
+            subject = problem.kind, problem.object
+            wanted.setdefault(problem.file, {}).setdefault(subject, []).append(index)
     if not wanted:
         return problems
     for entry in survey(paths).files:
@@ -42,7 +45,7 @@ def located(problems: Iterable[Problem], paths: Sequence[str]) -> list[Problem]:
     return problems
 
 
-def _locate(path: str, subjects: dict[str, list[int]], problems: list[Problem]) -> None:
+def _locate(path: str, subjects: dict[_Subject, list[int]], problems: list[Problem]) -> None:
     try:
         data, _ = read_regular(path)
     except (OSError, ValueError):
@@ -53,11 +56,13 @@ def _locate(path: str, subjects: dict[str, list[int]], problems: list[Problem]) 
         decoded = decode(document.value, _RULES)
         places = [
             *zip(
-                (f"{type(thing).__name__} {thing.metadata.key}" for thing in decoded.objects),
+                ((type(thing).__name__, str(thing.metadata.key)) for thing in decoded.objects),
                 decoded.object_places,
                 strict=True,
             ),
-            *zip((f"{kind} {name}" for kind, name in decoded.rejected), decoded.rejected_places, strict=True),
+            *zip(
+                ((kind, str(name)) for kind, name in decoded.rejected), decoded.rejected_places, strict=True
+            ),
         ]
         # Of an object that is there twice the first counts.
         found: list[tuple[int, Path]] = []

@@ -200,5 +200,5 @@ def problem_of(
     label: str, message: str, key: Key | None = None, *, severity: Severity = Severity.ERROR
 ) -> Problem:
     """A problem of a file, or of an object in it."""
-    subject = f"{key[0]} {key[1]}" if key else ""
-    return Problem(file=label, severity=severity, subject=subject, message=message)
+    kind, name = (key[0], str(key[1])) if key else ("", "")
+    return Problem(file=label, severity=severity, kind=kind, object=name, message=message)

@@ -217,4 +217,4 @@ class _Reading:
         for kind, name in keys:
             document, place = self.seen[kind, name]
             where = f", at line {lines[id(document), place]}" if (id(document), place) in lines else ""
-            yield Problem(subject=f"{kind} {name}", message=f"is in this file already{where}")
+            yield Problem(kind=kind, object=str(name), message=f"is in this file already{where}")

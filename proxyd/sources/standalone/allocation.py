@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import msgspec
 
 from proxyd.api.meta import ObjectName
-from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service, ServiceType
 from proxyd.sources.standalone.pools import AddressPool, NodePortPool, port_key
 
@@ -59,12 +59,20 @@ class Allocations(msgspec.Struct, frozen=True, kw_only=True):
     services: Mapping[ObjectName, Allocation] = {}
 
 
+class Shortage(NamedTuple):
+    """What could not be allocated to a Service, at the field that lacks it, and why."""
+
+    service: ObjectName
+    path: str
+    message: str
+
+
 class Allocated(msgspec.Struct, frozen=True, kw_only=True):
     """Services with what they were given filled in, and the allocations to keep."""
 
     services: Mapping[ObjectName, Service]
     allocations: Allocations
-    problems: tuple[Problem, ...] = ()
+    shortages: tuple[Shortage, ...] = ()
 
 
 def allocate(
@@ -108,7 +116,7 @@ class _Allocator:
         self._order = sorted(self._services, key=lambda n: (self._services[n].metadata.creation_timestamp, n))
         self._ips = AddressPool(settings.cluster_cidrs)
         self._ports = NodePortPool(settings.node_port_range)
-        self._problems: list[Problem] = []
+        self._shortages: list[Shortage] = []
 
     def run(self, absent: Callable[[ObjectName], bool], taken: Taken) -> Allocated:
         self._ips.withhold(taken.addresses)
@@ -145,7 +153,7 @@ class _Allocator:
         return Allocated(
             services=filled,
             allocations=Allocations(services=dict(sorted(entries.items()))),
-            problems=tuple(self._problems),
+            shortages=tuple(self._shortages),
         )
 
     def _keep_absent(self, absent: Callable[[ObjectName], bool]) -> dict[ObjectName, Allocation]:
@@ -180,8 +188,8 @@ class _Allocator:
             if version not in available and (
                 spec.ip_family_policy != "PreferDualStack" or wanted == [version]
             ):
-                self._problem(
-                    service,
+                self._lacks(
+                    service.metadata.key,
                     "spec.ipFamilies",
                     f"no {_FAMILY_NAMES[version]} clusterIP: there is no such range in --service-cluster-ip-range",
                 )
@@ -195,8 +203,8 @@ class _Allocator:
             if address:
                 have[version] = address
             else:
-                self._problem(
-                    self._services[name],
+                self._lacks(
+                    name,
                     "spec.clusterIP",
                     f"no {_FAMILY_NAMES[version]} address is left in --service-cluster-ip-range: widen it, or give one",
                 )
@@ -215,15 +223,14 @@ class _Allocator:
             if number:
                 have[key] = number
             else:
-                self._problem(
-                    self._services[name],
+                self._lacks(
+                    name,
                     f"spec.ports[{index}].nodePort",
                     "no port is left in --service-node-port-range: widen it, or give one",
                 )
 
-    def _problem(self, service: Service, path: str, message: str) -> None:
-        subject = f"Service {service.metadata.key}"
-        self._problems.append(Problem(severity=Severity.ERROR, subject=subject, path=path, message=message))
+    def _lacks(self, service: ObjectName, path: str, message: str) -> None:
+        self._shortages.append(Shortage(service, path, message))
 
 
 def _dated(service: Service, created: str) -> Service:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -56,11 +56,13 @@ def assemble(manifests: ManifestSet, allocations: Allocations, settings: Setting
 
 
 class _Remark(NamedTuple):
-    """A warning about an object."""
+    """A warning about an object, or an error."""
 
     kind: str
     name: ObjectName
     message: str
+    path: str = ""
+    severity: Severity = Severity.WARNING
 
 
 class _Part(NamedTuple):
@@ -152,7 +154,7 @@ class Assembler:
         self._allocated = Allocated(
             services=services,
             allocations=allocations if same else new.allocations,
-            problems=new.problems,
+            shortages=new.shortages,
         )
 
     def _regroup(self, last: ManifestSet, manifests: ManifestSet) -> set[ObjectName]:
@@ -219,23 +221,28 @@ class Assembler:
 
     def _problems(self, manifests: ManifestSet) -> tuple[Problem, ...]:
         """All problems, each with the file it is about."""
-        remarks = [remark for _, some in sorted(self._remarked.items()) for remark in some]
+        shortages = (
+            _Remark("Service", name, message, path, Severity.ERROR)
+            for name, path, message in self._allocated.shortages
+        )
+        remarks = (remark for _, some in sorted(self._remarked.items()) for remark in some)
         # A Pod may be wanted by several Services.
-        problems = [*manifests.problems, *self._placed(manifests, dict.fromkeys((*remarks, *self._orphans)))]
+        told = dict.fromkeys((*shortages, *remarks, *self._orphans))
+        problems = (
+            *manifests.problems,
+            *(
+                Problem(
+                    file=manifests.origins.get((kind, name), ""),
+                    severity=severity,
+                    kind=kind,
+                    object=str(name),
+                    path=path,
+                    message=message,
+                )
+                for kind, name, message, path, severity in told
+            ),
+        )
         return tuple(sorted(problems, key=lambda p: (p.file, p.line, p.column, p.subject, p.path)))
-
-    def _placed(self, manifests: ManifestSet, remarks: Iterable[_Remark]) -> Iterator[Problem]:
-        for problem in self._allocated.problems:
-            of, _, full = problem.subject.partition(" ")
-            origin = manifests.origins.get((of, ObjectName(*full.split("/", 1))), "")
-            yield msgspec.structs.replace(problem, file=origin)
-        for kind, name, message in remarks:
-            yield Problem(
-                file=manifests.origins.get((kind, name), ""),
-                severity=Severity.WARNING,
-                subject=f"{kind} {name}",
-                message=message,
-            )
 
 
 def _same_services(last: ManifestSet, manifests: ManifestSet) -> bool:
