@@ -81,7 +81,7 @@ def balancer(
 def count(publication: Publication, owner: object, worker: int, **counters: int) -> None:
     """As a worker does."""
     slots = publication._slots
-    row = slots.row(worker, publication._book.take(owner))
+    row = slots.row(worker, publication._rows.take(owner))
     names = {
         "opened": OPENED, "closed": CLOSED, "failed": FAILED, "attempts": ATTEMPTS, "bytes_in": BYTES_IN,
         "bytes_out": BYTES_OUT, "connect_us": CONNECT_US, "refused": REFUSED, "datagrams_in": DATAGRAMS_IN, "datagrams_out": DATAGRAMS_OUT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectMeta, ObjectName
-from proxyd.control.observe.programming_latency import TRIGGER_TIME, Programming
+from proxyd.control.observe.programming_latency import TRIGGER_TIME, ProgrammingLatency
 
 WEB = ObjectName("prod", "web")
 BEGAN = 1_700_000_000.0  # 2023-11-14T22:13:20Z
@@ -17,7 +17,7 @@ class Measured:
         self.now = BEGAN
         self.seconds: list[float] = []
         self.slices: dict[ObjectName, tuple[EndpointSlice, ...]] = {}
-        self.programming = Programming(self.seconds.append, clock=lambda: self.now)
+        self.programming = ProgrammingLatency(self.seconds.append, clock=lambda: self.now)
 
     def change(self, *times: str) -> None:
         """The Service has slices with these trigger times."""

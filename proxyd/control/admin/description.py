@@ -13,7 +13,7 @@ _DEFAULT_AFFINITY_SECONDS = 10800  # kubernetes api/core/v1, DefaultClientIPServ
 
 
 def describe(picture: Picture, history: History, namespace: str, name: str) -> ServiceDescription | None:
-    """One Service with its listeners, endpoints, failures and events; None if there is no such Service."""
+    """A Service with its listeners, endpoints, failures and events; None if there is no such Service."""
     service = picture.snapshot.services.get(ObjectName(namespace, name))
     if service is None:
         return None

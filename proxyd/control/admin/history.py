@@ -1,4 +1,4 @@
-"""What happened to each Service of late: failures by kind, and what became of its listeners. Bounded in both ways."""
+"""The recent history of each Service: failures by kind, and what became of its listeners. It is bounded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from proxyd.control.admin.schema import EventView, FailureView
 from proxyd.relay.ipc.messages import Failure
 from proxyd.state.spec import ListenerKey, ListenerStatus, ServicePortName
 
-# Services that something is remembered of; the longest quiet one is forgotten first.
+# Services with a history; the one that was quiet for the longest time is forgotten first.
 MAX_SERVICES = 10_000
 # Of one Service.
-MAX_FAILURES = 20  # kinds: service port, endpoint and reason
+MAX_FAILURES = 20  # kinds of failure: service port, endpoint and reason
 MAX_EVENTS = 20
 
 
@@ -21,7 +21,7 @@ class History:
     """Remembers failures and events of Services.
 
     Args:
-        clock: Unix time.
+        clock: gives Unix time.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -32,7 +32,7 @@ class History:
         self._seen: tuple[ListenerStatus, ...] = ()
 
     def failed(self, failures: Iterable[Failure]) -> None:
-        """A worker reports failures."""
+        """Remember failures that a worker reported."""
         now = self._clock()
         for failure in failures:
             service, _, port = failure.service.partition(":")
@@ -54,7 +54,7 @@ class History:
                 self._failures.popitem(last=False)
 
     def note(self, service_port: ServicePortName, what: str) -> None:
-        """Something became of a service port's listener."""
+        """Remember what became of a service port's listener."""
         service = f"{service_port.namespace}/{service_port.name}"
         events = self._events.get(service)
         if events is None:
@@ -66,7 +66,7 @@ class History:
         events.append((self._clock(), what))
 
     def unopened(self, statuses: tuple[ListenerStatus, ...]) -> None:
-        """The listeners that are not to be opened now; what is new among them is noted with its reason."""
+        """Remember which listeners are not to be opened, and why; those that were not known are events."""
         if statuses is self._seen:
             return
         self._seen = statuses

@@ -1,4 +1,4 @@
-"""Requests of the admin API as values, and values as answers; and what needs no daemon to be answered."""
+"""Requests of the admin API to values, values to answers; and the requests that need no daemon."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ MAX_BODY = 16 * 1024  # of a request
 
 
 async def show_version(request: web.Request) -> web.Response:
-    """Which program answers."""
+    """Answer with the version of this program."""
     parameters(request)
     return answered(VersionView(version=__version__, python=platform.python_version(), pid=os.getpid()))
 
 
 async def show_log_level(request: web.Request) -> web.Response:
-    """What is logged."""
+    """Answer with the log level."""
     parameters(request)
     return answered(LogLevelView(level=logs.level()))
 
 
 async def set_log_level(request: web.Request) -> web.Response:
-    """Log more, or less."""
+    """Set the log level."""
     parameters(request)
     try:
         wanted = msgspec.json.decode(await request.read(), type=LogLevelView).level
@@ -63,10 +63,10 @@ def parameters(request: web.Request, *known: str) -> dict[str, str]:
 
 
 def selector_of(query: dict[str, str]) -> Selector:
-    """The labels that are asked for.
+    """The label selector of a request.
 
     Raises:
-        web.HTTPBadRequest: they can't be read.
+        web.HTTPBadRequest: it can't be read.
     """
     try:
         return Selector(query.get("labelSelector", ""))
@@ -75,10 +75,10 @@ def selector_of(query: dict[str, str]) -> Selector:
 
 
 def seconds_of(query: dict[str, str], key: str, default: float) -> float:
-    """A parameter that is a time.
+    """A parameter that is a number of seconds.
 
     Raises:
-        web.HTTPBadRequest: it is none.
+        web.HTTPBadRequest: it is not a number from 0 to 86400.
     """
     text = query.get(key)
     if text is None:
@@ -108,7 +108,7 @@ def refusal(status: int, why: str, headers: dict[str, str] | None = None) -> web
 
 
 def explained(request: web.Request, error: web.HTTPException) -> web.Response:
-    """The answer for an error of a handler's, or of aiohttp's own."""
+    """The answer for an error that a handler, or aiohttp itself, has raised."""
     path = request.path[:200]
     if error.status == 405:
         why = f"{request.method[:20]} is not possible for {path}"
@@ -121,5 +121,5 @@ def explained(request: web.Request, error: web.HTTPException) -> web.Response:
 
 
 async def sign(_request: web.Request, response: web.StreamResponse) -> None:
-    """Say who answers: a client tells by it whether it talks to proxyd."""
+    """Add the header by which a client knows that it talks to proxyd."""
     response.headers["Server"] = f"proxyd/{__version__}"

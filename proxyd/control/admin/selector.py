@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 MAX_LENGTH = 4096
-# kubernetes staging/src/k8s.io/apimachinery/pkg/util/validation: a label's name, with an optional DNS prefix; its value.
+# A label's name, with an optional DNS prefix, and its value: kubernetes apimachinery/pkg/util/validation.
 _NAME = r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 _KEY = rf"(?:[a-z0-9](?:[-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_NAME}"
 _SET = re.compile(rf"({_KEY})\s+(in|notin)\s*\(([^()]*)\)\s*")
@@ -39,7 +39,8 @@ class _Requirement(NamedTuple):
             case _Operator.IN:
                 return value is not None and value in self.values
             case _Operator.NOT_IN:
-                # Also what has no such label (kubernetes apimachinery, labels.Requirement.Matches).
+                # It matches objects without the label too (kubernetes apimachinery,
+                # labels.Requirement.Matches).
                 return value is None or value not in self.values
             case _Operator.EXISTS:
                 return value is not None
@@ -48,7 +49,7 @@ class _Requirement(NamedTuple):
 
 
 class Selector:
-    """All of its requirements must hold; one without any admits everything.
+    """A list of requirements, all of which must hold. Without any it admits everything.
 
     Args:
         text: requirements, separated by commas: `key=value`, `key==value`, `key!=value`, `key in (a,b)`,

@@ -1,4 +1,4 @@
-"""The admin socket: where it may lie, who listens there, how it is opened."""
+"""The admin socket: which folders it may be in, who listens at it, and how it is opened."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ _MODE = 0o660
 
 
 class AdminError(Exception):
-    """The admin socket cannot be opened; one line that says why and what to do."""
+    """The admin socket cannot be opened; the text is one line that says why and what to do."""
 
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder in which another user could put a socket in place of ours.
 
     Raises:
-        AdminError: it belongs to somebody else, or others may write to it without the sticky bit.
+        AdminError: it is not a folder, or a private folder in /tmp that is another user's or open to others.
     """
     try:
         about = folder.lstat()
     except FileNotFoundError:
-        return  # nothing is there, nor will be found
+        return  # there is no socket that could be taken for ours
     except OSError as error:
         raise AdminError(f"{folder}: {error.strerror}") from None
     if not stat.S_ISDIR(about.st_mode) and not folder.is_dir():
         raise AdminError(f"{folder} is not a folder; name another with --admin-socket")
-    private = folder.name.startswith("proxyd-") and folder.parent == Path("/tmp")  # noqa: S108 - that is what is checked
+    private = folder.name.startswith("proxyd-") and folder.parent == Path("/tmp")  # noqa: S108 - checked here
     theirs = stat.S_ISLNK(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077
     if private and theirs:
         raise AdminError(
-            f"{folder} is not a private folder of yours; name another with --admin-socket, or set XDG_RUNTIME_DIR"
+            f"{folder} is not a private folder of yours; name another with --admin-socket, "
+            "or set XDG_RUNTIME_DIR"
         )
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of an admin socket, if it is missing: for its owner and group, in /tmp for its owner alone.
+    """Make the folder of an admin socket if it is missing: for owner and group, in /tmp for the owner alone.
 
     Raises:
         OSError: it cannot be made.
@@ -53,7 +54,7 @@ def make_folder(folder: Path) -> None:
 
 
 def listen(path: str) -> socket.socket:
-    """A listening socket at a path, with mode 0660; what a dead daemon left there is replaced.
+    """A listening socket at a path, with mode 0660. A socket that a dead daemon left there is replaced.
 
     Raises:
         AdminError: a live daemon listens there, or the path cannot be used.
@@ -89,7 +90,7 @@ def listen(path: str) -> socket.socket:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep two daemons that start at once from removing each other's socket. Best effort: waits a second at most."""
+    """Keep two daemons that start at once from removing each other's socket. Best effort, for a second."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + 1
@@ -117,13 +118,14 @@ def _remove_stale(path: str) -> None:
     if pid is not None:
         who = f"pid {pid}" if pid else "a process outside this pid namespace"
         raise AdminError(
-            f"{path} is in use by {who}; stop that one first, or name another place with --admin-socket and --state-file"
+            f"{path} is in use by {who}; stop that one first, "
+            "or name another place with --admin-socket and --state-file"
         )
     os.unlink(path)  # noqa: PTH108 - the path is a text everywhere here
 
 
 def listening_pid(path: str) -> int | None:
-    """The process that listens at a Unix socket; 0 if it cannot be told, None if nobody does."""
+    """The pid of the process that listens at a Unix socket; 0 if it is unknown, None if nobody listens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         probe.setblocking(False)
         try:

@@ -1,1 +1,1 @@
-"""What the user asks for: flags, the configuration file, the settings made of both, and reading them again."""
+"""What the user asks for: flags, the configuration file, the settings made of both, and their reload."""

@@ -1,4 +1,4 @@
-"""Flags that proxyd shares with kube-proxy and that name the cluster, and what goes with it."""
+"""The flags about the cluster, most of which kube-proxy has too."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ SHARED_FLAGS: tuple[Flag, ...] = (
         metavar="WHEN",
         parse=values.one_of("auto", "always", "never"),
         default="auto",
-        help="remove the chains of kube-proxy's userspace mode at start: always, never, or auto: where a cluster is "
-        'followed and --proxy-mode is userspace or ""; others are named',
+        help="remove the chains of kube-proxy's userspace mode at start: always, never, or auto: where a "
+        'cluster is followed and --proxy-mode is userspace or ""; others are named',
     ),
     Flag(
         name="vmodule",
@@ -139,7 +139,8 @@ SHARED_FLAGS: tuple[Flag, ...] = (
         metavar="ROOM=N[,ROOM=N...]",
         parse=values.vmodule,
         default="none",
-        help="log more of some parts alone, by the `room` of their lines: 4 and more for debug; * and ? stand for others",
+        help="log more of some parts alone, by the `room` of their lines: 4 and more for debug; "
+        "* and ? stand for others",
     ),
     Flag(
         name="log-file",

@@ -25,7 +25,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_port_range(text: str) -> tuple[int, int]:
-    """First and last port of `a-b` (both belong to it), `a+n` (n more after a) or `a`.
+    """First and last port of `a-b` (both included), `a+n` (a and n more) or `a`.
 
     The forms are those of kubernetes apimachinery/pkg/util/net/port_range.go.
 

@@ -1,4 +1,4 @@
-"""Feature gates: those that proxyd has are in `flagvalues`; here are those of Kubernetes, which are accepted."""
+"""The feature gates of Kubernetes, which are accepted. proxyd's own are in `values`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from proxyd.control.config.values import FEATURE_GATES
 
-# Of Kubernetes 1.19 to 1.34: those that kube-proxy reads, and others that are often given to all components of a node.
+# Of Kubernetes 1.19 to 1.34: those that kube-proxy reads, and others that all components of a node often get.
 KUBERNETES_GATES = frozenset(
     {
         "AllAlpha",
@@ -62,7 +62,7 @@ KUBERNETES_GATES = frozenset(
 
 
 def gate_warnings(gates: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The gates that neither proxyd nor Kubernetes is known to have, and what is said of each."""
+    """The gates that neither proxyd nor Kubernetes has, as far as is known, each with a warning."""
     for gate in dict.fromkeys(gates):
         if gate not in KUBERNETES_GATES and gate not in FEATURE_GATES:
             near = difflib.get_close_matches(gate, FEATURE_GATES, n=1)

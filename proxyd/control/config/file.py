@@ -20,7 +20,7 @@ from proxyd.sources.text.documents import Document, Unreadable, read_documents
 
 MAX_BYTES = 1 << 20
 
-# Takes effect when the file is read again; everything else needs a restart.
+# The settings that take effect when the file is read again; all others need a restart.
 AT_RUN_TIME = frozenset(
     {
         "verbosity",
@@ -42,11 +42,11 @@ AT_RUN_TIME = frozenset(
 
 
 class ConfigError(SettingsError):
-    """A configuration file that cannot be used; a line for everything that is wrong, with its place."""
+    """A configuration file that cannot be used; one line with its place for everything that is wrong."""
 
 
 class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file says: texts for `proxyd.control.config.settings.build`, and warnings."""
+    """The content of a file: texts for `proxyd.control.config.settings.build`, and warnings."""
 
     values: Mapping[str, Any] = {}
     warnings: tuple[Problem, ...] = ()
@@ -56,13 +56,13 @@ class Configuration:
     """Where a daemon's settings come from, so that they can be read again.
 
     Args:
-        flags: texts by settings field, None where a flag was not given.
+        flags: texts by settings field; None if a flag was not given.
         surroundings: what defaults depend on.
-        winning: flags that win over the file; None: all of them. kube-proxy knows but a few.
+        winning: the flags that win over the file; None: all of them. Under kube-proxy's name only a few do.
 
     Attributes:
-        path: of the file, "" where there is none.
-        told: the lines of warnings that were said already.
+        path: of the file; "" if there is none.
+        told: the lines of warnings that were already written.
     """
 
     def __init__(
@@ -79,26 +79,24 @@ class Configuration:
         self._winning = winning
 
     def load(self) -> tuple[Settings, tuple[Problem, ...]]:
-        """The settings, and warnings of the file.
+        """The settings, and the file's warnings.
 
         Raises:
-            SettingsError: with every flag that is wrong; ConfigError: with every field that is.
+            ConfigError: fields of the file are wrong.
+            SettingsError: flags are wrong.
         """
         file = read(self.path) if self.path else ConfigFile()
         return build(merge(file.values, self._flags, self._winning), self._surroundings), file.warnings
 
     def admin_socket(self) -> str:
-        """Where the daemon would listen: of settings that may be wrong otherwise."""
+        """The daemon's admin socket, even if other settings are wrong."""
         return build({**self._flags, "config": None, "manifests": ["."]}, self._surroundings).admin_socket
 
 
 def merge(
     file: Mapping[str, Any], flags: Mapping[str, Any], winning: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """The texts in force. With `winning`, of a flag that is not in it the file's text, or the default, is taken.
-
-    Without a file every flag counts.
-    """
+    """The texts in force: flags win over the file. If there is one, `winning` names those that count."""
     given = {field: text for field, text in flags.items() if text is not None}
     if winning is not None and given.get("config"):
         given = {field: text for field, text in given.items() if field in winning or field == "config"}
@@ -106,10 +104,10 @@ def merge(
 
 
 def read(path: str) -> ConfigFile:
-    """Read a file: strictly at first; what is only unknown is then left out with a warning.
+    """Read a file. Unknown and repeated fields are warnings, all other faults are errors.
 
     Raises:
-        ConfigError: a line for everything that is wrong, `file:line:col: error: field: what is wrong`.
+        ConfigError: with a line for everything that is wrong, `file:line:col: error: field: what is wrong`.
     """
     try:
         with FilePath(path).open("rb") as file:
@@ -122,11 +120,12 @@ def read(path: str) -> ConfigFile:
 
 
 def parse(path: str, data: bytes) -> ConfigFile:
-    """As `read`, of what a file holds."""
+    """Like `read`, of the content of a file."""
     documents = list(read_documents(data, is_json=path.endswith(".json")))
     repeated: list[Unreadable] = []
     if any(isinstance(document, Unreadable) for document in documents):
-        # As kube-proxy: strictly at first, then leniently, where the last of two equal fields counts. JSON is YAML too.
+        # As kube-proxy does: first strictly, then leniently, where the last of repeated fields counts. JSON
+        # is read as YAML, which it is.
         lenient = list(read_documents(data, repeated=repeated))
         if repeated and not any(isinstance(document, Unreadable) for document in lenient):
             documents = lenient
@@ -165,7 +164,7 @@ def parse(path: str, data: bytes) -> ConfigFile:
 
 
 class _Reading:
-    """One document, as it is read."""
+    """Reads one document: texts into `values`, and what is wrong into `found`."""
 
     def __init__(self, value: object) -> None:
         self._root = value
@@ -248,7 +247,7 @@ class _Reading:
                 parse_duration(value) if isinstance(value, str) and value else 0.0 for value in values
             )
         except ValueError:
-            return  # told already
+            return  # reported already
         if low > (high or 30.0):
             self._error(shorter, f"must not be longer than {field_path(longer)}")
 
@@ -277,10 +276,10 @@ class _Reading:
 
 
 def changes(old: Settings, new: Settings) -> tuple[frozenset[str], frozenset[str]]:
-    """Settings fields that differ: those that take effect at run time, and those that need a restart."""
+    """The settings fields that differ: those that take effect at run time, and those that need a restart."""
     differ = {flag.field for flag in FLAGS if getattr(old, flag.field) != getattr(new, flag.field)}
     if old.access_log and new.access_log:
-        # From one file to another: workers send records already.
+        # From one file to another: workers already send records.
         return frozenset(differ & {*AT_RUN_TIME, "access_log"}), frozenset(
             differ - {*AT_RUN_TIME, "access_log"}
         )
@@ -288,7 +287,7 @@ def changes(old: Settings, new: Settings) -> tuple[frozenset[str], frozenset[str
 
 
 def shown_field(field: str) -> str:
-    """How the file calls a settings field: nodePortAddresses, proxyd.workers."""
+    """The file's name of a settings field, such as nodePortAddresses or proxyd.workers."""
     for name, flag in OWN_FIELDS.items():
         if flag.field == field:
             return f"{OWN}.{name}"
@@ -299,7 +298,7 @@ def shown_field(field: str) -> str:
 
 
 def effective(settings: Settings) -> dict[str, Any]:
-    """The settings as a file would say them; reading it gives the same settings."""
+    """The settings as a configuration file that gives the same settings."""
     root: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND}
     own: dict[str, Any] = {}
     for path, field in KUBE_PROXY.items():
@@ -316,7 +315,7 @@ def effective(settings: Settings) -> dict[str, Any]:
         ("healthzBindAddress", "healthzPort", settings.healthz_address),
         ("metricsBindAddress", "metricsPort", settings.metrics_address),
     ):
-        # "" would mean the default address: what is off has the port 0.
+        # "" would mean the default address, so a server that is off has the port 0.
         own[port] = address[1] if address else 0
         root[name] = (
             (f"[{address[0]}]:" if ":" in address[0] else f"{address[0]}:") + str(address[1])

@@ -1,4 +1,4 @@
-"""What is known of one flag."""
+"""The definition of one flag."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Kind = Literal["value", "repeat", "switch", "count"]
 class Flag(msgspec.Struct, frozen=True, kw_only=True):
     """One flag of `proxyd run` that is a setting.
 
-    `parse` turns its text, or the list of its texts where it is repeatable, into the field's value and raises
-    ValueError with what was expected. `default` is what the help says. With `blank` an empty text means the default.
-    `kube` tells that kube-proxy has it too: what it ignores beside --config is ignored where it is replaced.
+    `parse` turns the flag's text (the list of its texts, if it is repeatable) into the field's value, and
+    raises ValueError with what was expected. `default` is the text of the help. With `blank` an empty text
+    means the default. `kube` means that kube-proxy has the flag too: under that name, what kube-proxy ignores
+    beside --config is ignored.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The flags of `proxyd run` that are settings: what each is called and what it means. Values are read by `flagvalues`."""
+"""The flags of `proxyd run` that are settings: their names and meaning. `values` reads their texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ FLAGS: tuple[Flag, ...] = (
         kind="repeat",
         parse=values.paths,
         default="none",
-        help="file or folder of Services, Endpoints, EndpointSlices and Pods to serve; repeatable; required where no cluster is followed",
+        help="file or folder of Services, Endpoints, EndpointSlices and Pods to serve; repeatable; "
+        "required where no cluster is followed",
     ),
     Flag(
         name="service-cluster-ip-range",
@@ -78,7 +79,8 @@ FLAGS: tuple[Flag, ...] = (
         metavar="DURATION",
         parse=parse_duration,
         default="25s",
-        help="how long connections may go on after SIGTERM or after their Service was removed; 0 ends them at once",
+        help="how long connections may go on after SIGTERM or after their Service was removed; "
+        "0 ends them at once",
     ),
     Flag(
         name="tcp-idle-timeout",
@@ -93,7 +95,8 @@ FLAGS: tuple[Flag, ...] = (
         kind="switch",
         parse=values.boolean,
         default="true",
-        help="move bulk between TCP sockets without a copy; false where the kernel's splice(2) is not to be trusted",
+        help="move bulk between TCP sockets without a copy; "
+        "false where the kernel's splice(2) is not to be trusted",
     ),
     Flag(
         name="udp-timeout",
@@ -116,7 +119,8 @@ FLAGS: tuple[Flag, ...] = (
         metavar="N",
         parse=values.integer(1, 65535),
         default="1024",
-        help="streams that an SCTP association may have in each direction; 65535 of them take 1.5 MB of the kernel",
+        help="streams that an SCTP association may have in each direction; "
+        "65535 of them take 1.5 MB of the kernel",
     ),
     Flag(
         name="access-log",
@@ -243,7 +247,8 @@ FLAGS: tuple[Flag, ...] = (
         metavar="DURATION",
         parse=values.period,
         default="30s",
-        help="how often routes and rules are compared with the kernel's; a change older than two of them is unhealthy",
+        help="how often routes and rules are compared with the kernel's; "
+        "a change older than two of them is unhealthy",
     ),
     *SHARED_FLAGS,
 )

@@ -1,4 +1,4 @@
-"""Flags of kube-proxy (1.19 to 1.34) that are no settings of proxyd: other names of some, and those without effect."""
+"""Flags of kube-proxy (1.19 to 1.34) that proxyd has under other names, or that have no effect."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from proxyd.control.config.feature_gates import gate_warnings
 from proxyd.control.config.flag import Flag, Kind
 from proxyd.control.config.flags import FLAGS
 
-# Beside --config kube-proxy heeds these alone (cmd/kube-proxy/app/options.go, Complete; component-base/logs).
+# The only flags that count for kube-proxy beside --config (cmd/kube-proxy/app/options.go, Complete;
+# component-base/logs).
 BESIDE_A_FILE = frozenset({"hostname_override", "master", "verbosity", "vmodule", "log_file", "log_format"})
 
-# From 4 on klog's lines are for who looks for a fault; 0 to 3 are for operators.
+# klog's levels 0 to 3 are for operators; from 4 on they are for whoever looks for a fault.
 DEBUG_LEVEL = 4
 
 
 class Alias(msgspec.Struct, frozen=True, kw_only=True):
-    """A name that kube-proxy has for a setting; `text` turns its value into that of the setting's own flag."""
+    """kube-proxy's name of a setting. `text` turns its value into that of the setting's own flag."""
 
     name: str
     field: str
@@ -34,8 +35,8 @@ class Alias(msgspec.Struct, frozen=True, kw_only=True):
 class Foreign(msgspec.Struct, frozen=True, kw_only=True):
     """A flag that has no effect here.
 
-    `told` is said once where its value is none of `quiet` (texts, or a number that `check` makes of them); "" is said of
-    nothing. `refused`: the flag is an error, and `told` says why. `check` raises ValueError.
+    `check` turns its text into a value, and raises ValueError. If the value is none of `quiet`, there is a
+    warning with the text `told`; "" for no warning. `refused`: the flag is an error, and `told` says why.
     """
 
     name: str
@@ -50,15 +51,15 @@ class Foreign(msgspec.Struct, frozen=True, kw_only=True):
 def _log_format(text: str) -> str:
     if text not in {"text", "json", ""}:
         raise ValueError(f'expected text or json, got "{text}"')
-    # Text is Kubernetes' default: lines for people on a terminal, JSON elsewhere.
+    # Text is Kubernetes' default, which here means lines for people on a terminal and JSON elsewhere.
     return "json" if text == "json" else "auto"
 
 
 def verbosity(text: str) -> str:
-    """The text of `verbosity` for a level of klog's.
+    """The text of --verbosity for a level of klog's.
 
     Raises:
-        ValueError: it is no number.
+        ValueError: it is not a number.
     """
     return str(int(values.integer(-1, 100)(text) >= DEBUG_LEVEL))
 
@@ -110,7 +111,7 @@ FOREIGN: tuple[Foreign, ...] = (
         check=lambda text: parse_port_range(text) if text not in {"", "0", "0-0"} else "",
         told="there are no intermediate ports",
     ),
-    # What it asks for is how proxyd works: endpoints see the node's address.
+    # It asks for what proxyd does anyway: endpoints see the node's address.
     Foreign(name="masquerade-all", kind="switch", check=values.boolean),
     Foreign(name="iptables-masquerade-bit", metavar="N", check=values.integer(0, 31)),
     Foreign(name="ipvs-sync-period", metavar="DURATION", check=_duration),
@@ -207,7 +208,7 @@ def judge(foreign: Mapping[str, Sequence[Any]]) -> tuple[list[str], list[str]]:
 
 
 def setting_warnings(given: Mapping[str, Any]) -> list[str]:
-    """What is said of flags that are settings, by field; of those that are right."""
+    """The warnings about flags that are settings. `given`: valid texts by field."""
     lines = [
         f"--{name}-port is deprecated: --{name}-bind-address takes IP:port"
         for name in ("healthz", "metrics")
@@ -222,17 +223,21 @@ def setting_warnings(given: Mapping[str, Any]) -> list[str]:
 
 
 def shared(flag: Flag) -> bool:
-    """Whether kube-proxy has a flag too, by this name or another."""
+    """Whether kube-proxy has a flag too, under this name or another."""
     return flag.kube or any(alias.field == flag.field for alias in ALIASES)
 
 
-# Fields of flags that win over a file where kube-proxy is replaced: those that kube-proxy heeds, and those that it does
-# not have and so cannot ignore.
+# The fields of flags that win over a file under kube-proxy's name: those that win there too, and those that
+# kube-proxy does not have.
 WINNING = BESIDE_A_FILE | {flag.field for flag in FLAGS if not shared(flag)}
 
 
 def void_beside_a_file(given: Mapping[str, Any]) -> list[str]:
-    """The names of flags that a configuration file makes void, as kube-proxy has it. `given`: texts by field."""
+    """The names of the flags that have no effect beside a configuration file, as with kube-proxy.
+
+    Args:
+        given: texts by settings field; None if a flag was not given.
+    """
     if not given.get("config"):
         return []
     void = {field for field, text in given.items() if text is not None} - WINNING - {"config"}

@@ -1,4 +1,4 @@
-"""The fields of the configuration file: which setting each is, and what becomes of those that proxyd does not use."""
+"""The fields of the configuration file: which setting each one is, and what becomes of all others."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Path = tuple[str, ...]
 class Field(NamedTuple):
     """One field of the file.
 
-    `setting` is the settings field that gets its text, "" where proxyd has no use for it. `check` raises ValueError.
-    `told` is said where a field without setting has a value; `tells` makes a warning of a value, or "". Of fields that are
-    not proxyd's own "", false, 0s, [] and {} mean the default: kubeadm writes many of them. With `false_counts` only null
-    does.
+    `setting` is the settings field that gets its text; "" if proxyd does not use it. `check` raises
+    ValueError. `told` is the warning for a field without setting that has a value; `tells` makes a warning of
+    a value, "" for none. In kube-proxy's fields "", false, 0s, [] and {} mean the default, as kubeadm writes
+    many of them; with `false_counts` false does not.
     """
 
     type: Type
@@ -63,7 +63,7 @@ def _other_scheduler(value: str) -> str:
 
 
 def _other_than(*defaults: float) -> Callable[[Any], str]:
-    """Tells of a connection tracking value that kube-proxy would put in force; 0 leaves the kernel's."""
+    """Warns of a value that kube-proxy would set in the kernel's connection tracking; 0 sets nothing."""
 
     def tells(value: Any) -> str:
         number = parse_duration(value) if isinstance(value, str) else value
@@ -131,7 +131,7 @@ KUBE_PROXY: dict[Path, Field] = {
 # Periods that must not be longer than the other: (shorter, longer).
 ORDERED = [((mode, "minSyncPeriod"), (mode, "syncPeriod")) for mode in ("iptables", "ipvs", "nftables")]
 
-# Settings that the Kubernetes part says already, or that a file cannot say.
+# Settings that kube-proxy's part of the file has, or that a file cannot have.
 _ELSEWHERE = {field.setting for field in KUBE_PROXY.values()} | {"config"}
 _BY_FIELD = {flag.field: flag for flag in FLAGS}
 
@@ -142,7 +142,8 @@ def own_name(flag: Flag) -> str:
     return first + "".join("IP" if word == "ip" else word.capitalize() for word in others)
 
 
-# Every setting without a field of Kubernetes' own; and the log's, whose values are more here than there.
+# Every setting without a field in kube-proxy's part; and those of the log, which have more values here than
+# there.
 OWN_FIELDS: dict[str, Flag] = {
     own_name(flag): flag
     for flag in FLAGS
@@ -156,10 +157,10 @@ def flag_of(setting: str) -> Flag:
 
 
 def own_text(flag: Flag, value: object) -> object:
-    """What the flag's `parse` takes, from a value under `proxyd:`.
+    """The text for the flag's `parse`, from a value under `proxyd:`.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: the value has another type.
     """
     if flag.kind == "switch":
         if not isinstance(value, bool):
@@ -176,7 +177,7 @@ def own_text(flag: Flag, value: object) -> object:
 
 
 def kube_text(field: Field, value: Any) -> object:
-    """What the flag's `parse` takes, from a checked value of a Kubernetes field; None: the default."""
+    """The text for the flag's `parse`, from a checked value of a kube-proxy field; None: the default."""
     match field.setting:
         case "feature_gates":
             return [f"{gate}={str(on).lower()}" for gate, on in value.items() if gate in FEATURE_GATES]
@@ -191,7 +192,7 @@ def kube_text(field: Field, value: Any) -> object:
 
 
 def checked(field: Field, value: Any) -> object:
-    """A value of a Kubernetes field; None where it means the default.
+    """A value of a kube-proxy field; None if it means the default.
 
     Raises:
         ValueError: it is wrong.

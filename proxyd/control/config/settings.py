@@ -1,4 +1,4 @@
-"""The settings of a daemon: checked values of its flags, and the defaults that depend on where it runs."""
+"""The settings of a daemon: the checked values of its flags, and defaults that depend on where it runs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class SettingsError(ValueError):
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the defaults depend on."""
+    """The process and its environment, on which the defaults depend."""
 
     uid: int = 65534
-    net_admin: bool = False  # CAP_NET_ADMIN is effective: routes can be made
+    net_admin: bool = False  # CAP_NET_ADMIN is effective, so routes can be made
     cpus: int = 1
     hostname: str = "localhost"
     environ: Mapping[str, str] = {}
@@ -92,7 +92,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cluster_cidr: tuple[str, ...] = ()  # of Pods: one CIDR, or one of each family
     detect_local_mode: str = ""  # "" = ClusterCIDR
     iptables_localhost_nodeports: bool = True
-    oom_score_adj: int | None = None  # None = as it is
+    oom_score_adj: int | None = None  # None = see `oom_score`
     profiling: bool = False
     cleanup_kube_proxy: Literal["auto", "always", "never"] = "auto"
     vmodule: tuple[tuple[str, int], ...] = ()  # pattern of a room, klog's level
@@ -100,7 +100,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def oom_score(self) -> int | None:
-        """What this process's oom_score_adj is to be: kube-proxy's where a cluster is followed; None: as it is."""
+        """The oom_score_adj to set, by default kube-proxy's with a cluster; None: it is left alone."""
         return -999 if self.oom_score_adj is None and self.cluster else self.oom_score_adj
 
     @property
@@ -120,22 +120,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def protocols(self) -> frozenset[str]:
-        """What is relayed by this version."""
+        """The protocols that are relayed."""
         return frozenset({"TCP", "UDP", "SCTP"} if self.sctp else {"TCP", "UDP"})
 
     @property
     def healthz_address(self) -> tuple[str, int] | None:
-        """Where health is answered; None: nowhere."""
+        """IP and port of the health server; None: there is none."""
         return _ip_and_port(self.healthz_bind_address, self.healthz_port)
 
     @property
     def metrics_address(self) -> tuple[str, int] | None:
-        """Where metrics are answered; None: nowhere."""
+        """IP and port of the metrics server; None: there is none."""
         return _ip_and_port(self.metrics_bind_address, self.metrics_port)
 
 
 def _ip_and_port(address: str, default_port: int) -> tuple[str, int] | None:
-    """Of a checked bind address (kubernetes cmd/kube-proxy/app/options.go, addressFromDeprecatedFlags)."""
+    """IP and port of a checked bind address; None if it is off.
+
+    As kubernetes cmd/kube-proxy/app/options.go, addressFromDeprecatedFlags.
+    """
     if not address or not default_port:
         return None
     host, port = address, default_port
@@ -149,10 +152,10 @@ def _ip_and_port(address: str, default_port: int) -> tuple[str, int] | None:
 
 
 def build(given: Mapping[str, Any], surroundings: Surroundings) -> Settings:
-    """Settings from texts by field name; what is missing or None gets its default.
+    """Settings from texts by field name; a field that is missing or None gets its default.
 
     Args:
-        given: for each flag its text; a list of texts where it is repeatable; an int where it is counted.
+        given: for each flag its text; for a repeatable one a list of texts; for a counted one an int.
         surroundings: what the defaults depend on.
 
     Raises:
@@ -185,7 +188,7 @@ def build(given: Mapping[str, Any], surroundings: Surroundings) -> Settings:
         raise SettingsError(problems)
     for name, here in (("healthz", ("0.0.0.0", "::")), ("metrics", ("127.0.0.1", "::1"))):
         if values.get(f"{name}_port") and given.get(f"{name}_bind_address") is None:
-            # A port alone is for the default address.
+            # A port alone is one of the default address.
             values[f"{name}_bind_address"] = here[":" in values.get("bind_address", "")]
     if ":" in values.get("bind_address", ""):
         # As in kubernetes pkg/proxy/apis/config/v1alpha1/defaults.go.
@@ -195,10 +198,10 @@ def build(given: Mapping[str, Any], surroundings: Surroundings) -> Settings:
 
 
 def default_admin_socket(surroundings: Surroundings) -> str:
-    """Where a daemon listens, and a client looks, when not told.
+    """The admin socket of a daemon that is not told another.
 
-    The RuntimeDirectory of a systemd unit; /run/proxyd as root; else $XDG_RUNTIME_DIR/proxyd; else /tmp/proxyd-UID, which is used only if it is the user's own
-    (see `check_folder`).
+    It is in the RuntimeDirectory of a systemd unit; in /run/proxyd as root; else in $XDG_RUNTIME_DIR/proxyd;
+    else in /tmp/proxyd-UID, which is used only if it is the user's own (see `check_folder`).
     """
     if folder := _unit_folder(surroundings, "RUNTIME_DIRECTORY"):
         return f"{folder}/admin.sock"
@@ -211,14 +214,19 @@ def default_admin_socket(surroundings: Surroundings) -> str:
 
 
 def client_admin_socket(surroundings: Surroundings) -> str:
-    """Where a client looks when not told: the user's own daemon if there is one, else the system's."""
+    """The admin socket that a client asks by default: the user's own if it exists, else the system's."""
     own = default_admin_socket(surroundings)
-    system = not os.path.lexists(own) and os.path.isdir(os.path.dirname(SYSTEM_SOCKET))  # noqa: PTH112, PTH120 - paths are texts here
-    return SYSTEM_SOCKET if system else own
+    if os.path.lexists(own) or not Path(SYSTEM_SOCKET).parent.is_dir():
+        return own
+    return SYSTEM_SOCKET
 
 
 def default_state_file(surroundings: Surroundings) -> str:
-    """Where allocations are remembered when not told: the StateDirectory of a systemd unit, /var/lib, or the user's own."""
+    """The state file of a daemon that is not told another.
+
+    It is in the StateDirectory of a systemd unit; in /var/lib/proxyd as root; else in $XDG_STATE_HOME or
+    ~/.local/state; else in /tmp.
+    """
     if folder := _unit_folder(surroundings, "STATE_DIRECTORY"):
         return f"{folder}/state.json"
     if surroundings.uid == 0:
@@ -226,12 +234,14 @@ def default_state_file(surroundings: Surroundings) -> str:
     state = surroundings.environ.get("XDG_STATE_HOME", "")
     if not state.startswith("/"):
         home = surroundings.environ.get("HOME", "")
-        state = f"{home}/.local/state" if home.startswith("/") else f"/tmp/proxyd-{surroundings.uid}"  # noqa: S108 - as above
+        state = f"{home}/.local/state"
+        if not home.startswith("/"):
+            state = f"/tmp/proxyd-{surroundings.uid}"  # noqa: S108 - the last resort
     return f"{state}/proxyd/state.json"
 
 
 def _unit_folder(surroundings: Surroundings, variable: str) -> str:
-    """The first folder that systemd made for the unit: systemd.exec(5), RuntimeDirectory=."""
+    """The first folder that systemd made for the unit, as of RuntimeDirectory= in systemd.exec(5); or ""."""
     folder = surroundings.environ.get(variable, "").partition(":")[0]
     return folder if folder.startswith("/") else ""
 

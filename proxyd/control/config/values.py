@@ -1,4 +1,4 @@
-"""The values of flags: how a flag's text is read, and what is said of a text that is wrong."""
+"""The values of flags: each function reads a flag's text, and raises ValueError with what was expected."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from proxyd.control.config.durations import parse_duration
 
-MAX_WORKERS = 16  # as many as the shared counters have room for
+MAX_WORKERS = 16  # the shared counters have room for so many
 FEATURE_GATES = {"SCTPSupport": False}
-# kubernetes vendor/k8s.io/client-go/rest/config.go: 0 stands for these.
+# What 0 means: kubernetes vendor/k8s.io/client-go/rest/config.go.
 DEFAULT_QPS, DEFAULT_BURST = 5.0, 10
 PROXY_MODES = ("userspace", "iptables", "ipvs", "nftables")
 LOCAL_MODES = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
@@ -132,7 +132,7 @@ def socket_path(text: str) -> str:
 
 
 def paths(texts: Sequence[str]) -> tuple[str, ...]:
-    """Paths as they were written: that is how problems name their files."""
+    """Paths as they were written, because problems name files in that way."""
     for text in texts:
         path(text)
     return tuple(dict.fromkeys(texts))
@@ -181,7 +181,7 @@ def url(text: str) -> str:
 
 
 def feature_gates(texts: Sequence[str]) -> Mapping[str, bool]:
-    """The gates that proxyd has. All others are Kubernetes' own: `proxyd.control.config.kube_flags` warns of unknown ones."""
+    """The gates that proxyd has. Others are Kubernetes' own; `feature_gates` warns of unknown ones."""
     gates = dict(FEATURE_GATES)
     for item in split(texts):
         name, equals, value = item.partition("=")
@@ -192,7 +192,7 @@ def feature_gates(texts: Sequence[str]) -> Mapping[str, bool]:
 
 
 def bind_address(text: str) -> str:
-    """Off (an empty text), an address, or address:port, in canonical form."""
+    """An address, or address:port, in canonical form; "" for none."""
     given = text.strip()
     if not given:
         return ""
@@ -224,7 +224,7 @@ def port(text: str) -> int:
 
 
 def message_size(text: str) -> int:
-    """Bytes of an SCTP message, with Ki or Mi behind the number or nothing."""
+    """Bytes of an SCTP message; Ki or Mi may follow the number."""
     match = re.fullmatch(r"([0-9]{1,9})(Ki|Mi)?", text.strip())
     size = int(match[1]) * {None: 1, "Ki": 1 << 10, "Mi": 1 << 20}[match[2]] if match else 0
     if not 1024 <= size <= 16 << 20:
@@ -253,18 +253,18 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def qps(text: str) -> float:
-    """Requests a second; 0 the default, below 0 no limit."""
+    """Requests a second; 0 means the default, and a number below 0 no limit."""
     try:
         number = float(text)
     except ValueError:
         number = float("nan")
-    if not -1e9 <= number <= 1e9:  # NaN is not, either
+    if not -1e9 <= number <= 1e9:  # false for NaN too
         raise ValueError(f'expected a number of requests a second, got "{text}"')
     return number or DEFAULT_QPS
 
 
 def burst(text: str) -> int:
-    """Requests at once; 0 the default."""
+    """Requests at once; 0 means the default."""
     return integer(0, 1_000_000)(text) or DEFAULT_BURST
 
 
@@ -290,7 +290,7 @@ def proxy_mode(text: str) -> str:
 
 
 def local_mode(text: str) -> str:
-    """A way to tell the cluster's Pods; those by interface are accepted."""
+    """How the cluster's Pods are recognised. The ways by interface are accepted, and have no effect."""
     mode = text.strip()
     if mode not in LOCAL_MODES:
         raise ValueError(f'expected {", ".join(LOCAL_MODES[:-1])} or {LOCAL_MODES[-1]}, got "{text}"')
@@ -298,5 +298,5 @@ def local_mode(text: str) -> str:
 
 
 def oom_score(text: str) -> int:
-    """What /proc/PID/oom_score_adj takes."""
+    """A number that /proc/PID/oom_score_adj accepts."""
     return integer(-1000, 1000)(text)

@@ -1,4 +1,4 @@
-"""Migration from kube-proxy: what it left on the node is removed or named at start."""
+"""Migration from kube-proxy: at start, the rules that it left on the node are removed or named."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from proxyd.host.other_proxies import Neighbour, neighbour
 
 log = get_logger("takeover")
 
-_PAUSE = 1.0  # seconds between two looks whether kube-proxy has ended
+_PAUSE = 1.0  # seconds until it is looked at again whether kube-proxy has ended
 
 
 class Migration(msgspec.Struct, frozen=True, kw_only=True):
     """What was found and done.
 
     Attributes:
-        left: what kube-proxy left and is still there.
-        removed: lines of what was removed.
-        failed: lines of what could not be.
-        running: a kube-proxy that holds the address of health or metrics; because of it the chains stay. None: there is none,
-            or nothing depended on it.
+        left: what kube-proxy left, and is still there.
+        removed: a line for everything that was removed.
+        failed: a line for everything that could not be removed.
+        running: a kube-proxy that still runs, because of which the chains stay: it holds the address of
+            health or metrics. None: there is none, or nothing depended on it.
     """
 
     left: tuple[Leftover, ...] = ()
@@ -56,10 +56,10 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def look(settings: Settings) -> Migration:
-    """Look for what kube-proxy left, and remove the userspace mode's chains where that is wanted.
+    """Look for what kube-proxy left, and remove the chains of its userspace mode if that is wanted.
 
-    Takes some milliseconds where there is nothing, and calls programs where there is: not for the event loop. Without
-    CAP_NET_ADMIN rules are neither seen nor removed.
+    Not for the event loop: it takes some milliseconds if nothing is found, and else calls programs. Without
+    CAP_NET_ADMIN rules can neither be seen nor removed.
     """
     if not can_route():
         return Migration()
@@ -78,7 +78,7 @@ def look(settings: Settings) -> Migration:
 
 
 async def migrate(settings: Settings) -> None:
-    """Look, and say what was found; where a kube-proxy still runs, go on looking in a task until it has ended."""
+    """Look, and log what was found. If a kube-proxy still runs, a task goes on looking until it has ended."""
     found = await asyncio.to_thread(look, settings)
     found.say()
     if found.running is not None:
@@ -86,7 +86,7 @@ async def migrate(settings: Settings) -> None:
 
 
 async def _when_it_ends(settings: Settings) -> None:
-    """Go on looking until the kube-proxy that was found has ended, as where one DaemonSet takes another's place."""
+    """Go on looking until the kube-proxy that was found has ended, as when DaemonSets change places."""
     found = None
     while found is None or found.running is not None:
         await asyncio.sleep(_PAUSE)
@@ -95,9 +95,9 @@ async def _when_it_ends(settings: Settings) -> None:
 
 
 def wanted(settings: Settings) -> bool:
-    """Whether --cleanup-kube-proxy means that the userspace mode's chains are to go.
+    """Whether --cleanup-kube-proxy asks to remove the userspace mode's chains.
 
-    `auto`: proxyd takes the place of that mode in a cluster.
+    `auto` does if proxyd takes the place of that mode in a cluster.
     """
     if settings.cleanup_kube_proxy == "auto":
         return settings.cluster and settings.proxy_mode == "userspace"

@@ -1,4 +1,4 @@
-"""Health: whether what was asked for is in force in time, and how /healthz and /livez say so."""
+"""Health: whether changes are in force in time, and what /healthz and /livez answer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 
 import msgspec
 
-# How finely the age of what a worker has not acknowledged is known: the timeout's share.
+# The age of what a worker has not acknowledged is known to this part of the timeout.
 _SHARE = 20
 _MAX_PENDING = 2 * _SHARE
 
 
 class BusyError(Exception):
-    """An address cannot be opened, and that is to end the daemon: one line."""
+    """An address cannot be opened, and the daemon is to end for that; the text is one line."""
 
 
 class HealthFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,21 +23,21 @@ class HealthFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     healthy: bool
     eligible: bool  # the node may get new load
-    last_updated: float  # now where healthy, as kubernetes pkg/proxy/healthcheck/proxy_health.go has it
+    last_updated: float  # while healthy it is `now` (kubernetes pkg/proxy/healthcheck/proxy_health.go)
     now: float
-    reasons: tuple[str, ...] = ()  # why not healthy
+    reasons: tuple[str, ...] = ()  # why it is not healthy
 
 
 class Health:
-    """Follows how old the oldest change is that is not in force.
+    """Knows how old the oldest change is that is not in force.
 
-    Healthy: no change has waited for longer than `timeout` to be carried out, and no worker has left a generation
-    unacknowledged for longer. A daemon that starts is healthy.
+    The daemon is healthy if no change has waited longer than `timeout` to be carried out, and no worker has
+    left a generation unacknowledged for longer. A daemon that starts is healthy.
 
     Args:
         timeout: seconds; twice the sync period.
-        clock: monotonic seconds.
-        wall: Unix seconds.
+        clock: gives monotonic seconds.
+        wall: gives Unix seconds.
     """
 
     def __init__(
@@ -53,12 +53,13 @@ class Health:
         self._wall = wall
         self._queued_at: float | None = None
         self._last_updated = 0.0
-        # What no worker may owe for long: when it was published first, and its last generation. Generations that were
-        # published within a share of the timeout are one entry, so there are few.
+        # What some worker has not acknowledged: when it was first published, and the last generation of it.
+        # Generations that are published within a share of the timeout are one entry, so there are few
+        # entries.
         self._unacknowledged: deque[tuple[float, int]] = deque()
 
     def queued(self) -> None:
-        """Something changed and is to be carried out."""
+        """Something changed, and is to be carried out."""
         if self._queued_at is None:
             self._queued_at = self._clock()
 
@@ -68,7 +69,7 @@ class Health:
         self._last_updated = self._wall()
 
     def published(self, generation: int) -> None:
-        """The workers were told a generation; or one of them, that began anew, has to be told it again."""
+        """The workers were told a generation; or one of them was started again, and is told it anew."""
         now = self._clock()
         pending = self._unacknowledged
         if pending and (len(pending) >= _MAX_PENDING or now - pending[-1][0] < self.timeout / _SHARE):
@@ -101,7 +102,7 @@ class Health:
 
 
 def healthz(facts: HealthFacts) -> tuple[int, bytes]:
-    """Status and body of /healthz: 503 too where the node is not eligible for new load."""
+    """Status and body of /healthz. It is 503 also if the node is not eligible for new load."""
     healthy = facts.healthy and facts.eligible
     return _answer(facts, healthy=healthy, more={"nodeEligible": facts.eligible})
 
@@ -118,7 +119,7 @@ def _answer(facts: HealthFacts, *, healthy: bool, more: dict[str, object]) -> tu
         "currentTime": rfc3339(facts.now),
         **more,
         "healthy": healthy,
-        # One proxier for both families.
+        # One proxy serves both families.
         "status": {family: {"lastUpdated": updated, "healthy": facts.healthy} for family in ("IPv4", "IPv6")},
     }
     if facts.reasons:
@@ -127,7 +128,7 @@ def _answer(facts: HealthFacts, *, healthy: bool, more: dict[str, object]) -> tu
 
 
 def rfc3339(seconds: float) -> str:
-    """A Unix time; Go's zero time where there is none."""
+    """A Unix time in RFC 3339; for 0, Go's zero time."""
     if not seconds:
         return "0001-01-01T00:00:00Z"
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

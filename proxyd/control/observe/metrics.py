@@ -1,4 +1,4 @@
-"""Metrics: what is counted in control, what is asked of the daemon at each scrape, and both as Prometheus text."""
+"""Metrics: what control counts, what each scrape asks the daemon for, and both as Prometheus text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from proxyd.control.observe.exposition import (
     Chosen,
     Row,
 )
-from proxyd.control.observe.programming_latency import Programming
+from proxyd.control.observe.programming_latency import ProgrammingLatency
 from proxyd.control.workers.publication import Publication
 from proxyd.state.changes import touched
 from proxyd.state.snapshot import Snapshot
@@ -45,7 +45,7 @@ from proxyd.state.spec import BalancerSpec, Endpoint, ListenerState, ListenerSta
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_TROUBLES = 50  # kinds of trouble that are told apart
 
-# Nobody reads the times at which counters began, and each would double a counter's series.
+# Nobody reads the times at which counters began, and they would double the series of counters.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no annotation there
 
 
@@ -53,32 +53,32 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     """One worker at the time of a scrape."""
 
     index: int
-    pid: int  # 0: it is not there
+    pid: int  # 0: it does not run
     ready: bool
     lag: int  # generations it has not acknowledged
     restarts: int
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon at the time of a scrape: taken in the loop, in a moment; rendered in a thread.
+    """The daemon at the time of a scrape: collected in the loop, which is quick, and rendered in a thread.
 
-    `publication` is only asked for counters, which is safe from a thread.
+    The thread asks `publication` only for counters, which is safe.
     """
 
     phase: str
     healthy: bool
     endpoints: bool = True  # a series for each endpoint
     balancers: tuple[BalancerSpec, ...] = ()
-    wanted: int = 0  # listeners to be open
-    failed: int = 0  # of them those that could not be opened
-    unopened: tuple[ListenerStatus, ...] = ()  # and those that are not to be open
+    wanted: int = 0  # listeners that are to be open
+    failed: int = 0  # how many of these could not be opened
+    unopened: tuple[ListenerStatus, ...] = ()  # listeners that are not to be open
     services: int = 0
     publication: Publication | None = None
     generation: int = 0
     workers: tuple[WorkerState, ...] = ()
     problems: Mapping[str, int] = {}  # by severity
     synced_at: float = 0.0
-    cluster: ClusterFacts | None = None  # of a daemon that follows an API server
+    cluster: ClusterFacts | None = None  # None: the daemon follows no API server
     access_written: int = 0
     access_dropped: int = 0
     access_queued: int = 0
@@ -88,7 +88,7 @@ _NO_FACTS = Facts(phase="starting", healthy=True)
 
 
 class Metrics:
-    """Counts what happens in control, and writes everything down when asked."""
+    """Counts what happens in control, and renders all metrics."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -117,7 +117,7 @@ class Metrics:
             )
             for kind, text in (("service", "Services"), ("endpoint", "EndpointSlices"))
         }
-        self.programming = Programming(
+        self.programming = ProgrammingLatency(
             Histogram(
                 "kubeproxy_network_programming_duration_seconds",
                 "Time from a change of a Service or Pod until all workers have the endpoints that it led to.",
@@ -147,14 +147,14 @@ class Metrics:
         return Gauge(name, text, labels, registry=self.registry)
 
     def changed(self, snapshot: Snapshot) -> None:
-        """A snapshot came."""
+        """A new snapshot came."""
         before, self._before = self._before or Snapshot(), snapshot
         self._last_queued.set_to_current_time()
         for kind, old, new in (
             ("service", before.services, snapshot.services),
             ("endpoint", before.slices, snapshot.slices),
         ):
-            # What did not change is mostly the same object.
+            # Objects that did not change are mostly the very same; a few are only equal.
             names = [name for name in touched(old, new) if old.get(name) != new.get(name)]
             count = len(names)
             if not count:
@@ -166,7 +166,7 @@ class Metrics:
             total.inc(count)
 
     def reconciled(self, seconds: float, generation: int = 0) -> None:
-        """A reconcile took so long and led to this generation; nothing waits any more."""
+        """A reconcile took so many seconds and led to this generation; nothing waits any more."""
         self.programming.reconciled(generation)
         self._sync_seconds.observe(seconds)
         self._last_sync.set_to_current_time()
@@ -178,7 +178,7 @@ class Metrics:
         self._sync_failures.inc()
 
     def trouble(self, kind: str, count: int) -> None:
-        """A worker met with something so many times."""
+        """A worker reported a kind of trouble so many times."""
         if kind not in self._troubles and len(self._troubles) >= MAX_TROUBLES:
             kind = exposition.OTHER
         self._troubles.add(kind)
@@ -193,7 +193,7 @@ class Metrics:
         self._config.set(valid)
 
     def render(self, facts: Facts) -> list[bytes]:
-        """All metrics as text, in parts. Not for two threads at once."""
+        """All metrics as text, in parts. Only one thread at a time may call it."""
         began = time.perf_counter()
         self._scrape.facts = facts
         traffic = self._traffic.render(facts)
@@ -246,7 +246,7 @@ class _Traffic:
 
 
 def _size(balancers: Sequence[BalancerSpec]) -> int:
-    """How many endpoints they have, each counted once."""
+    """How many different endpoints they have."""
     if len(balancers) == 1:
         return len(balancers[0].endpoints)
     return len({endpoint for balancer in balancers for endpoint in balancer.endpoints})
@@ -268,18 +268,18 @@ def _rows(publication: Publication, balancers: Sequence[BalancerSpec]) -> Iterat
 
 
 class _Scrape(Collector):
-    """What is asked of the daemon at each scrape, but for the traffic."""
+    """The families that each scrape makes of `facts`, all but the traffic's."""
 
     def __init__(self, traffic: _Traffic) -> None:
         self.facts = _NO_FACTS
         self._traffic = traffic
 
     def describe(self) -> list[Metric]:
-        """Nothing: it cannot clash with itself."""
+        """Nothing: the registry need not look for clashes, as all names are here."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """One family after the other."""
+        """Every family."""
         facts = self.facts
         yield _labelled(
             "proxyd_build_info",
@@ -371,7 +371,7 @@ def _used(pid: int) -> tuple[float, int] | None:
 
 
 class _Process(ProcessCollector):
-    """process_*, also where /proc/stat is hidden, as with ProcSubset=pid in a systemd unit."""
+    """process_*, which works without /proc/stat too: ProcSubset=pid in a systemd unit hides it."""
 
     def _boot_time(self) -> float:
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,4 +1,4 @@
-"""What --profiling adds beside /metrics: stacks, tasks and profiles of the control process, under /debug/."""
+"""What --profiling adds to the metrics server: stacks, tasks and profiles of control, at /debug/."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def routes() -> Mapping[str, Handler]:
-    """Path and handler of everything under /debug/."""
+    """The handlers below /debug/, by path."""
     profiler = _Profiler()
     return {
         "/debug/": _index,
@@ -47,7 +47,7 @@ async def _index(_request: web.Request) -> web.Response:
 async def _stacks(_request: web.Request) -> web.Response:
     lines = []
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, frame in sys._current_frames().items():  # noqa: SLF001 - the documented way to see other threads
+    for ident, frame in sys._current_frames().items():  # noqa: SLF001 - the documented way to see threads
         lines += [f"thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame), "\n"]
     for task in sorted(asyncio.all_tasks(), key=asyncio.Task.get_name):
         lines.append(f"task {task.get_name()}:\n")
@@ -82,7 +82,7 @@ class _Profiler:
 
 
 def _sample(seconds: float) -> Counter[str]:
-    """How often each stack of another thread was seen."""
+    """How often each stack of the other threads was seen."""
     me = threading.get_ident()
     seen: Counter[str] = Counter()
     end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""How long it takes from a change of a Service's endpoints until the workers have it: network programming latency."""
+"""Network programming latency: the time from a change of a Service's endpoints until all workers have it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from proxyd.api.meta import ObjectName
 # Annotation of slices and Endpoints: when the Pod or Service changed that led to their last change.
 TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 
-# Changes that wait for the workers; of more than these the oldest are not measured.
+# Changes that wait for the workers; beyond that the oldest are not measured.
 _MAX_WAITING = 20_000
 _Slices = tuple[EndpointSlice, ...]
 
 
-class Programming:
+class ProgrammingLatency:
     """Measures changes as kube-proxy does (kubernetes pkg/proxy/endpointschangetracker.go).
 
-    Counted is each trigger time that a Service's slices name anew, unless it is from before this daemon began: such a
-    change was carried out by somebody else, long ago. It ends when every worker has acknowledged the change.
+    Each new trigger time of a Service's slices is one change; it ends when every worker has acknowledged it.
+    A trigger time from before this daemon began does not count: that change was carried out by somebody else,
+    long ago.
 
     Args:
         observe: takes the seconds of one change.
@@ -33,8 +34,10 @@ class Programming:
         self._observe = observe
         self._clock = clock
         self._began = clock()
-        self._changed: deque[float] = deque(maxlen=_MAX_WAITING)  # trigger times that no reconcile has seen
-        self._told: deque[tuple[int, float]] = deque(maxlen=_MAX_WAITING)  # generation and trigger time
+        # Trigger times that no reconcile has seen, and those that workers were told, each with its
+        # generation.
+        self._changed: deque[float] = deque(maxlen=_MAX_WAITING)
+        self._told: deque[tuple[int, float]] = deque(maxlen=_MAX_WAITING)
 
     def changed(
         self,
@@ -53,7 +56,7 @@ class Programming:
                     self._changed.append(when)
 
     def reconciled(self, generation: int) -> None:
-        """What changed so far is part of this generation."""
+        """All that has changed so far is part of this generation."""
         self._told.extend((generation, when) for when in self._changed)
         self._changed.clear()
 
@@ -71,7 +74,7 @@ def _trigger_times(slices: _Slices) -> set[str]:
 
 
 def _parse(text: str) -> float:
-    """Unix time; 0 for what is none."""
+    """Unix time; 0 if the text is not a time."""
     try:
         when = datetime.fromisoformat(text)
     except ValueError:

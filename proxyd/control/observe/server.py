@@ -1,4 +1,4 @@
-"""The servers that others observe the daemon by: health (/healthz, /livez), and metrics with /proxyMode and /configz."""
+"""The health server (/healthz, /livez), and the metrics server (/metrics, /proxyMode, /configz, /debug/)."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Observers:
     """The health server and the metrics server.
 
     Args:
-        healthz: address and port; None: not served.
-        metrics_at: the same for metrics.
-        hard_fail: an address that can't be opened ends the start, rather than being tried again every 5 s.
-        health: what /healthz answers from.
-        metrics: what /metrics is rendered by.
-        facts: the daemon at this moment.
-        config: the effective configuration at this moment, for /configz.
-        profiling: answer /debug/ beside metrics.
+        healthz: address and port of the health server; None: there is none.
+        metrics_at: the same of the metrics server.
+        hard_fail: an address that can't be opened ends the start; else it is tried again every 5 s.
+        health: is asked for /healthz.
+        metrics: renders /metrics.
+        facts: gives the state of the daemon at this moment.
+        config: gives the effective configuration at this moment, for /configz.
+        profiling: serve /debug/ beside /metrics.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class Observers:
         ]
 
     async def start(self) -> None:
-        """Open both, or go on trying.
+        """Open both; what can't be opened is tried again and again.
 
         Raises:
-            BusyError: one can't be opened, and that is to be an error.
+            BusyError: an address can't be opened, and `hard_fail` is set.
         """
         for site in self._sites:
             await site.start()
 
     async def stop(self) -> None:
-        """Close both, and wait for an answer that is being written."""
+        """Close both, and wait until an answer under way is rendered."""
         for site in self._sites:
             await site.stop()
         if self._rendering is not None:
@@ -110,7 +110,7 @@ class Observers:
         return web.Response(status=code, body=body, content_type="application/json", headers=headers)
 
     async def _text(self, request: web.Request) -> web.Response:
-        # Who asks while an answer is being written gets that one.
+        # Whoever asks while an answer is being rendered gets that one.
         if self._rendering is None or self._rendering.done():
             self._rendering = spawn(
                 asyncio.to_thread(self._metrics.render, self._facts()), name="metrics:render"
@@ -118,7 +118,7 @@ class Observers:
         rendering = self._rendering
         chunks = await asyncio.shield(rendering)
         if self._rendering is rendering:
-            self._rendering = None  # many megabytes
+            self._rendering = None  # it may hold many megabytes
         headers = {"Content-Type": CONTENT_TYPE, "Vary": "Accept-Encoding"}
         if "gzip" in request.headers.get("Accept-Encoding", ""):
             headers["Content-Encoding"] = "gzip"
@@ -168,16 +168,15 @@ class _Site:
         self._retrying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listen now, or as soon as it is possible."""
+        """Listen now, or as soon as possible."""
         await self._runner.setup()
         try:
             await self._listen()
         except OSError as error:
             if self._hard_fail:
                 why = await asyncio.to_thread(_why, error, self._address)
-                raise BusyError(
-                    f"the {self._name} address {self._shown()} can't be opened: {why} (--bind-address-hard-fail)"
-                ) from None
+                what = f"the {self._name} address {self._shown()} can't be opened"
+                raise BusyError(f"{what}: {why} (--bind-address-hard-fail)") from None
             self._retrying = spawn(self._retry(error), name=f"{self._name}:retry")
 
     async def stop(self) -> None:
@@ -230,7 +229,7 @@ class _Site:
 
 
 def _why(error: OSError, address: tuple[str, int]) -> str:
-    """One line; it asks who has the address, which may take some seconds."""
+    """Why it failed, in one line. Asks who has the address, which may take some seconds."""
     if error.errno == errno.EADDRINUSE:
         who = neighbour(address)
         advice = "; stop it: two proxies on a node want the same addresses" if who and who.kind else ""

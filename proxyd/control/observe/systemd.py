@@ -1,4 +1,4 @@
-"""The protocol of sd_notify(3): tells the service manager how the daemon is doing. Without one it does nothing."""
+"""sd_notify(3): tells the service manager how the daemon is doing; does nothing if there is no manager."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _MAX_STATUS = 300  # characters
 class Notifier:
     """Sends states to the service manager. No method blocks or raises.
 
-    A datagram that the manager has no room for is not lost: the newest state and status text go with the next one.
+    If the manager has no room for a datagram, the newest state and status text go with the next one.
 
     Args:
         address: of the manager's datagram socket: a path, or an abstract name with `@`; "" for no manager.
-        watchdog_seconds: how often the manager wants to hear at the latest; 0 where it does not watch.
+        watchdog_seconds: the longest time between two signs of life; 0 if the manager does not watch.
     """
 
     def __init__(self, address: str = "", watchdog_seconds: float = 0.0) -> None:
@@ -27,19 +27,19 @@ class Notifier:
         self._address = ""
         self._socket: socket.socket | None = None
         self._state = ""  # READY, RELOADING or STOPPING that could not be sent yet
-        self._text = ""  # status text that could not be sent yet
-        self._said = ""  # status text that was sent last
+        self._text = ""  # the newest status text
+        self._said = ""  # the status text that was sent last
         if address[:1] not in {"/", "@"} or "\0" in address:
-            return  # none, or of a kind that is not for a local process, such as vsock:
+            return  # no address, or one that no local process has, such as vsock:
         self._address = f"\0{address[1:]}" if address[0] == "@" else address
         with contextlib.suppress(OSError):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
 
     @classmethod
     def here(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """For this process: of NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+        """For this process, from NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
 
-        A watchdog that is meant for another process, as after a fork, is none: sd_watchdog_enabled(3).
+        A watchdog that is meant for another process does not count: sd_watchdog_enabled(3).
         """
         environ = os.environ if environ is None else environ
         usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
@@ -48,7 +48,7 @@ class Notifier:
         return cls(environ.get("NOTIFY_SOCKET", ""), int(usec) / 1e6 if watched else 0.0)
 
     def close(self) -> None:
-        """Close the socket; what is said later is lost."""
+        """Close the socket; nothing is sent any more."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -64,7 +64,7 @@ class Notifier:
         self.status(text)
 
     def starting(self, text: str, within: float) -> None:
-        """The start goes on, and takes `within` seconds more at most, whatever TimeoutStartSec says."""
+        """The start goes on, and takes at most `within` more seconds, whatever TimeoutStartSec= is."""
         self._state = f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}"
         self.status(text)
 
@@ -74,12 +74,12 @@ class Notifier:
         self.status("reloading")
 
     def stopping(self, text: str, within: float) -> None:
-        """The end begins, and takes at most `within` seconds, whatever TimeoutStopSec says."""
+        """The end begins, and takes at most `within` seconds, whatever TimeoutStopSec= is."""
         self._state = f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(within * 1e6)}"
         self.status(text)
 
     def status(self, text: str) -> None:
-        """Say in one line what `systemctl status` shows. Nothing is sent where nothing is new."""
+        """Set the line that `systemctl status` shows. Nothing is sent if nothing is new."""
         self._text = " ".join(text.split())[:_MAX_STATUS]
         if self._state or self._text != self._said:
             self._send()
@@ -103,5 +103,5 @@ class Notifier:
                 message.encode("utf-8", "replace"), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, self._address
             )
         except (OSError, ValueError):
-            return  # no room, or the manager is being started again: `retry`
+            return  # no room, or the manager is being restarted: `retry` sends it
         self._state, self._said = "", self._text

@@ -1,7 +1,7 @@
 """The access log: one record for each finished connection, written by a thread of its own.
 
-Neither the relays nor the control loop ever wait for it. Records queue up to a limit; where the file is slow, full or not
-there, further ones are dropped and counted, and that is said once, as is the recovery.
+Neither the relays nor the control loop ever wait for it. Records queue up to a limit. If the file is slow,
+full or missing, further records are dropped and counted; that is logged once, and so is the recovery.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = get_logger("access")
 STDOUT = "-"
 MAX_QUEUED = 20_000  # records; about 10 MB
 RETRY_SECONDS = 1.0  # between two attempts to open a file that can't be opened
-CLOSE_SECONDS = 1.0  # for what is queued at the end
+CLOSE_SECONDS = 1.0  # to write what is queued at the end
 _AT_ONCE = 500  # records in one write
 _MODE = 0o640
 _POLL_SECONDS = 0.2
@@ -38,21 +38,21 @@ class AccessLog:
     """Writes connection records to a file as JSON lines, or to standard output ("-").
 
     Args:
-        path: of the file; "" for none: then everything is a no-op and there is no thread.
-        max_queued: records that wait for the file at most.
+        path: of the file; "" for none: then there is no thread, and everything is a no-op.
+        max_queued: the most records that wait for the file.
     """
 
     def __init__(self, path: str, max_queued: int = MAX_QUEUED) -> None:
         self.path = path
         self.written = 0
-        self._lost = 0  # by the caller's side: the queue was full, or the worker had no room
-        self._failed = 0  # by the thread: the file could not be written
+        self._lost = 0  # counted by the caller: the queue was full, or the worker had no room
+        self._failed = 0  # counted by the thread: the file could not be written
         self._max = max_queued
         self._queue: deque[Connection] = deque()
-        self._said = False
-        self._said_at = 0  # how many were dropped before this trouble
+        self._said = False  # the present trouble has been logged
+        self._said_at = 0  # how many records had been dropped before it
         self._wake = threading.Condition()
-        self._reopen = bool(path)  # open it at once: a wrong path is told at the start
+        self._reopen = bool(path)  # open it at once, so that a wrong path is logged at the start
         self._stop_at: float | None = None
         self._thread: threading.Thread | None = None
         if path:
@@ -61,7 +61,7 @@ class AccessLog:
 
     @property
     def dropped(self) -> int:
-        """Records that were lost, here or on the way here."""
+        """Records that were lost, here or on their way here."""
         return self._lost + self._failed
 
     @property
@@ -70,7 +70,7 @@ class AccessLog:
         return len(self._queue)
 
     def write(self, records: list[Connection], dropped: int = 0) -> None:
-        """Queue records. `dropped` more were lost on the way here. Never waits."""
+        """Queue records, without waiting. `dropped`: how many more were lost on their way here."""
         if self._thread is None:
             return
         with self._wake:
@@ -89,7 +89,7 @@ class AccessLog:
             )
 
     def reopen(self, path: str | None = None) -> None:
-        """Open the file anew, after it was rotated, or another one. What is queued goes there."""
+        """Open the file anew, after it was rotated; or another file. Queued records go there."""
         with self._wake:
             if path:
                 self.path = path
@@ -97,7 +97,7 @@ class AccessLog:
             self._wake.notify()
 
     def close(self) -> None:
-        """Write what is queued, for at most a second, and end the thread. One that hangs in a write is left behind."""
+        """Write what is queued, for at most a second, and end the thread; one that hangs is abandoned."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -118,7 +118,7 @@ class AccessLog:
                         self._wake.wait()
                     if self._reopen:
                         self._reopen = False
-                        # What was left of a record belongs to the old file.
+                        # The rest of a record that was cut belongs to the old file.
                         sink.close()
                         sink = _Sink(self.path)
                     count = min(_AT_ONCE, len(self._queue))
@@ -151,15 +151,15 @@ class AccessLog:
             log.info("the access log is written again", path=self.path, dropped=self.dropped - self._said_at)
 
     def _given_up(self) -> bool:
-        """Whether waiting for the reader of a pipe is to end."""
+        """Whether to stop waiting for the reader of a pipe."""
         return self._reopen or (self._stop_at is not None and time.monotonic() > self._stop_at)
 
 
 class _Sink:
-    """The open file. Records are written whole, or their rest first when it can be written again."""
+    """The open file. If a record was cut, its rest is written first when the file can be written again."""
 
     def __init__(self, path: str) -> None:
-        self.whole = 0  # records of the last write that are in the file, or begun and to be ended later
+        self.whole = 0  # records of the last write that are in the file, or were begun and will be completed
         self._path = path
         self._fd = -1
         self._rest = b""
@@ -173,10 +173,10 @@ class _Sink:
             self._fd = 1
 
     def write(self, records: list[Connection], give_up: Callable[[], bool]) -> int:
-        """Write records; returns how many, less than given where `give_up()` said so.
+        """Write records. Returns how many were written; fewer than given if `give_up()` returned true.
 
         Raises:
-            OSError: it failed; `whole` says how many were written.
+            OSError: writing failed; `whole` says how many were written.
         """
         self.whole = 0
         self._open()
@@ -211,7 +211,7 @@ class _Sink:
             raise self._last_error
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
-            # Not blocking: the open and the writes of a FIFO that nobody reads.
+            # O_NONBLOCK: opening or writing a FIFO that nobody reads must not block.
             self._fd = os.open(self._path, flags, _MODE)
         except OSError as error:
             if error.errno == errno.ENXIO:
@@ -225,7 +225,7 @@ class _Sink:
         poll.poll(_POLL_SECONDS * 1000)
 
     def _account(self, lines: list[bytes], begun: int, done: int) -> None:
-        """Count whole records, and keep the rest of one that was cut."""
+        """Count the whole records, and keep the rest of one that was cut."""
         self._rest = b""
         for position, line in enumerate(lines):
             if done >= len(line):
@@ -243,9 +243,9 @@ class _Sink:
 
 
 def as_json(record: Connection) -> dict[str, object]:
-    """A record as it is written: camelCase, times in RFC 3339."""
+    """A record as the JSON log has it: camelCase, times in RFC 3339."""
     finished = datetime.fromtimestamp(record.finished, UTC).isoformat(timespec="milliseconds")
-    # TCP, of which there may be thousands a second, is said by its absence.
+    # A record without `protocol` is of TCP: there may be thousands of them each second.
     more: dict[str, object] = {"protocol": record.protocol} if record.protocol else {}
     if record.streams[0]:
         more |= {"streamsIn": record.streams[0], "streamsOut": record.streams[1]}
@@ -270,5 +270,6 @@ def readable(record: Connection) -> str:
     attempts = f"  {record.attempts} attempts" if record.attempts > 1 else ""
     return (
         f"{record.service}  {record.client} -> {record.frontend} -> {record.endpoint or 'no endpoint'}  "
-        f"{record.bytes_in} B in  {record.bytes_out} B out  {record.seconds:.3f} s  {record.reason}{attempts}\n"
+        f"{record.bytes_in} B in  {record.bytes_out} B out  "
+        f"{record.seconds:.3f} s  {record.reason}{attempts}\n"
     )

@@ -1,4 +1,4 @@
-"""Python's search for garbage, and when to leave it."""
+"""Python's garbage collector: when it may run, and how often."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """No search for garbage in this block: it makes many objects that all go soon after."""
+    """No garbage collection in this block, which makes many objects that are all dropped soon after."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -20,19 +20,20 @@ def paused() -> Iterator[None]:
 
 
 def seldom() -> None:
-    """Search seldom from now on, and hardly ever through everything: the daemon does that with each --config-sync-period.
+    """Collect rarely from now on, and the oldest generation hardly ever.
 
-    Ten thousand Services are half a million objects, and what is made of them refers to itself nowhere: each search of
-    all of them took 0.2 s in which nothing was put in force, and found nothing.
+    Ten thousand Services are half a million objects without reference cycles: each full collection took 0.2
+    s, in which no change was put in force, and found nothing. The daemon runs one with each
+    --config-sync-period.
     """
     gc.set_threshold(50_000, 20, 100)
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """What is made in this block stays: it is not looked through for garbage, neither as it grows nor later.
+    """No garbage collection in this block, and none later of what it makes: these objects stay (`gc.freeze`).
 
-    For what is read and opened first: searching it again and again is up to half of the time that it takes.
+    For the first load and the first reconcile, half of whose time would go into collections.
     """
     collecting = gc.isenabled()
     gc.disable()

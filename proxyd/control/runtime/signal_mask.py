@@ -1,4 +1,8 @@
-"""The signals that are orders to the daemon. All threads but the main one leave them to it: it can hold them for the next program."""
+"""The signals that are orders to the daemon. Only the main thread takes them.
+
+During an upgrade the main thread blocks them, so that they stay pending for the next program: a thread that
+took them would lose them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ ORDERS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP
 
 
 def leave_to_main() -> None:
-    """Take no orders in this thread, which is not the main one."""
+    """Block these signals in this thread, which is not the main one."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
 
 
 def executor() -> ThreadPoolExecutor:
-    """For an event loop's `asyncio.to_thread`: with threads that take no orders."""
+    """The executor for an event loop's `asyncio.to_thread`: its threads block these signals."""
     return ThreadPoolExecutor(thread_name_prefix="work", initializer=leave_to_main)

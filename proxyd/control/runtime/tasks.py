@@ -1,4 +1,4 @@
-"""The one way to start an asyncio task: it is kept, named, and its failure is heard of."""
+"""The one way to start an asyncio task: it is kept, it has a name, and its failure is logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxyd.control.runtime.signal_mask import leave_to_main
 
 _T = TypeVar("_T")
 _log = get_logger("tasks")
-# The event loop holds tasks by weak references only: without this one may vanish while it waits.
+# The event loop has only weak references to tasks: without this set a task may vanish while it waits.
 _running: set[asyncio.Task[Any]] = set()
 
 
@@ -26,12 +26,12 @@ def spawn(
 ) -> asyncio.Task[_T]:
     """Start a task.
 
-    An exception that ends it is logged in one line, also where the task is awaited. Being cancelled is no failure.
+    An exception that ends it is logged in one line, even if the task is awaited. Cancelling is no failure.
 
     Args:
         coro: what to run.
         name: reads well in a dump, such as `source:manifests`.
-        on_failure: called with the exception, for a task that the daemon cannot go on without.
+        on_failure: called with the exception, for a task that the daemon cannot do without.
     """
     task = asyncio.get_running_loop().create_task(coro, name=name)
     _running.add(task)
@@ -52,18 +52,18 @@ def spawn(
 
 
 async def in_thread(work: Callable[..., _T], *args: object) -> _T:
-    """As `asyncio.to_thread`, but the end of the program does not wait for it: what it does then is lost.
+    """Like `asyncio.to_thread`, but the program ends without waiting for the work, whose result is then lost.
 
-    For work that only reads: a stop in the middle of it is to be prompt.
+    For work that only reads, so that the daemon stops promptly in the middle of it.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
     def settle(result: _T | None, error: BaseException | None) -> None:
         if future.done():
-            return  # nobody waits any more
+            return  # the waiting task was cancelled
         if error is None:
-            future.set_result(result)  # type: ignore[arg-type]  # there is one where there is no error
+            future.set_result(result)  # type: ignore[arg-type]  # without an error there is a result
         else:
             future.set_exception(error)
 
@@ -72,18 +72,18 @@ async def in_thread(work: Callable[..., _T], *args: object) -> _T:
         result, failed = None, None
         try:
             result = work(*args)
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
             failed = error
         with contextlib.suppress(RuntimeError):  # the event loop has ended
             loop.call_soon_threadsafe(settle, result, failed)
-        failed = None  # its traceback has this frame
+        failed = None  # a cycle: the traceback refers to this frame
 
     threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
     return await future
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line: its type, its text and the place it was raised."""
+    """An exception in one line: its type, its text and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}".replace("\n", " ")
