@@ -275,7 +275,7 @@ def test_a_second_daemon_disturbs_nobody(lab: Lab, manifests: Path, folder: Path
 def test_more_listeners_than_descriptors_leave_the_daemon_able_to_act(
     lab: Lab, manifests: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.FEW_DESCRIPTORS", ["prlimit", "--nofile=300:300"])
+    monkeypatch.setattr("tests.support.daemon.FEW_DESCRIPTORS", ["prlimit", "--nofile=300:300"])
     documents = [
         document
         for port in range(1000, 1400)
