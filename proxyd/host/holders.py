@@ -30,7 +30,8 @@ _UNCONNECTED = 1 << 7
 _ANY_STATE = 0xFFFFFFFF
 _NUMBERS = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 
-# Conflicts may come in hundreds and must not hold up control. Looking through /proc takes at most this many seconds ...
+# Conflicts may come in hundreds and must not hold up control. Looking through /proc takes at most this many seconds of
+# processor time, as on a busy machine all else would find nobody ...
 _SCAN_SECONDS = 0.1
 # ... and a tenth of the time in the long run; what was not used adds up to this many seconds of waiting.
 _PAUSE = 10
@@ -53,7 +54,7 @@ def holder(key: ListenerKey, *, patient: bool = False) -> str:
 
     Args:
         key: of the listener.
-        patient: look for as long as a second; not for the event loop.
+        patient: look for as long as a second of processor time; not for the event loop.
 
     Returns:
         "" where that cannot be found: no right to see other processes' descriptors, or no time.
@@ -62,14 +63,14 @@ def holder(key: ListenerKey, *, patient: bool = False) -> str:
         inodes = _inodes(key)
     except OSError:
         return ""
-    started = time.monotonic()
     if patient:
-        return _owner(inodes, started + _LONG_SCAN_SECONDS) if inodes else ""
-    if not inodes or started < _Scan.not_before:
-        return ""
-    found = _owner(inodes, started + _SCAN_SECONDS)
+        return _owner(inodes, _LONG_SCAN_SECONDS) if inodes else ""
     now = time.monotonic()
-    _Scan.not_before = max(_Scan.not_before, now - _SAVED) + _PAUSE * (now - started)
+    if not inodes or now < _Scan.not_before:
+        return ""
+    began = time.thread_time()
+    found = _owner(inodes, _SCAN_SECONDS)
+    _Scan.not_before = max(_Scan.not_before, now - _SAVED) + _PAUSE * (time.thread_time() - began)
     return found
 
 
@@ -102,7 +103,7 @@ def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
             found[key] = inodes
     if not found:
         return {}
-    owners = _owners(set().union(*found.values()), time.monotonic() + _LONG_SCAN_SECONDS)
+    owners = _owners(set().union(*found.values()), _LONG_SCAN_SECONDS)
     managed = _proxyd_is_here()
     return {
         key: who
@@ -149,14 +150,15 @@ def _proxyd_is_here() -> bool:
         return False
 
 
-def _owners(inodes: set[int], deadline: float) -> dict[int, str]:
-    """Who holds each socket, as far as it can be found until the deadline."""
+def _owners(inodes: set[int], seconds: float) -> dict[int, str]:
+    """Who holds each socket, as far as it can be found in so many seconds of processor time."""
+    deadline = time.thread_time() + seconds
     names = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, str] = {}
     with os.scandir("/proc") as folders:
         processes = sorted(int(folder.name) for folder in folders if folder.name.isdigit())
     for process in processes:
-        if time.monotonic() > deadline or len(found) == len(names):
+        if time.thread_time() > deadline or len(found) == len(names):
             break
         try:
             with os.scandir(f"/proc/{process}/fd") as descriptors:
@@ -217,13 +219,15 @@ def _short(ip: str) -> str:
     return str(ip_address(ip))
 
 
-def _owner(inodes: set[int], deadline: float) -> str:
+def _owner(inodes: set[int], seconds: float) -> str:
+    """Who holds one of these sockets; "" where that is not found in so many seconds of processor time."""
+    deadline = time.thread_time() + seconds
     names = {f"socket:[{inode}]" for inode in inodes}
     # os.scandir and os.readlink: several times faster than Path, and there may be many descriptors.
     with os.scandir("/proc") as folders:
         processes = sorted(int(folder.name) for folder in folders if folder.name.isdigit())
     for process in processes:
-        if time.monotonic() > deadline:
+        if time.thread_time() > deadline:
             break
         try:
             with os.scandir(f"/proc/{process}/fd") as descriptors:
