@@ -28,23 +28,23 @@ def cleanup(args: argparse.Namespace, env: Env) -> int:
     if claim is None and not args.dry_run:
         raise CommandError("proxyd is running on this node; stop it first, or its VIPs would go away")
     try:
-        lines = remove_leftovers(dry_run=args.dry_run)
+        removals = [remove_leftovers(dry_run=args.dry_run)]
         if args.kube_proxy:
-            lines += remove_userspace_chains(dry_run=args.dry_run)
+            removals.append(remove_userspace_chains(dry_run=args.dry_run))
     except OSError as error:
         hint = "; run as root" if os.getuid() else ""
         raise CommandError(f"cannot look for leftovers: {error.strerror or error}{hint}") from None
     finally:
         if claim is not None:
             claim.close()
-    failures = [line for line in lines if not line.startswith(("removed ", "would remove "))]
-    for line in lines:
-        if line not in failures:
-            env.stdout.write(line + "\n")
-    if not lines:
+    gone = [text for removal in removals for text in removal.gone]
+    failures = [text for removal in removals for text in removal.failed]
+    for text in gone:
+        env.stdout.write(f"{'would remove' if args.dry_run else 'removed'} {text}\n")
+    if not gone and not failures:
         env.stdout.write("nothing of proxyd is left on this node\n")
-    for line in failures:
-        env.say(f"proxyd: error: {line}")
+    for text in failures:
+        env.say(f"proxyd: error: {text}")
     for leftover in kube_proxy_leftovers():
         if args.kube_proxy and args.dry_run and leftover.mode is Mode.USERSPACE:
             continue

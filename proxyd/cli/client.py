@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from proxyd.cli.env import FAILED, UNREACHABLE, CommandError
+from proxyd.control.admin.schema import NO_SUCH_PATH, Refusal
 from proxyd.control.admin.unix_socket import AdminError, check_folder
 
 _T = TypeVar("_T")
@@ -171,15 +172,15 @@ class Client:
 
     def _refused(self, status: int, reason: str, method: str, path: str, answer: bytes) -> CommandError:
         try:
-            why = msgspec.json.decode(answer, type=dict[str, str])["error"]
-        except (msgspec.DecodeError, KeyError):
+            refusal = msgspec.json.decode(answer, type=Refusal)
+        except msgspec.DecodeError:
             return UnreachableError(f"{self._path} answered {status} {reason} to {method} {path}")
-        if why.startswith("no path "):
+        if refusal.reason == NO_SUCH_PATH:
             return UnreachableError(
                 f"the daemon at {self._path} has no {path.partition('?')[0]}; it is of another version"
             )
         gone = status == HTTPStatus.SERVICE_UNAVAILABLE
-        return CommandError(why, code=UNREACHABLE if gone else FAILED)
+        return CommandError(refusal.error, code=UNREACHABLE if gone else FAILED)
 
     def _why(self, error: OSError, seconds: float) -> str:
         path = self._path

@@ -25,6 +25,18 @@ class Leftovers(NamedTuple):
         return any(self)
 
 
+class Removal(NamedTuple):
+    """What became of things that were to be removed, a text for each kind.
+
+    Attributes:
+        gone: what was removed, or would be: "2 VIP routes".
+        failed: what could not be, each with the reason.
+    """
+
+    gone: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
 def find_leftovers() -> Leftovers:
     """Count what carries proxyd's numbers and names, whichever process made it. Without CAP_NET_ADMIN nft tables are not seen.
 
@@ -43,21 +55,18 @@ def find_leftovers() -> Leftovers:
     )
 
 
-def remove_leftovers(*, dry_run: bool = False) -> list[str]:
+def remove_leftovers(*, dry_run: bool = False) -> Removal:
     """Remove everything that `find_leftovers` counts. Not while another proxyd serves here: it would lose its VIPs.
 
     Args:
         dry_run: only say what would be removed.
-
-    Returns:
-        One line for each kind of thing removed, and one for each failure; [] where there was nothing.
 
     Raises:
         OSError: netlink failed.
     """
     found = find_leftovers()
     if dry_run:
-        return [f"would remove {line}" for line in _counted(found)]
+        return Removal(_counted(found))
     steering, routes = Steering(), VipRoutes()
     failed = [*steering.remove(steering.present()).values(), *routes.remove(routes.present()).values()]
     # Last: it protects the VIPs while there are any.
@@ -65,14 +74,12 @@ def remove_leftovers(*, dry_run: bool = False) -> list[str]:
         failed.append(f"cannot remove the VIP guard: {reason}")
     left = find_leftovers()
     gone = Leftovers(*(before - after for before, after in zip(found, left, strict=True)))
-    lines = [f"removed {line}" for line in _counted(gone)] + failed[:_SHOWN]
-    if len(failed) > _SHOWN:
-        lines.append(f"and {len(failed) - _SHOWN} more failures")
-    return lines
+    more = [f"and {len(failed) - _SHOWN} more failures"] if len(failed) > _SHOWN else []
+    return Removal(_counted(gone), (*failed[:_SHOWN], *more))
 
 
-def _counted(found: Leftovers) -> list[str]:
-    return [
+def _counted(found: Leftovers) -> tuple[str, ...]:
+    return tuple(
         f"{count} {one if count == 1 else many}"
         for count, one, many in (
             (found.rules, "policy rule for a foreign address", "policy rules for foreign addresses"),
@@ -81,4 +88,4 @@ def _counted(found: Leftovers) -> list[str]:
             (found.tables, "nft table", "nft tables"),
         )
         if count > 0
-    ]
+    )

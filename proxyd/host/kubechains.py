@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from proxyd.host.cleanup import Removal
 from proxyd.host.nft import which
 
 # kubernetes pkg/proxy/userspace/proxier.go, 1.25. KUBE-NODEPORTS, of the iptables mode, is another one.
@@ -24,16 +25,17 @@ class _Tool(NamedTuple):
     loaded: str  # file of /proc/net that lists its tables: others are not touched, or they would be loaded; "" = any
 
 
-def remove_userspace_chains(*, dry_run: bool = False) -> list[str]:
+def remove_userspace_chains(*, dry_run: bool = False) -> Removal:
     """Remove the chains KUBE-PORTALS-* and KUBE-NODEPORT-*, and the rules that lead to them; nothing else.
 
     Args:
         dry_run: only say what would be removed.
 
     Returns:
-        One line for each table that had some, `removed ...` or `would remove ...`, or what went wrong.
+        A text for each table that had some: "iptables-nft table nat: KUBE-PORTALS-HOST".
     """
-    lines = []
+    gone: list[str] = []
+    failed: list[str] = []
     for tool in _tools():
         for table in _TABLES:
             if tool.loaded and table not in loaded_tables(tool.loaded):
@@ -44,15 +46,17 @@ def remove_userspace_chains(*, dry_run: bool = False) -> list[str]:
                 continue
             what = f"{tool.name} table {table}: {', '.join(chains)}"
             if dry_run:
-                lines.append(f"would remove {what}")
+                gone.append(what)
                 continue
             done = _run(f"{tool.name}-restore", "--noflush", stdin=script)
             if done is not None and done.returncode == 0:
-                lines.append(f"removed {what}")
+                gone.append(what)
             else:
                 why = done.stderr.strip().splitlines() if done else []
-                lines.append(f"cannot remove {what}: {why[0] if why else f'{tool.name}-restore did not run'}")
-    return lines
+                failed.append(
+                    f"cannot remove {what}: {why[0] if why else f'{tool.name}-restore did not run'}"
+                )
+    return Removal(tuple(gone), tuple(failed))
 
 
 def removal(table: str, saved: str) -> tuple[str, list[str]]:

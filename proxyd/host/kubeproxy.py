@@ -53,6 +53,7 @@ class Leftover(NamedTuple):
     mode: Mode
     place: str  # "nft table ip nat", "interface kube-ipvs0"
     names: tuple[str, ...]
+    table: str = ""  # of nftables: family and name
 
     def __str__(self) -> str:
         more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
@@ -65,8 +66,7 @@ class Leftover(NamedTuple):
             case Mode.USERSPACE:
                 return "proxyd cleanup --kube-proxy"
             case Mode.NFTABLES:
-                # As text: it ends in the table's family and name.
-                return f"nft delete table {self.place.removeprefix('nft table ')}"
+                return f"nft delete table {self.table}"
             case Mode.IPVS:
                 return "ipvsadm --clear; ip link delete kube-ipvs0"
             case Mode.IPTABLES:
@@ -78,20 +78,22 @@ def kube_proxy_leftovers() -> list[Leftover]:
 
     Needs CAP_NET_ADMIN; without it, or where a tool is missing, what cannot be seen is not reported.
     """
-    found: dict[tuple[Mode, str], list[str]] = {}
+    found: dict[tuple[Mode, str, str], list[str]] = {}  # chains, by mode, place and nft table
     try:
         for family, table, chain in _nft_chains():
-            if table == _NFT_TABLE and family in ("ip", "ip6", "inet"):
-                found.setdefault((Mode.NFTABLES, f"nft table {family} {table}"), []).append(chain)
-            elif mode := _mode(chain):
-                found.setdefault((mode, f"nft table {family} {table}"), []).append(chain)
+            own = table == _NFT_TABLE and family in ("ip", "ip6", "inet")
+            if mode := Mode.NFTABLES if own else _mode(chain):
+                where = f"{family} {table}"
+                found.setdefault((mode, f"nft table {where}", where), []).append(chain)
     except OSError:
         found = {}
     for program, names in (("iptables", "ip_tables_names"), ("ip6tables", "ip6_tables_names")):
         for table, chain in _legacy_chains(program, names):
             if mode := _mode(chain):
-                found.setdefault((mode, f"{program} (legacy) table {table}"), []).append(chain)
-    leftovers = [Leftover(mode, place, tuple(chains)) for (mode, place), chains in found.items()]
+                found.setdefault((mode, f"{program} (legacy) table {table}", ""), []).append(chain)
+    leftovers = [
+        Leftover(mode, place, tuple(chains), table) for (mode, place, table), chains in found.items()
+    ]
     try:
         if _IPVS_LINK in link_names():
             leftovers.append(Leftover(Mode.IPVS, f"interface {_IPVS_LINK}", ("virtual servers of IPVS",)))

@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 
+from proxyd.cli.client import Client, UnreachableError
+from proxyd.cli.env import FAILED, CommandError
+from proxyd.control.admin.schema import ServiceView, StatusView
 from tests.support.clients import connect, many, read_line, refused, wait_for
 from tests.support.daemon import COMMAND, REPOSITORY, Proxyd, resident_kib
 from tests.support.manifests import endpoints, endpoints_at, service, write
@@ -519,8 +522,18 @@ def test_what_is_wrong_with_a_request_is_said_as_json(
 ) -> None:
     got, answer = raw(daemon, f"{request_line} HTTP/1.0\r\nContent-Length: 0\r\n\r\n".encode())
     assert got == status
-    assert set(answer) == {"error"}
+    unknown_path = {"reason": "NoSuchPath"} if says.startswith("no path") else {}
+    assert answer == {"error": answer["error"], **unknown_path}
     assert says in answer["error"]
+
+
+def test_a_daemon_that_has_not_what_a_command_asks_for_is_of_another_version(daemon: Proxyd) -> None:
+    client = Client(str(daemon.socket))
+    with pytest.raises(UnreachableError, match="has no /v1/later; it is of another version"):
+        client.get("/v1/later", StatusView, {"name": "x"})
+    with pytest.raises(CommandError, match="service default/none not found") as caught:
+        client.get("/v1/services/default/none", ServiceView)
+    assert caught.value.code == FAILED
 
 
 def test_waiting_for_a_change(manifests: Path, daemon: Proxyd) -> None:

@@ -521,7 +521,7 @@ def test_a_vanished_source_address_is_replaced(town: Lab, naming: Naming) -> Non
 def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -> None:
     before = routes_and_rules(space)
     assert not space.call(cleanup.find_leftovers)
-    assert space.call(cleanup.remove_leftovers) == []
+    assert space.call(cleanup.remove_leftovers) == cleanup.Removal()
     space.run(
         sys.executable,
         "-c",
@@ -543,14 +543,16 @@ def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -
     assert found == cleanup.Leftovers(vip_routes=2, rules=2, steering_routes=1, tables=3)
     left = routes_and_rules(space)
     dry = space.call(lambda: cleanup.remove_leftovers(dry_run=True))
-    assert dry == [
-        "would remove 2 policy rules for foreign addresses",
-        "would remove 1 route of table 7112",
-        "would remove 2 VIP routes",
-        "would remove 3 nft tables",
-    ]
+    assert dry == cleanup.Removal(
+        gone=(
+            "2 policy rules for foreign addresses",
+            "1 route of table 7112",
+            "2 VIP routes",
+            "3 nft tables",
+        )
+    )
     assert routes_and_rules(space) == left
-    assert space.call(cleanup.remove_leftovers) == [line.replace("would remove", "removed") for line in dry]
+    assert space.call(cleanup.remove_leftovers) == dry
     assert routes_and_rules(space) == before
 
 
@@ -572,11 +574,18 @@ def test_what_kube_proxy_left_is_named(space: Namespace) -> None:
         """,
     )
     space.ip("link add name kube-ipvs0 type bridge")
-    assert list(map(str, space.call(kube_proxy_leftovers))) == [
+    left = space.call(kube_proxy_leftovers)
+    assert list(map(str, left)) == [
         "nft table ip nat: KUBE-PORTALS-HOST",
         "nft table ip nat: KUBE-SERVICES",
         "nft table ip kube-proxy: services",
         "interface kube-ipvs0: virtual servers of IPVS",
+    ]
+    assert [one.removed_by for one in left] == [
+        "proxyd cleanup --kube-proxy",
+        "kube-proxy --cleanup",
+        "nft delete table ip kube-proxy",
+        "ipvsadm --clear; ip link delete kube-ipvs0",
     ]
 
 

@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from proxyd import __version__
-from proxyd.control.admin.schema import LogLevelView, VersionView
+from proxyd.control.admin.schema import NO_SUCH_PATH, LogLevelView, Refusal, VersionView
 from proxyd.control.admin.selector import Selector, SelectorError
 from proxyd.control.runtime import logs
 from proxyd.control.runtime.logs import get_logger
@@ -97,11 +97,13 @@ def answered(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
 
 
-def refusal(status: int, why: str, headers: dict[str, str] | None = None) -> web.Response:
-    """An error as JSON."""
+def refusal(
+    status: int, why: str, headers: dict[str, str] | None = None, *, reason: str = ""
+) -> web.Response:
+    """An error as JSON; see `Refusal`."""
     return web.Response(
         status=status,
-        body=msgspec.json.encode({"error": why}),
+        body=msgspec.json.encode(Refusal(error=why, reason=reason)),
         content_type="application/json",
         headers=headers,
     )
@@ -114,7 +116,7 @@ def explained(request: web.Request, error: web.HTTPException) -> web.Response:
         why = f"{request.method[:20]} is not possible for {path}"
         return refusal(405, why, {"Allow": error.headers["Allow"]})
     if error.status == 404 and request.match_info.route.resource is None:
-        return refusal(404, f"no path {path}; see docs/admin-api.md")
+        return refusal(404, f"no path {path}; see docs/admin-api.md", reason=NO_SUCH_PATH)
     if error.status == 413:
         return refusal(413, f"a body has at most {MAX_BODY} bytes")
     return refusal(error.status, error.text or error.reason)

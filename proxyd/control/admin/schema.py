@@ -9,6 +9,8 @@ import msgspec
 from proxyd.api.problems import Problem
 from proxyd.control.feeds.facts import SourceFacts
 
+NO_SUCH_PATH = "NoSuchPath"  # the daemon is of a version that has no such path
+
 # What is said of a Service that has no listener.
 ALIAS = "Alias"  # ExternalName: a DNS name, nothing to proxy
 HEADLESS = "Headless"  # clusterIP None: clients go to the endpoints by themselves
@@ -229,6 +231,13 @@ class ServiceDescription(msgspec.Struct, frozen=True, kw_only=True, rename="came
     endpoints: tuple[EndpointView, ...] = ()
     failures: tuple[FailureView, ...] = ()  # the latest first
     events: tuple[EventView, ...] = ()  # the latest first
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """Why a request is not answered."""
+
+    error: str  # for people
+    reason: str = ""  # NO_SUCH_PATH, or ""
 
 
 class VersionView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -24,8 +24,8 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         left: what kube-proxy left, and is still there.
-        removed: a line for everything that was removed.
-        failed: a line for everything that could not be removed.
+        removed: what was removed, a text for each table of chains.
+        failed: what could not be removed, with the reason.
         running: a kube-proxy that still runs, because of which the chains stay: it holds the address of
             health or metrics. None: there is none, or nothing depended on it.
     """
@@ -43,7 +43,7 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
                 running=str(self.running),
             )
         for line in self.removed:
-            log.info("removed chains of kube-proxy's userspace mode", what=line.removeprefix("removed "))
+            log.info("removed chains of kube-proxy's userspace mode", what=line)
         for line in self.failed:
             log.error("cannot remove chains of kube-proxy's userspace mode", error=line)
         for leftover in self.left:
@@ -69,12 +69,8 @@ def look(settings: Settings) -> Migration:
     running = _kube_proxy(settings) if settings.cleanup_kube_proxy == "auto" else None
     if running is not None:
         return Migration(left=tuple(left), running=running)
-    lines = remove_userspace_chains()
-    return Migration(
-        left=tuple(kube_proxy_leftovers()),
-        removed=tuple(line for line in lines if line.startswith("removed ")),
-        failed=tuple(line for line in lines if not line.startswith("removed ")),
-    )
+    removal = remove_userspace_chains()
+    return Migration(left=tuple(kube_proxy_leftovers()), removed=removal.gone, failed=removal.failed)
 
 
 async def migrate(settings: Settings) -> None:
