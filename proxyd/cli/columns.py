@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from proxyd.cli.tables import NONE, size
+from proxyd.cli.tables import NONE, Status, size
 from proxyd.control.admin.schema import (
     ConnectionView,
     Counters,
@@ -53,7 +53,7 @@ def _service(item: ServiceView, headings: list[str]) -> Cells:
     if "TOTAL" in headings:
         counters = item.counters
         cells += [counters.opened, counters.failed, size(counters.bytes_in), size(counters.bytes_out)]
-    return [*cells, item.status]
+    return [*cells, Status(item.state, item.status)]
 
 
 def _endpoints_headings(_items: Sequence[EndpointView], wide: bool) -> list[str]:
@@ -88,7 +88,8 @@ def _listeners_headings(items: Sequence[ListenerView], wide: bool) -> list[str]:
 
 def _listener(item: ListenerView, headings: list[str]) -> Cells:
     mapped = [item.mapped_from or NONE] if "FOR" in headings else []
-    return [item.address, item.port, item.protocol, item.role, *mapped, item.service, item.status]
+    status = Status(item.state, item.status)
+    return [item.address, item.port, item.protocol, item.role, *mapped, item.service, status]
 
 
 def _connections_headings(items: Sequence[ConnectionView], wide: bool) -> list[str]:

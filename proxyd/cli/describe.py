@@ -12,7 +12,7 @@ from proxyd.cli.columns import address, port_text, yes
 from proxyd.cli.env import FAILED, OK, CommandError, Env
 from proxyd.cli.get import place
 from proxyd.cli.output import pretty, yaml
-from proxyd.cli.tables import NONE, clean, size, table
+from proxyd.cli.tables import NONE, Status, clean, size, table
 from proxyd.control.admin.schema import EndpointView, ServiceDescription, ServiceView
 from proxyd.control.config.durations import format_duration
 
@@ -88,7 +88,12 @@ def text(
         "Listeners",
         ["ADDRESS", "ROLE", "PORT", "STATUS"],
         [
-            [f"{address(one)}/{one.protocol}", one.role, one.port_name or "-", one.status]
+            [
+                f"{address(one)}/{one.protocol}",
+                one.role,
+                one.port_name or "-",
+                Status(one.state, one.status),
+            ]
             for one in description.listeners
         ],
     )

@@ -15,7 +15,7 @@ from proxyd.api.service import Service, ServicePort, ServiceType, TrafficPolicy
 from proxyd.cli.env import INVALID, OK, CommandError, Env
 from proxyd.cli.output import pretty
 from proxyd.cli.reading import Reading
-from proxyd.cli.tables import clean, table
+from proxyd.cli.tables import Status, clean, table
 from proxyd.sources.standalone.endpoints import SKIP_MIRROR_LABEL
 from proxyd.state.explain import Considered, considered
 from proxyd.state.spec import ListenerState, ListenerStatus, Role, ServicePortName, status_of
@@ -223,7 +223,7 @@ def _text(one: Explanation, env: Env) -> str:
                 f"{status.key}" + (f" (for {status.mapped_from})" if status.mapped_from else ""),
                 status.role,
                 status.service_port.port,
-                status,
+                Status(status.state, str(status)),
             )
             for status in one.listeners
         ]

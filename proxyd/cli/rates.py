@@ -20,7 +20,8 @@ class Row(NamedTuple):
     bytes_out: float
     failed: float  # of an endpoint: attempts; of a Service: clients that got none, and such that were refused
     failed_total: int
-    status: str = ""
+    state: str = ""  # of a Service
+    status: str = ""  # the same with the reason
 
 
 SORTS: dict[str, Callable[[Row], tuple[object, ...]]] = {
@@ -52,6 +53,7 @@ def service_rows(before: Sample, after: Sample, sort: str) -> list[Row]:
             earlier.get((item.namespace, item.name)),
             item.counters,
             seconds,
+            state=item.state,
             status=item.status,
         )
         for item in after.services
@@ -81,7 +83,14 @@ def endpoint_rows(before: Sample, after: Sample, sort: str) -> list[Row]:
 
 
 def _row(
-    name: str, endpoint: str, before: Counters | None, after: Counters, seconds: float, *, status: str = ""
+    name: str,
+    endpoint: str,
+    before: Counters | None,
+    after: Counters,
+    seconds: float,
+    *,
+    state: str = "",
+    status: str = "",
 ) -> Row:
     earlier = before or after
 
@@ -99,6 +108,7 @@ def _row(
         bytes_out=rate(after.bytes_out, earlier.bytes_out),
         failed=rate(failed, failed_earlier),
         failed_total=failed,
+        state=state,
         status=status,
     )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
-_GREEN, _YELLOW, _RED, _PLAIN = "\033[32m", "\033[33m", "\033[31m", "\033[0m"
-_COLOURS = {
-    "Serving": _GREEN,
-    "NoEndpoints": _YELLOW,
-    "Disabled": _YELLOW,
-    "NotServed": _YELLOW,
-    "Conflict": _RED,
-    "Failed": _RED,
+# By the state of a Service or listener.
+COLOURS = {
+    "Serving": "green",
+    "NoEndpoints": "yellow",
+    "Disabled": "yellow",
+    "NotServed": "yellow",
+    "Conflict": "red",
+    "Failed": "red",
 }
+_CODES = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
+_PLAIN = "\033[0m"
 NONE = "<none>"
 _CUT = "…"
 # A column is not made narrower than this, or its heading, or its widest cell.
@@ -25,8 +28,18 @@ _SPARE = (
 )  # fmt: skip
 
 
+class Status(NamedTuple):
+    """A cell of the column STATUS, which is coloured by the state."""
+
+    state: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Table:
-    """Draws rows under the same headings, with widths chosen from the first rows. STATUS is coloured by its first word.
+    """Draws rows under the same headings, with widths chosen from the first rows.
 
     Args:
         headings: of the columns.
@@ -43,7 +56,8 @@ class Table:
 
     def draw(self, rows: Sequence[Sequence[object]]) -> str:
         """Rows as text that ends with a newline; the first time with the headings above them."""
-        columns = [_texts(column) for column in zip(*rows, strict=True)] or [[] for _ in self._headings]
+        cells = list(zip(*rows, strict=True)) or [() for _ in self._headings]
+        columns = [_texts(column) for column in cells]
         first = not self._columns
         if first:
             columns = [[heading, *column] for heading, column in zip(self._headings, columns, strict=True)]
@@ -53,7 +67,10 @@ class Table:
         for number in self._columns:
             texts = self._justified(columns[number], number)
             if number == status:
-                texts = [text if first and not line else paint(text) for line, text in enumerate(texts)]
+                heading, texts = texts[:first], texts[first:]
+                texts = heading + [
+                    _paint(text, cell) for text, cell in zip(texts, cells[number], strict=True)
+                ]
             drawn.append(texts)
         return "".join("  ".join(line).rstrip() + "\n" for line in zip(*drawn, strict=True))
 
@@ -109,12 +126,6 @@ def table(
     return Table(headings, colour=colour, width=width).draw(rows)
 
 
-def paint(status: str) -> str:
-    """A status in the colour of its first word."""
-    code = _COLOURS.get(status.split(":", 1)[0].strip())
-    return f"{code}{status}{_PLAIN}" if code else status
-
-
 def clean(text: str) -> str:
     """A text without control characters: what a manifest says must not steer the reader's terminal."""
     if text.isprintable():
@@ -152,6 +163,11 @@ def length(text: str) -> int:
         return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def _paint(text: str, cell: object) -> str:
+    colour = COLOURS.get(cell.state) if isinstance(cell, Status) else None
+    return f"{_CODES[colour]}{text}{_PLAIN}" if colour else text
 
 
 def _texts(column: Sequence[object]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from proxyd.cli.client import Client
 from proxyd.cli.env import OK, USAGE, CommandError, Env
 from proxyd.cli.rates import HEADINGS, Row, Sample, cells, endpoint_rows, service_rows
-from proxyd.cli.tables import clean, count, size, table
+from proxyd.cli.tables import COLOURS, clean, count, size, table
 from proxyd.control.admin.schema import EndpointView, ServiceView, StatusView
 from proxyd.control.config.durations import format_duration, parse_duration
 
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 
 _FIRST_SECONDS = 1.0  # between the two samples of the first picture
 _KEYS = {"r": "rate", "c": "connections", "i": "in", "o": "out", "f": "failures", "n": "name"}
-_COLOURS = {
-    "Serving": "green",
-    "NoEndpoints": "yellow",
-    "Disabled": "yellow",
-    "NotServed": "yellow",
-    "Conflict": "red",
-    "Failed": "red",
-}
 
 
 def top(args: argparse.Namespace, env: Env) -> int:
@@ -200,6 +192,6 @@ def _table(rows: list[Row], sort: str, *, endpoints: bool) -> Table:
         if endpoints:
             drawn.add_row(*name, Text(row.endpoint), *figures)
         else:
-            style = _COLOURS.get(row.status.partition(":")[0], "")
+            style = COLOURS.get(row.state, "")
             drawn.add_row(*name, *figures, Text(clean(row.status), style=style))
     return drawn

@@ -8,7 +8,7 @@ import pytest
 from proxyd.api.service import ServicePort
 from proxyd.cli.get import noun_table
 from proxyd.cli.status import status_text
-from proxyd.cli.tables import table
+from proxyd.cli.tables import Status, table
 from proxyd.control.admin import views
 from proxyd.control.admin.schema import Counters, ServiceView
 from proxyd.state.snapshot import Snapshot
@@ -156,12 +156,21 @@ def test_status_of_many_failures_is_bounded():
     assert "and 190 more: proxyd get listeners" in text
 
 
-def test_only_the_status_is_coloured():
-    plain = table(["NAME", "STATUS"], [["Failed", "Failed: x"], ["b", "Serving"]])
-    coloured = table(["NAME", "STATUS"], [["Failed", "Failed: x"], ["b", "Serving"]], colour=True)
-    assert "\033" not in plain
-    assert coloured.splitlines()[1] == "Failed  \033[31mFailed: x\033[0m"
-    assert coloured.splitlines()[2] == "b       \033[32mServing\033[0m"
+def test_only_the_status_is_coloured_by_its_state_also_where_it_is_cut():
+    rows = [
+        ["Failed", Status("Failed", "Failed: x")],
+        ["b", Status("Conflict", "Conflict: held by prod/other")],
+        ["c", Status("Serving", "Serving")],
+        ["d", Status("Alias", "Failed")],
+    ]
+    assert "\033" not in table(["NAME", "STATUS"], rows)
+    assert table(["NAME", "STATUS"], rows, colour=True, width=20).splitlines() == [
+        "NAME    STATUS",
+        "Failed  \033[31mFailed: x\033[0m",
+        "b       \033[31mConflict: h…\033[0m",
+        "c       \033[32mServing\033[0m",
+        "d       Failed",
+    ]
 
 
 def test_what_a_manifest_says_does_not_steer_the_terminal():
