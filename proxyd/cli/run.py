@@ -139,5 +139,5 @@ def _initialise(settings: Settings, env: Env) -> int:
     _configure_logs(settings, env)
     from proxyd.control.kube.migration import look  # noqa: PLC0415 - as above
 
-    look(settings).say()
+    look(settings).report()
     return OK

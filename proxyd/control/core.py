@@ -10,7 +10,7 @@ from proxyd.control.feeds.joined import Feeds
 from proxyd.control.lifecycle import Lifecycle
 from proxyd.control.reconcile.reconciler import Reconciler
 from proxyd.control.runtime.accesslog import AccessLog
-from proxyd.control.workers.old_workers import LeavingWorkers
+from proxyd.control.workers.old_workers import DrainingWorkers
 from proxyd.control.workers.publication import Publication
 from proxyd.control.workers.supervisor import Supervisor
 from proxyd.state.snapshot import NodeView, Options, Snapshot
@@ -42,7 +42,7 @@ class Core:
     publication: Publication
     reconciler: Reconciler
     supervisor: Supervisor
-    old_workers: LeavingWorkers
+    old_workers: DrainingWorkers
     access: AccessLog
     feed: Feeds = field(init=False)
     node: NodeView

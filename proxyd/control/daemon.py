@@ -32,7 +32,7 @@ from proxyd.control.signals import handle_signals, hold_signals
 from proxyd.control.startup import claim, interruptible, make_core, make_feeds, prepare_process, read_first
 from proxyd.control.upgrade import Upgrade, admin_socket
 from proxyd.control.workers.handover import Handover, answer, checking, take
-from proxyd.control.workers.orphans import Strays
+from proxyd.control.workers.orphans import Orphans
 from proxyd.control.workers.supervisor import Events
 from proxyd.host import limits
 from proxyd.relay import registry
@@ -101,10 +101,10 @@ class Daemon:
         resources: contextlib.ExitStack,
     ) -> None:
         # First of all: whatever child there is now is of the program before.
-        Strays({worker.pid for worker in left.workers}).watch()
+        Orphans({worker.pid for worker in left.workers}).watch()
         prepare_process(settings)
         self._on_serving = on_serving
-        self._said = Summariser(log)
+        self._summariser = Summariser(log)
         self._history = History()
         self._lifecycle = Lifecycle(
             on_stop=lambda drain: self._watchdog.stopping(drain),  # noqa: PLW0108 - the watchdog is made below
@@ -120,15 +120,15 @@ class Daemon:
             self._lifecycle,
             left,
             resources,
-            said=self._said,
+            summariser=self._summariser,
             note=self._history.note,
             look_again=lambda: self._loop.look_again(),  # noqa: PLW0108 - as above
         )
-        telemetry = self._telemetry = Telemetry(core, self._said)
+        telemetry = self._telemetry = Telemetry(core, self._summariser)
         self._loop = ReconcileLoop(
             core,
             telemetry,
-            self._said,
+            self._summariser,
             reconciled=self._reconciled,
             resynced=lambda: self._servers.look(),  # noqa: PLW0108 - as above
         )
@@ -206,7 +206,7 @@ class Daemon:
         self._watchdog.start()
         self._config.follow()
         asyncio.get_running_loop().call_later(_ANSWER_SECONDS, self._servers.begin)
-        summing_up = spawn(self._said.flush_every(5.0), name="logs:summary")
+        summing_up = spawn(self._summariser.flush_every(5.0), name="logs:summary")
         following = spawn(self._core.feed.follow(), name="sources", on_failure=self._lifecycle.failed)
         try:
             await self._loop.run()
@@ -221,7 +221,7 @@ class Daemon:
         listening = await self._servers.leave()
         await hold_signals()
         if self._lifecycle.making_way:  # nobody has ordered the end meanwhile
-            self._said.flush(everything=True)
+            self._summariser.flush(everything=True)
             core.access.close()
             self._upgrade.hand_over(listening)
             self._lifecycle.no_successor(core.settings.drain_timeout)
@@ -238,7 +238,7 @@ class Daemon:
         core.reconciler.remove_addresses()
         await self._config.stop()
         await self._servers.stop()
-        self._said.flush(everything=True)
+        self._summariser.flush(everything=True)
 
     def _kill_workers(self) -> None:
         self._core.supervisor.kill()

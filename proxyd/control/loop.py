@@ -11,7 +11,7 @@ from typing import Literal
 
 from proxyd.control.core import Core
 from proxyd.control.observe.telemetry import Telemetry
-from proxyd.control.runtime.garbage import uncollected
+from proxyd.control.runtime.garbage import permanent_objects
 from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.control.runtime.tasks import describe
 from proxyd.control.workers.publication import Update
@@ -32,7 +32,7 @@ class ReconcileLoop:
     Args:
         core: what is planned, and who carries it out.
         telemetry: takes note of what is queued, published and carried out.
-        said: logs what may happen over and over.
+        summariser: logs what may happen over and over.
         reconciled: called after each reconcile with the state that was desired.
         resynced: called with each look at the node, every --iptables-sync-period.
     """
@@ -41,14 +41,14 @@ class ReconcileLoop:
         self,
         core: Core,
         telemetry: Telemetry,
-        said: Summariser,
+        summariser: Summariser,
         *,
         reconciled: Callable[[DesiredState], None],
         resynced: Callable[[], None],
     ) -> None:
         self._core = core
         self._telemetry = telemetry
-        self._said = said
+        self._summariser = summariser
         self._on_reconciled = reconciled
         self._resynced = resynced
         self._changed = asyncio.Event()
@@ -139,7 +139,7 @@ class ReconcileLoop:
             began = time.monotonic()
             core.turns += 1
             self._changed.clear()
-            self._reconcile_or_say_why()
+            self._try_to_reconcile()
             retry = core.reconciler.next_retry()
             due = min(resync, renewal) if retry is None else min(retry, resync, renewal)
             await self._wait(stopped, max(0.0, due - time.monotonic()))
@@ -162,13 +162,13 @@ class ReconcileLoop:
         await asyncio.wait({stopped, changed}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         changed.cancel()
 
-    def _reconcile_or_say_why(self) -> None:
+    def _try_to_reconcile(self) -> None:
         try:
             self._reconciled = False
-            with uncollected() if self._core.turns == 1 else contextlib.nullcontext():
+            with permanent_objects() if self._core.turns == 1 else contextlib.nullcontext():
                 self._reconcile()
         except Exception as error:  # noqa: BLE001 - what is served goes on; the next plan knows what was done so far
-            self._said.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
+            self._summariser.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
             self._telemetry.reconcile_failed()
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self.look_again)
 

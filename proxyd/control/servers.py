@@ -18,7 +18,7 @@ from proxyd.control.runtime.tasks import cancel, spawn
 if TYPE_CHECKING:
     from proxyd.control.admin.operations import Operations
     from proxyd.control.admin.server import AdminServer
-    from proxyd.control.observe.server import Observers
+    from proxyd.control.observe.server import HealthAndMetrics
     from proxyd.control.observe.telemetry import Telemetry
 
 
@@ -58,7 +58,7 @@ class Servers:
         self._telemetry = telemetry
         self._answering = answering
         self._admin: AdminServer | None = None
-        self._observers: Observers | None = None
+        self._health_and_metrics: HealthAndMetrics | None = None
         self._starting: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -78,7 +78,7 @@ class Servers:
 
     async def stop(self) -> None:
         """End the servers, and take the admin socket away."""
-        await self._stop_observers()
+        await self._stop_health_and_metrics()
         if self._admin is not None:
             await self._admin.stop()
         else:
@@ -88,7 +88,7 @@ class Servers:
     async def leave(self) -> int:
         """End the servers, but leave the admin socket for the next program. Returns its descriptor."""
         kept = os.dup(self._listening.fileno())
-        await self._stop_observers()
+        await self._stop_health_and_metrics()
         if self._admin is not None:
             await self._admin.stop(leave=True)
         return kept
@@ -106,22 +106,22 @@ class Servers:
         assert self._admin is not None
         self._listening = await self._admin.renew() or self._listening
 
-    async def _stop_observers(self) -> None:
+    async def _stop_health_and_metrics(self) -> None:
         """The data of metrics may go away afterwards."""
         if self._starting is not None:
             await cancel(self._starting)
-        if self._observers is not None:
-            await self._observers.stop()
+        if self._health_and_metrics is not None:
+            await self._health_and_metrics.stop()
 
     async def _start(self) -> None:
         from proxyd.control.admin.server import AdminServer  # noqa: PLC0415 - see `prepare`
-        from proxyd.control.observe.server import Observers  # noqa: PLC0415 - as above
+        from proxyd.control.observe.server import HealthAndMetrics  # noqa: PLC0415 - as above
 
         core, telemetry = self._core, self._telemetry
         self._admin = AdminServer(self._path, self._operations)
         await self._admin.start(self._listening)
         settings = core.settings
-        self._observers = Observers(
+        self._health_and_metrics = HealthAndMetrics(
             healthz=settings.healthz_address,
             metrics_at=settings.metrics_address,
             hard_fail=settings.bind_address_hard_fail,
@@ -132,7 +132,7 @@ class Servers:
             profiling=settings.profiling,
         )
         try:
-            await self._observers.start()
+            await self._health_and_metrics.start()
         except BusyError as error:
             core.lifecycle.give_up(str(error))
             return

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from proxyd.control.lifecycle import Lifecycle
-from proxyd.control.runtime.signal_mask import ORDERS, executor
+from proxyd.control.runtime.signal_mask import DAEMON_SIGNALS, executor
 
 # So long the event loop has for what came before signals are held: it sees them in its next turn.
 _SEEN_SECONDS = 0.01
@@ -46,7 +46,7 @@ def handle_signals(
     loop.add_signal_handler(signal.SIGUSR2, upgrade)
     loop.add_signal_handler(signal.SIGHUP, hung_up if has_terminal() else reload)
     loop.set_default_executor(executor())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, DAEMON_SIGNALS)
 
 
 async def hold_signals() -> None:
@@ -54,12 +54,12 @@ async def hold_signals() -> None:
 
     Blocked signals stay pending across execve(2). No child may be started until then: it would never get them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, DAEMON_SIGNALS)
     await asyncio.sleep(_SEEN_SECONDS)
     # A thread of a library may not leave signals to the main one: what it gets is sent to the thread that lives on.
     main = threading.main_thread().ident
     assert main is not None
-    for number in ORDERS:
+    for number in DAEMON_SIGNALS:
         signal.signal(number, lambda came, _frame: signal.pthread_kill(main, came))
 
 

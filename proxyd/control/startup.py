@@ -14,10 +14,10 @@ from proxyd.control.feeds.joined import FeedError, Feeds
 from proxyd.control.lifecycle import Lifecycle
 from proxyd.control.reconcile.reconciler import Reconciler
 from proxyd.control.runtime.accesslog import AccessLog
-from proxyd.control.runtime.garbage import seldom
+from proxyd.control.runtime.garbage import collect_rarely
 from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.control.workers.handover import Handover
-from proxyd.control.workers.old_workers import LeavingWorkers
+from proxyd.control.workers.old_workers import DrainingWorkers
 from proxyd.control.workers.publication import Publication
 from proxyd.control.workers.supervisor import Supervisor, WorkerOptions
 from proxyd.host import limits
@@ -34,7 +34,7 @@ log = get_logger("proxyd")
 
 def prepare_process(settings: Settings) -> None:
     """Set what holds for this process and its workers: limits, and how seldom garbage is searched for; best effort."""
-    seldom()
+    collect_rarely()
     limits.raise_nofile()
     score = settings.oom_score
     if score is not None and (reason := limits.set_oom_score(score)):
@@ -66,7 +66,7 @@ def make_core(
     left: Handover,
     resources: contextlib.ExitStack,
     *,
-    said: Summariser,
+    summariser: Summariser,
     note: Callable[[ServicePortName, str], None],
     look_again: Callable[[], None],
 ) -> Core:
@@ -78,7 +78,7 @@ def make_core(
         lifecycle: of the daemon.
         left: what the program before this one left.
         resources: what is to be closed at the end.
-        said: logs what happens often.
+        summariser: logs what happens often.
         note: takes note of what happened to a service port.
         look_again: has a reconcile, as an address may be free.
     """
@@ -98,10 +98,12 @@ def make_core(
             sctp_max_message=settings.sctp_max_message,
             tcp_splice=settings.tcp_splice,
         ),
-        said=said,
+        summariser=summariser,
     )
-    old_workers = LeavingWorkers(left.workers, supervisor.heard, look_again, supervisor.roundups.gone)
-    supervisor.roundups.also(old_workers.tell)
+    old_workers = DrainingWorkers(
+        left.workers, supervisor.heard, look_again, supervisor.live_query.worker_gone
+    )
+    supervisor.live_query.add_workers(old_workers.tell)
     return Core(
         settings=settings,
         options=options,

@@ -13,7 +13,7 @@ from proxyd.control.core import Core
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.runtime.tasks import spawn
 from proxyd.control.workers import handover
-from proxyd.control.workers.handover import Handover, Leaving, ListeningSocket, UpgradeError
+from proxyd.control.workers.handover import DrainingWorker, Handover, ListeningSocket, UpgradeError
 from proxyd.control.workers.old_workers import MAX_WORKERS
 
 log = get_logger("upgrade")
@@ -100,7 +100,7 @@ class Upgrade:
 
     def ask(self) -> None:
         """Upgrade; what is wrong goes to the log."""
-        spawn(self._upgrade_or_say_why(), name="upgrade")
+        spawn(self._try_to_upgrade(), name="upgrade")
 
     def hand_over(self, admin: int) -> None:
         """Become the next program. Returns where that fails: everything is as it was.
@@ -138,7 +138,7 @@ class Upgrade:
         except OSError as error:
             log.error("the next program can't be executed", error=str(error))  # noqa: TRY400 - one line is what an operator needs
 
-    def _own_workers(self) -> list[Leaving]:
+    def _own_workers(self) -> list[DrainingWorker]:
         core = self._core
         closed = core.reconciler.relayed()
         found = []
@@ -152,10 +152,10 @@ class Upgrade:
                 if index in workers
                 for key in keys
             ]
-            found.append(Leaving(worker.pid, worker.channel.fileno(), listeners))
+            found.append(DrainingWorker(worker.pid, worker.channel.fileno(), listeners))
         return found
 
-    async def _upgrade_or_say_why(self) -> None:
+    async def _try_to_upgrade(self) -> None:
         try:
             await self.upgrade()
         except UpgradeError as error:

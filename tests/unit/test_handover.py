@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from proxyd.api.service import Protocol
-from proxyd.control.workers.handover import Leaving
-from proxyd.control.workers.old_workers import LeavingWorkers
+from proxyd.control.workers.handover import DrainingWorker
+from proxyd.control.workers.old_workers import DrainingWorkers
 from proxyd.state.spec import ListenerKey
 
 # It runs in a process of its own, as it closes what that process inherited. Says which descriptors are open then.
@@ -103,8 +103,8 @@ def test_a_listener_of_several_addresses_is_handed_on_with_all_of_them() -> None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         ended: list[int] = []
         with theirs:
-            left = Leaving(process.pid, ours.detach(), [(7, *first), (7, *second)])
-            workers = LeavingWorkers([left], lambda *_: None, lambda: None, ended.append)
+            left = DrainingWorker(process.pid, ours.detach(), [(7, *first), (7, *second)])
+            workers = DrainingWorkers([left], lambda *_: None, lambda: None, ended.append)
             try:
                 assert workers.keys() == {first, second}
                 workers.let_go({second}, 1.0)  # its relays may go on

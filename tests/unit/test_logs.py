@@ -9,7 +9,7 @@ import json
 import pytest
 
 from proxyd.control.runtime import logs
-from proxyd.control.runtime.logs import Summariser, get_logger, say_some
+from proxyd.control.runtime.logs import Summariser, get_logger, log_some
 from proxyd.control.runtime.tasks import spawn
 
 
@@ -188,7 +188,7 @@ def test_of_many_alike_and_one_other_the_other_is_said_too():
     logs.configure(stream=out)
     failed = [{"listener": str(number), "error": "in use"} for number in range(40)]
     failed[35]["error"] = "not allowed"
-    say_some(get_logger("test").warning, "listener failed", failed)
+    log_some(get_logger("test").warning, "listener failed", failed)
     said = lines(out)
     assert [line["listener"] for line in said[:3]] == ["0", "35", "1"]
     assert len(said) == 21

@@ -31,7 +31,7 @@ from proxyd.control.admin.history import MAX_EVENTS, MAX_FAILURES, MAX_SERVICES,
 from proxyd.control.admin.schema import Counters
 from proxyd.control.admin.selector import Selector, SelectorError
 from proxyd.control.admin.server import AdminServer
-from proxyd.control.workers.live_connections import Roundups
+from proxyd.control.workers.live_connections import LiveQuery
 from proxyd.host.kubechains import removal
 from proxyd.relay.engine.listing import LOOKED_AT_ONCE, Listings
 from proxyd.relay.ipc.channel import Channel
@@ -483,20 +483,20 @@ async def test_a_worker_lists_what_was_asked_for():
 
 
 async def test_a_worker_that_says_nothing_is_named():
-    roundups = Roundups(lambda _: {0, 1})
-    asking = asyncio.ensure_future(roundups.ask(seconds=0.2))
+    live_query = LiveQuery(lambda _: {0, 1})
+    asking = asyncio.ensure_future(live_query.ask(seconds=0.2))
     await asyncio.sleep(0)
-    roundups.heard(0, LiveConnections(1, [Relay("a/b").live(0.0)], last=True))
-    roundups.heard(1, LiveConnections(1, [Relay("a/b").live(0.0)], last=False))
+    live_query.answered(0, LiveConnections(1, [Relay("a/b").live(0.0)], last=True))
+    live_query.answered(1, LiveConnections(1, [Relay("a/b").live(0.0)], last=False))
     found = await asking
     assert (len(found.records), found.silent) == (2, (1,))
 
 
 async def test_a_worker_that_dies_does_not_hold_up_the_answer():
-    roundups = Roundups(lambda _: {0})
-    asking = asyncio.ensure_future(roundups.ask(seconds=20))
+    live_query = LiveQuery(lambda _: {0})
+    asking = asyncio.ensure_future(live_query.ask(seconds=20))
     await asyncio.sleep(0)
-    roundups.gone(0)
+    live_query.worker_gone(0)
     assert (await asking).records == []
 
 

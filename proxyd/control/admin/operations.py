@@ -83,7 +83,7 @@ class Operations:
             statuses=reconciler.statuses(),
             balancers=reconciler.desired.host.balancers,
             service_views=self._service_views,
-            leaving=core.old_workers.pids,
+            old_workers=core.old_workers.pids,
             problems=(*core.feed.problems, *self._more_problems()),
             counters=counters,
             endpoint_counters=endpoint_counters,
@@ -116,7 +116,7 @@ class Operations:
         pids |= {-pid: pid for pid in self._core.old_workers.pids}
         # What a selector leaves out must not use up the limit.
         asked = MAX_RECORDS if selector else limit
-        found = await supervisor.roundups.ask(namespace=namespace, name=name, limit=asked)
+        found = await supervisor.live_query.ask(namespace=namespace, name=name, limit=asked)
         items = [_view(record, pids.get(worker, 0)) for worker, record in found.records]
         if selector:
             chosen = views.chosen(self.picture(), selector)

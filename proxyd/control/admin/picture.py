@@ -57,7 +57,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     workers: tuple[WorkerFacts, ...] = ()
     sources: tuple[SourceFacts, ...] = ()
-    leaving: tuple[int, ...] = ()  # workers of earlier programs
+    old_workers: tuple[int, ...] = ()  # workers of earlier programs
     service_views: ServiceViews = msgspec.field(default_factory=ServiceViews)
 
 

@@ -120,7 +120,7 @@ def status(picture: Picture, *, now: float) -> StatusView:
         counters=counters,
         failing=tuple(sorted(failing, key=_listener_order)),
         problems=picture.problems,
-        leaving_workers=picture.leaving,
+        leaving_workers=picture.old_workers,
     )
 
 

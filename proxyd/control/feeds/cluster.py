@@ -61,7 +61,7 @@ class ClusterFeed:
             burst=settings.kube_api_burst,
             agent=_AGENT,
             on_change=self._take,
-            on_problem=_say,
+            on_problem=_log_problem,
             on_solved=log.info,
         )
         self._synced = False
@@ -144,6 +144,6 @@ class ClusterFeed:
         self._changed()
 
 
-def _say(problem: Problem) -> None:
+def _log_problem(problem: Problem) -> None:
     say = log.error if problem.severity is Severity.ERROR else log.warning
     say(str(problem))

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from proxyd.api.decode import Rules
 from proxyd.api.problems import Problem, Severity
 from proxyd.control.config.settings import Settings
-from proxyd.control.runtime.garbage import uncollected
+from proxyd.control.runtime.garbage import permanent_objects
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.runtime.tasks import in_thread
 from proxyd.sources.manifests.locate import located
@@ -75,14 +75,14 @@ class Feed:
         Args:
             idle: what to do where there is nothing to do but to wait for another process.
         """
-        with uncollected():
+        with permanent_objects():
             self._take(*self._read(None, idle))
         return self.problems
 
     def look(self, idle: Callable[[], None] | None = None) -> tuple[Problem, ...]:
         """As `first`, but hand on nothing before `give_way`."""
         self._held = True
-        with uncollected():
+        with permanent_objects():
             manifests = self._source.scan(None, idle)
         self.synced_at = time.time()
         self.files, self.missing = manifests.files, manifests.missing

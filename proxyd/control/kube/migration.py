@@ -35,7 +35,7 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
     failed: tuple[str, ...] = ()
     running: Neighbour | None = None
 
-    def say(self) -> None:
+    def report(self) -> None:
         """Write it to the log."""
         if self.running is not None:
             log.warning(
@@ -76,7 +76,7 @@ def look(settings: Settings) -> Migration:
 async def migrate(settings: Settings) -> None:
     """Look, and log what was found. If a kube-proxy still runs, a task goes on looking until it has ended."""
     found = await asyncio.to_thread(look, settings)
-    found.say()
+    found.report()
     if found.running is not None:
         spawn(_when_it_ends(settings), name="migration")
 
@@ -87,7 +87,7 @@ async def _when_it_ends(settings: Settings) -> None:
     while found is None or found.running is not None:
         await asyncio.sleep(_PAUSE)
         found = await asyncio.to_thread(look, settings)
-    found.say()
+    found.report()
 
 
 def wanted(settings: Settings) -> bool:

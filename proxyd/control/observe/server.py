@@ -33,7 +33,7 @@ _GZIP_LEVEL = 1  # 8 times smaller, at 100 MB/s
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Observers:
+class HealthAndMetrics:
     """The health server and the metrics server.
 
     Args:

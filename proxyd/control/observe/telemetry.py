@@ -17,14 +17,14 @@ class Telemetry:
 
     Args:
         core: the daemon's parts.
-        said: logs what happens often.
+        summariser: logs what happens often.
     """
 
-    def __init__(self, core: Core, said: Summariser) -> None:
+    def __init__(self, core: Core, summariser: Summariser) -> None:
         self.health = Health(2 * core.settings.sync_period)
         self.metrics = Metrics()
         self._core = core
-        self._said = said
+        self._summariser = summariser
 
     # What the daemon reports
 
@@ -64,7 +64,7 @@ class Telemetry:
         for text, count in counts.items():
             # One line for each Service and reason, however many endpoints it has.
             kind = re.sub(r"^endpoint \S+ of ", "", text)
-            self._said.warning(kind, text, count=count, worker=abs(worker))
+            self._summariser.warning(kind, text, count=count, worker=abs(worker))
             self.metrics.trouble(text, count)
 
     # What is asked

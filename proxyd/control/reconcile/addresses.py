@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
-from proxyd.control.runtime.logs import get_logger, say_some
+from proxyd.control.runtime.logs import get_logger, log_some
 from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
@@ -197,6 +197,6 @@ class _Guard:
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:
     """Log the first three of many errors of one kind, and how many more there are."""
-    say_some(
+    log_some(
         log.warning, what, [{"address": str(subject), "error": error} for subject, error in errors.items()], 3
     )

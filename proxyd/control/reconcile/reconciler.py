@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from proxyd.api.service import Protocol
 from proxyd.control.reconcile.addresses import Addresses
-from proxyd.control.runtime.logs import get_logger, say_some
+from proxyd.control.runtime.logs import get_logger, log_some
 from proxyd.control.workers.handover import ListeningSocket
 from proxyd.control.workers.inherited_sockets import InheritedSockets
-from proxyd.control.workers.old_workers import LeavingWorkers
+from proxyd.control.workers.old_workers import DrainingWorkers
 from proxyd.control.workers.publication import Held, Publication, Retired, Update
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
@@ -97,7 +97,7 @@ class Reconciler:
         # The keys of `desired.unopened`, computed when they are first needed.
         self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
         self._inherited = InheritedSockets()
-        self._leaving: LeavingWorkers | None = None
+        self._old_workers: DrainingWorkers | None = None
         self._lines: dict[str, list[dict[str, str]]] = {}  # the fields of lines to be logged, by event
 
     @property
@@ -166,15 +166,15 @@ class Reconciler:
             )
         )
 
-    def inherit(self, sockets: Iterable[ListeningSocket], leaving: LeavingWorkers) -> None:
+    def inherit(self, sockets: Iterable[ListeningSocket], old_workers: DrainingWorkers) -> None:
         """Go on from the program before an upgrade. Call it before the first reconcile.
 
         Args:
             sockets: its listening sockets, which are used rather than opened anew.
-            leaving: its workers, whose relays need their addresses.
+            old_workers: its workers, whose relays need their addresses.
         """
         self._inherited = InheritedSockets(sockets)
-        self._leaving = leaving
+        self._old_workers = old_workers
 
     def relayed(self) -> dict[int, tuple[tuple[ListenerKey, ...], frozenset[int]]]:
         """By number, the addresses of each closed listener that may have relays, and the workers that may."""
@@ -246,7 +246,7 @@ class Reconciler:
             log.warning("listeners failed", count=len(new), error=new[0].message)
         said_late, self._lines = self._lines, {}
         for event, lines in said_late.items():
-            say_some(log.info if event is _MENDED else log.warning, event, lines)
+            log_some(log.info if event is _MENDED else log.warning, event, lines)
 
     def _due(self, spec: ListenerSpec) -> bool:
         """Whether to try to open a listener now: one that has failed waits for its next attempt."""
@@ -339,9 +339,9 @@ class Reconciler:
         for retired in [ending.retired for ending in self._ending.values() if not ending.retired.drains]:
             if not any(self._wants(key, retired.spec.service_port) for key in retired.keys):
                 self._publication.drain(retired, self._drain)
-        if self._leaving:
+        if self._old_workers:
             wanted = self.desired.host.listeners.keys() | {one.key for one in self.desired.unopened}
-            self._leaving.let_go(wanted, self._drain)
+            self._old_workers.let_go(wanted, self._drain)
 
     def _wants(self, key: ListenerKey, service_port: ServicePortName) -> bool:
         """Whether a service port wants an address, even if it can't have it at present."""
@@ -364,7 +364,7 @@ class Reconciler:
 
     def _held_keys(self) -> set[ListenerKey]:
         held = {key for ending in self._ending.values() if ending.holds for key in ending.retired.keys}
-        return held | self._leaving.keys() if self._leaving else held
+        return held | self._old_workers.keys() if self._old_workers else held
 
     def _forget(self, todo: Plan) -> None:
         if not todo.drop_balancers:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from proxyd.control.runtime.logs import get_logger
-from proxyd.control.runtime.signal_mask import leave_to_main
+from proxyd.control.runtime.signal_mask import block_daemon_signals
 from proxyd.relay.ipc.messages import Connection
 
 log = get_logger("access")
@@ -109,7 +109,7 @@ class AccessLog:
     # In the thread
 
     def _run(self) -> None:
-        leave_to_main()
+        block_daemon_signals()
         sink = _Sink(self.path)
         try:
             while True:

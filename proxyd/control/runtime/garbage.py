@@ -19,7 +19,7 @@ def paused() -> Iterator[None]:
             gc.enable()
 
 
-def seldom() -> None:
+def collect_rarely() -> None:
     """Collect rarely from now on, and the oldest generation hardly ever.
 
     Ten thousand Services are half a million objects without reference cycles: each full collection took 0.2
@@ -30,7 +30,7 @@ def seldom() -> None:
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def permanent_objects() -> Iterator[None]:
     """No garbage collection in this block, and none later of what it makes: these objects stay (`gc.freeze`).
 
     For the first load and the first reconcile, half of whose time would go into collections.

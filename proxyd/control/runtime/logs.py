@@ -222,7 +222,7 @@ def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
     return msgspec.json.encode({**first, **event}, enc_hook=str).decode()
 
 
-def say_some(
+def log_some(
     say: Callable[..., None], event: str, lines: Sequence[Mapping[str, Any]], most: int = 20
 ) -> None:
     """Say what happened to many things at once: the fields of `most` of them, and how many more there are.

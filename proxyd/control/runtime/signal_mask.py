@@ -9,14 +9,14 @@ from __future__ import annotations
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-ORDERS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP})
+DAEMON_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP})
 
 
-def leave_to_main() -> None:
+def block_daemon_signals() -> None:
     """Block these signals in this thread, which is not the main one."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, DAEMON_SIGNALS)
 
 
 def executor() -> ThreadPoolExecutor:
     """The executor for an event loop's `asyncio.to_thread`: its threads block these signals."""
-    return ThreadPoolExecutor(thread_name_prefix="work", initializer=leave_to_main)
+    return ThreadPoolExecutor(thread_name_prefix="work", initializer=block_daemon_signals)

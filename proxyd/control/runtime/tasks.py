@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from proxyd.control.runtime.logs import get_logger
-from proxyd.control.runtime.signal_mask import leave_to_main
+from proxyd.control.runtime.signal_mask import block_daemon_signals
 
 _T = TypeVar("_T")
 _log = get_logger("tasks")
@@ -68,7 +68,7 @@ async def in_thread(work: Callable[..., _T], *args: object) -> _T:
             future.set_exception(error)
 
     def run() -> None:
-        leave_to_main()
+        block_daemon_signals()
         result, failed = None, None
         try:
             result = work(*args)

@@ -54,7 +54,7 @@ class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
         return tuple(ListenerKey(ip, self.port, self.protocol) for ip in (self.ip, *self.further))
 
 
-class Leaving(msgspec.Struct, frozen=True, array_like=True):
+class DrainingWorker(msgspec.Struct, frozen=True, array_like=True):
     """A worker that goes on relaying until its last relay has ended.
 
     Attributes:
@@ -77,7 +77,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     admin_path: str = ""
     admin: int = -1  # descriptor of the listening admin socket
     listeners: list[ListeningSocket] = []
-    workers: list[Leaving] = []
+    workers: list[DrainingWorker] = []
 
     def descriptors(self) -> Iterable[int]:
         """All descriptors that are handed over, without that of the memfd."""
@@ -159,7 +159,7 @@ async def check() -> None:
     )
     try:
         async with asyncio.timeout(_CHECK_SECONDS):
-            answered, said = await process.communicate()
+            output, errors = await process.communicate()
     except TimeoutError:
         raise UpgradeError(
             f"the new program did not say within {_CHECK_SECONDS:.0f} s that it would start"
@@ -170,10 +170,10 @@ async def check() -> None:
                 process.kill()
             await process.wait()  # also where the daemon ends meanwhile: it leaves no process behind
     if process.returncode != 0:
-        lines = said.decode("utf-8", "replace").strip().splitlines()
+        lines = errors.decode("utf-8", "replace").strip().splitlines()
         why = lines[-1] if lines else f"it ended with status {process.returncode}"
         raise UpgradeError(f"the new program would not start: {why}")
-    if answer() not in answered.decode("utf-8", "replace").splitlines():
+    if answer() not in output.decode("utf-8", "replace").splitlines():
         raise UpgradeError(
             "the new program can't go on from this one, their handovers are of different versions: "
             "restart the daemon"

@@ -14,7 +14,7 @@ TIMEOUT = 2.0  # seconds that the workers have for an answer
 MAX_RECORDS = 10_000
 
 
-class Roundup(NamedTuple):
+class LiveAnswer(NamedTuple):
     """The joined answers of the workers."""
 
     records: list[tuple[int, LiveConnection]]  # each with the number of its worker
@@ -33,7 +33,7 @@ class _Question:
     more: int = 0
 
 
-class Roundups:
+class LiveQuery:
     """Asks one question at a time; further callers wait.
 
     Args:
@@ -46,13 +46,13 @@ class Roundups:
         self._questions: dict[int, _Question] = {}
         self._lock = asyncio.Lock()
 
-    def also(self, tell: Callable[[ListConnections], set[int]]) -> None:
+    def add_workers(self, tell: Callable[[ListConnections], set[int]]) -> None:
         """Ask others too. Their numbers must differ from the workers'."""
         self._tell.append(tell)
 
     async def ask(
         self, *, namespace: str = "", name: str = "", limit: int = MAX_RECORDS, seconds: float = TIMEOUT
-    ) -> Roundup:
+    ) -> LiveAnswer:
         """The relays that are alive.
 
         Args:
@@ -74,9 +74,9 @@ class Roundups:
                 pass
             finally:
                 del self._questions[number]
-            return Roundup(question.records, question.more, tuple(sorted(question.waiting)))
+            return LiveAnswer(question.records, question.more, tuple(sorted(question.waiting)))
 
-    def heard(self, worker: int, answer: LiveConnections) -> None:
+    def answered(self, worker: int, answer: LiveConnections) -> None:
         """Take a part of a worker's answer. One that comes too late is dropped."""
         question = self._questions.get(answer.request)
         if question is None:
@@ -85,16 +85,16 @@ class Roundups:
         question.records += [(worker, record) for record in answer.records[:room]]
         question.more += max(0, len(answer.records) - room) + answer.more
         if answer.last:
-            self._answered(question, worker)
+            self._done(question, worker)
 
-    def gone(self, worker: int) -> None:
+    def worker_gone(self, worker: int) -> None:
         """A worker has died, and its relays with it."""
         for question in self._questions.values():
             question.records = [entry for entry in question.records if entry[0] != worker]
-            self._answered(question, worker)
+            self._done(question, worker)
 
     @staticmethod
-    def _answered(question: _Question, worker: int) -> None:
+    def _done(question: _Question, worker: int) -> None:
         question.waiting.discard(worker)
         if not question.waiting:
             question.done.set()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from proxyd.control.runtime.logs import get_logger
-from proxyd.control.workers.handover import Leaving
+from proxyd.control.workers.handover import DrainingWorker
 from proxyd.control.workers.supervisor import MAX_UNANSWERED
 from proxyd.relay.ipc.channel import Channel, ChannelError
 from proxyd.relay.ipc.messages import Apply, CloseListener, Drained, Shutdown, ToWorker
@@ -46,7 +46,7 @@ class _Worker:
     unanswered: int = 0  # probes since its last message
 
 
-class LeavingWorkers:
+class DrainingWorkers:
     """Control's end of their channels, until the last of them has ended.
 
     Args:
@@ -60,7 +60,7 @@ class LeavingWorkers:
 
     def __init__(
         self,
-        workers: Iterable[Leaving],
+        workers: Iterable[DrainingWorker],
         heard: Callable[[int, object], None],
         drained: Callable[[], None],
         gone: Callable[[int], None],
@@ -150,10 +150,10 @@ class LeavingWorkers:
         if (worker := self._workers.get(pid)) is not None:
             self._remove(worker)
 
-    def hand_over(self) -> list[Leaving]:
+    def hand_over(self) -> list[DrainingWorker]:
         """Describe them for the next program, those that have drained for the longest time first."""
         return [
-            Leaving(
+            DrainingWorker(
                 worker.pid,
                 worker.channel.fileno(),
                 [(number, *key) for number, keys in worker.listeners.items() for key in keys],
@@ -161,7 +161,7 @@ class LeavingWorkers:
             for worker in self._workers.values()
         ]
 
-    def _adopt(self, one: Leaving) -> None:
+    def _adopt(self, one: DrainingWorker) -> None:
         channel = Channel(socket.socket(fileno=one.channel))
         try:
             pidfd = os.pidfd_open(one.pid)

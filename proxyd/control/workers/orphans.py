@@ -9,7 +9,7 @@ from collections.abc import Container
 from pathlib import Path
 
 
-class Strays:
+class Orphans:
     """Waits for orphans, so that none of them becomes a zombie.
 
     Make it before this program starts a process of its own.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from proxyd.control.runtime.logs import Summariser, get_logger
-from proxyd.control.workers.live_connections import Roundups
+from proxyd.control.workers.live_connections import LiveQuery
 from proxyd.control.workers.publication import Held, Publication, Update, still_open
 from proxyd.relay.ipc.channel import Channel, ChannelError, send_much
 from proxyd.relay.ipc.messages import (
@@ -113,7 +113,7 @@ class Supervisor:
         slots: counters that it shares with them.
         publication: what they are told.
         options: what they are started with.
-        said: logs what may happen over and over.
+        summariser: logs what may happen over and over.
     """
 
     def __init__(
@@ -123,17 +123,17 @@ class Supervisor:
         publication: Publication,
         options: WorkerOptions,
         *,
-        said: Summariser,
+        summariser: Summariser,
     ) -> None:
         self.count = count
         self.restarts: dict[int, int] = {}
         self.workers: dict[int, Worker] = {}
-        self.roundups = Roundups(self._ask)
+        self.live_query = LiveQuery(self._ask)
         self._slots = slots
         self._publication = publication
         self._options = options
         self._events: Events
-        self._said = said
+        self._summariser = summariser
         self._deaths: dict[int, int] = {}
         self._timers: set[asyncio.TimerHandle] = set()
         self._stopping = False
@@ -346,7 +346,7 @@ class Supervisor:
             case Connections():
                 self._events.connections(message.records, message.dropped)
             case LiveConnections():
-                self.roundups.heard(number, message)
+                self.live_query.answered(number, message)
             case Failures():
                 self._events.failures(message.records)
             case Trouble(counts=counts):
@@ -361,7 +361,7 @@ class Supervisor:
         code = worker.process.wait()
         if not self._stopping:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self._said.error(
+            self._summariser.error(
                 f"worker {worker.index} died",
                 "worker died: it is started again, its relays are lost",
                 worker=worker.index,
@@ -385,7 +385,7 @@ class Supervisor:
                 worker.process.kill()
                 worker.process.wait()
         self._settle_counters(worker.index)
-        self.roundups.gone(worker.index)
+        self.live_query.worker_gone(worker.index)
         self._events.died(worker.index)
         self._gone.set()
         if self._stopping:
