@@ -27,7 +27,7 @@ from proxyd.control.observe.watchdog import Watchdog
 from proxyd.control.runtime import logs
 from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.control.runtime.tasks import cancel, spawn
-from proxyd.control.servers import Servers, prepare
+from proxyd.control.servers import Servers
 from proxyd.control.signals import handle_signals, hold_signals
 from proxyd.control.startup import claim, interruptible, make_core, make_feeds, prepare_process, read_first
 from proxyd.control.upgrade import Upgrade, admin_socket
@@ -199,7 +199,7 @@ class Daemon:
         self._loop.node_changed()
         # Where clients are connected already, their relays have their time to end.
         with contextlib.nullcontext() if self._upgrade.goes_on else interruptible():
-            read_first(core.feed, prepare)
+            read_first(core.feed)
         await migrating
 
     async def _serve(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import os
 import socket
 from collections.abc import Callable
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
     from proxyd.control.admin.server import AdminServer
     from proxyd.control.observe.server import HealthAndMetrics
     from proxyd.control.observe.telemetry import Telemetry
-
-
-def prepare() -> None:
-    """Import what the servers need. It takes a third of a second, which nobody who waits for a listener should wait for."""
-    importlib.import_module("proxyd.control.admin.server")
-    importlib.import_module("proxyd.control.observe.server")
 
 
 class Servers:
@@ -114,8 +107,9 @@ class Servers:
             await self._health_and_metrics.stop()
 
     async def _start(self) -> None:
-        from proxyd.control.admin.server import AdminServer  # noqa: PLC0415 - see `prepare`
-        from proxyd.control.observe.server import HealthAndMetrics  # noqa: PLC0415 - as above
+        # The imports take a third of a second, which nobody who waits for a listener should wait for.
+        from proxyd.control.admin.server import AdminServer  # noqa: PLC0415
+        from proxyd.control.observe.server import HealthAndMetrics  # noqa: PLC0415
 
         core, telemetry = self._core, self._telemetry
         self._admin = AdminServer(self._path, self._operations)

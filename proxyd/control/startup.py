@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from collections.abc import Callable, Iterator
 
 from proxyd.control.config.options import StartError
@@ -163,43 +162,28 @@ def interruptible() -> Iterator[None]:
         SystemExit: SIGTERM came.
         KeyboardInterrupt: SIGINT came.
     """
-    came: list[int] = []
-
-    def ended() -> BaseException:
-        return KeyboardInterrupt() if signal.SIGINT in came else SystemExit(0)
 
     def end(number: int, _frame: object) -> None:
-        came.append(number)
-        raise ended()
+        raise (KeyboardInterrupt if number == signal.SIGINT else SystemExit(0))
 
-    def ignored(given: sys.UnraisableHookArgs) -> None:
-        # Where nothing can be raised, as in a callback of the interpreter, it is raised after the block.
-        if not (came and isinstance(given.exc_value, KeyboardInterrupt | SystemExit)):
-            hook(given)
-
-    hook, sys.unraisablehook = sys.unraisablehook, ignored
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        sys.unraisablehook = hook
-    if came:
-        raise ended()
 
 
-def read_first(feed: Feeds, idle: Callable[[], None]) -> None:
+def read_first(feed: Feeds) -> None:
     """Read the manifests once, and hand them on where there is nobody else to wait for.
 
     Args:
         feed: that reads them.
-        idle: what to do where there is nothing to do but to wait for another process.
 
     Raises:
         StartError: a path that was named can't be read.
     """
-    problems = feed.first(idle)
+    problems = feed.first()
     if feed.missing:
         path = feed.missing[0]
         why = next((problem.message for problem in problems if problem.file == path), "cannot be read")

@@ -137,18 +137,15 @@ class Feeds:
         if self.cluster is not None:
             self.cluster.about_service(service, kind, reason, message)
 
-    def first(self, idle: Callable[[], None] | None = None) -> tuple[Problem, ...]:
+    def first(self) -> tuple[Problem, ...]:
         """Read the manifests once; what they say is handed on now where there is no API server to wait for.
-
-        Args:
-            idle: what to do where there is nothing to do but to wait for another process.
 
         Returns:
             The problems of the manifests.
         """
         if self._manifests is None:
             return ()
-        return self._manifests.first(idle) if self.cluster is None else self._manifests.look(idle)
+        return self._manifests.first() if self.cluster is None else self._manifests.look()
 
     async def rescan(self, change: Change | None = None) -> None:
         """Read again what changed in the manifests (None: whatever did), and the kubeconfig."""

@@ -69,21 +69,17 @@ class Feed:
         self._save_error = ""
         self._lock = asyncio.Lock()
 
-    def first(self, idle: Callable[[], None] | None = None) -> tuple[Problem, ...]:
-        """Read everything once and hand it on. Returns the problems.
-
-        Args:
-            idle: what to do where there is nothing to do but to wait for another process.
-        """
+    def first(self) -> tuple[Problem, ...]:
+        """Read everything once and hand it on. Returns the problems."""
         with permanent_objects():
-            self._take(*self._read(None, idle))
+            self._take(*self._read(None))
         return self.problems
 
-    def look(self, idle: Callable[[], None] | None = None) -> tuple[Problem, ...]:
+    def look(self) -> tuple[Problem, ...]:
         """As `first`, but hand on nothing before `give_way`."""
         self._held = True
         with permanent_objects():
-            manifests = self._source.scan(None, idle)
+            manifests = self._source.scan()
         self.synced_at = time.time()
         self.files, self.missing = manifests.files, manifests.missing
         self._log(manifests.problems, self._new(manifests.problems))
@@ -112,11 +108,9 @@ class Feed:
         async for change in watch(self._settings.manifests, warn=log.warning):
             await self.rescan(change)
 
-    def _read(
-        self, change: Change | None, idle: Callable[[], None] | None = None
-    ) -> tuple[ManifestSet, Assembled, list[Problem]]:
+    def _read(self, change: Change | None) -> tuple[ManifestSet, Assembled, list[Problem]]:
         """What there is now, and the new problems that are to be logged."""
-        manifests = self._source.scan(change, idle)
+        manifests = self._source.scan(change)
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         assembled = self._assembler.assemble(manifests, self._allocations, now, self._elsewhere)
         return manifests, assembled, self._new(assembled.problems)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
-from proxyd.api.decode import Decoded, KubeObject, Rules
+from proxyd.api.decode import KubeObject, Rules
 from proxyd.api.problems import Severity
-from proxyd.sources.manifests.edits import Layout
 from proxyd.sources.manifests.files import MAX_FILES, FileEntry, Stamp, Survey, display, reason, survey
-from proxyd.sources.manifests.halves import SecondHalf, second_half
 from proxyd.sources.manifests.merging import FileState, Key, ManifestSet, Merger, by_kind, key_of, problem_of
-from proxyd.sources.manifests.parse import parse_file
+from proxyd.sources.manifests.parse import ParsedFile, parse_file
 from proxyd.sources.manifests.regular import digest as digest_of
 from proxyd.sources.manifests.regular import read_regular
 from proxyd.sources.manifests.watch import Change
@@ -47,7 +45,7 @@ class ManifestSource:
         self._seen: Survey | None = None
         self._merger = Merger(self._paths)
 
-    def scan(self, change: Change | None = None, idle: Callable[[], None] | None = None) -> ManifestSet:
+    def scan(self, change: Change | None = None) -> ManifestSet:
         """Reads the files that changed since the last scan, and returns all objects in force.
 
         Returns the very same value as the last time if nothing changed, and the very same objects where they did not.
@@ -61,7 +59,6 @@ class ManifestSource:
 
         Args:
             change: what `watch` said: the paths of files to look at, or what is there now. None: look at everything.
-            idle: what to do where there is nothing to do but to wait for another process.
         """
         if isinstance(change, frozenset):
             found = self._named(change)
@@ -70,16 +67,7 @@ class ManifestSource:
             change = None
         seen = survey(self._paths) if change is None else change
         states = self._unseen(seen)
-        # What was read before is not read again: only the first time is there enough for two.
-        other = None if self._states else second_half(seen.files, idle)
-        try:
-            # Within this block: it is ended, whatever signal comes and raises.
-            if other is not None:
-                other.begin(self._rules)
-            self._total = self._look(seen.files, states, other)
-        finally:
-            if other is not None:
-                other.close()
+        self._total = self._look(seen.files, states)
         if seen != self._seen or not _same_objects(states, self._states):
             self._seen = seen
             self._states = dict(sorted(states.items()))
@@ -88,12 +76,10 @@ class ManifestSource:
             self._states = dict(sorted(states.items()))
         return self._merger.last
 
-    def _look(
-        self, files: Sequence[FileEntry], states: dict[str, FileState], other: SecondHalf | None
-    ) -> int:
-        """Add the states of these files; returns the bytes of those that are read. `other`: who reads half of them."""
+    def _look(self, files: Sequence[FileEntry], states: dict[str, FileState]) -> int:
+        """Add the states of these files; returns how many bytes they have together, without those over the limit."""
         total = 0
-        for number, entry in enumerate(files):
+        for entry in files:
             state = self._states.get(entry.path)
             total += entry.stamp.size
             if total > MAX_TOTAL_BYTES:
@@ -101,12 +87,7 @@ class ManifestSource:
                 limit = f"not read: the manifests together are over {MAX_TOTAL_BYTES >> 20} MiB"
                 state = _unread(entry.path, state, limit)
             elif state is None or state.stamp != entry.stamp:
-                ready = None if other is None else other.state(number)
-                if ready is not None:
-                    self.files_read += 1
-                    state = ready
-                else:
-                    state = self._read(entry, state, None if other is None else other.of(number))
+                state = self._read(entry, state)
             states[entry.path] = state
         return total
 
@@ -171,9 +152,7 @@ class ManifestSource:
                     states[path] = msgspec.structs.replace(state, stamp=None, complete=False)
         return states
 
-    def _read(
-        self, entry: FileEntry, earlier: FileState | None, known: Mapping[str, Decoded] | None = None
-    ) -> FileState:
+    def _read(self, entry: FileEntry, earlier: FileState | None) -> FileState:
         try:
             data, stamp = read_regular(entry.path)
         except FileNotFoundError:
@@ -190,24 +169,22 @@ class ManifestSource:
             return msgspec.structs.replace(
                 _unread(entry.path, None, why), stamp=stamp, kept=in_force, digest=digest
             )
+        label = display(entry.path)
         if earlier:
-            known = earlier.known
-        layout = earlier.layout if earlier else None
-        return self._parse(entry.path, data, stamp, digest, in_force, known=known, layout=layout)
+            parsed = parse_file(label, data, self._rules, earlier.known, earlier.layout)
+        else:
+            parsed = parse_file(label, data, self._rules)
+        return self._state(label, parsed, in_force, stamp, digest)
 
-    def _parse(
+    def _state(
         self,
-        path: str,
-        data: bytes,
+        label: str,
+        parsed: ParsedFile,
+        in_force: Mapping[Key, KubeObject],
         stamp: Stamp | None,
         digest: bytes,
-        in_force: Mapping[Key, KubeObject],
-        *,
-        known: Mapping[str, Decoded] | None,
-        layout: Layout | None,
     ) -> FileState:
-        label = display(path)
-        parsed = parse_file(label, data, self._rules, known, layout)
+        """The state of a file that was read; `in_force` is what it defined before."""
         problems = list(parsed.problems)
         objects: dict[Key, KubeObject] = {}
         if parsed.swapped is None:
