@@ -321,7 +321,7 @@ class WorkerDriver:
     # -- looking at it
 
     def total(self, slot: int, field: int) -> int:
-        return self.slots.total(slot, field, 1)
+        return self.slots.read(slot, 1)[field]
 
     def rss(self) -> int:
         """Resident memory in bytes."""

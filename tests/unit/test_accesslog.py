@@ -135,11 +135,8 @@ def test_it_appends_and_is_opened_anew_after_rotation(tmp_path):
         wait_for(path.exists)
         log.write([record(3)])
         wait_for(lambda: log.written == 3)
-        log.reopen(str(tmp_path / "other.log"))
-        log.write([record(4)])
     assert numbers(tmp_path / "access.log.1") == [0, 1, 2]
     assert numbers(path) == [3]
-    assert numbers(tmp_path / "other.log") == [4]
 
 
 def test_a_full_disk(said):
@@ -260,8 +257,8 @@ def test_a_record_that_was_cut_is_ended_when_there_is_room(tmp_path, said):
     assert [line["level"] for line in said()] == ["error", "info"]
 
 
-def test_another_file_while_a_pipe_is_full(tmp_path):
-    path, fifo = tmp_path / "access.log", tmp_path / "fifo"
+def test_a_file_in_the_place_of_a_full_pipe(tmp_path):
+    fifo = path = tmp_path / "access.log"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -269,7 +266,8 @@ def test_another_file_while_a_pipe_is_full(tmp_path):
         with writing(fifo) as log:
             log.write([record(number) for number in range(100)])
             wait_for(lambda: log.queued == 0)
-            log.reopen(str(path))
+            fifo.rename(tmp_path / "fifo")
+            log.reopen()
             wait_for(path.exists)
             log.write([record(100)])
             wait_for(lambda: log.written + log.dropped == 101)

@@ -88,11 +88,9 @@ class AccessLog:
                 waiting=self.queued,
             )
 
-    def reopen(self, path: str | None = None) -> None:
-        """Open the file anew, after it was rotated; or another file. Queued records go there."""
+    def reopen(self) -> None:
+        """Open the file anew, after it was rotated. Queued records go there."""
         with self._wake:
-            if path:
-                self.path = path
             self._reopen = True
             self._wake.notify()
 

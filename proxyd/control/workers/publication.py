@@ -209,15 +209,11 @@ class Publication:
             listeners={held.id: held for held in self._sockets()},
         )
 
-    def counters(self, owner: Hashable, fields: Iterable[int]) -> list[int]:
-        """Counters of a balancer or a (balancer, endpoint), summed over the workers; zeros if it has no row."""
-        slot = self._rows.get(owner)
-        if slot is None:
-            return [0 for _ in fields]
-        return [self._slots.total(slot, one, self._workers) for one in fields]
-
     def row(self, owner: Hashable) -> list[int]:
-        """All counters of a balancer or a (balancer, endpoint), as in `counters`. Safe from another thread."""
+        """All counters of a balancer or a (balancer, endpoint), zeros where it has no row. Safe from another thread.
+
+        They are in the order of `proxyd.relay.ipc.slots`, each summed over the workers.
+        """
         slot = self._rows.get(owner)
         return [0] * FIELDS if slot is None else self._slots.read(slot, self._workers)
 

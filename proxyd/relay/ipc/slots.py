@@ -69,12 +69,6 @@ class Slots:
         """Index in `view` of the first counter of a row."""
         return MAX_SLOTS + (worker * MAX_SLOTS + slot) * FIELDS
 
-    def total(self, slot: int, field: int, workers: int = MAX_WORKERS) -> int:
-        """One counter, summed over the workers."""
-        first = MAX_SLOTS + slot * FIELDS + field
-        step = MAX_SLOTS * FIELDS
-        return sum(self.view[first + worker * step] for worker in range(workers))
-
     def read(self, slot: int, workers: int = MAX_WORKERS) -> list[int]:
         """All counters of a row, each summed over the workers."""
         first = MAX_SLOTS + slot * FIELDS
