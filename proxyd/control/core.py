@@ -1,4 +1,4 @@
-"""What every part of the control process looks at: the settings in force, the objects, and who carries them out."""
+"""What the parts of the control process share: settings, objects, and the parts that carry them out."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from proxyd.state.snapshot import NodeView, Options, Snapshot
 
 @dataclass(slots=True, kw_only=True)
 class Core:
-    """The parts of one daemon. It does nothing; the daemon fills it before it starts whatever reads it.
+    """The parts of one daemon, without methods. The daemon fills it before it starts anything that reads it.
 
     Attributes:
-        settings: in force. The daemon replaces them when the configuration is read again.
+        settings: those in force. The daemon replaces them when the configuration is read again.
         options: how Services are planned; they follow from the settings.
         lifecycle: the phase, and the order to end.
-        publication: what the workers are told.
+        publication: what the workers know.
         reconciler: what is open, and what failed.
         supervisor: the worker processes.
-        old_workers: those of the programs before this one, which still relay.
+        old_workers: the workers of the programs before this one.
         access: the access log.
-        feed: the sources. It is set once the workers are being started.
-        node: this node, as the feed and its addresses have it.
-        snapshot: the objects that were handed on last.
-        turns: how often the reconcile loop has turned.
+        feed: the sources. It is set while the workers start.
+        node: this node, as known from the sources and its addresses.
+        snapshot: the newest objects of the sources.
+        turns: how many reconciles there were.
         started: Unix time.
     """
 

@@ -1,4 +1,4 @@
-"""The control process from start to end: its parts are made, connected, started and ended here."""
+"""The control process: makes its parts, connects them, starts and ends them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from proxyd.relay import registry
 from proxyd.state.desired import DesiredState
 
 log = get_logger("proxyd")
-# The admin API and health answer after so many seconds at the latest, also where a worker is slow to start.
+# The admin API and health answer after so many seconds at the latest, even if a worker is slow to start.
 _ANSWER_SECONDS = 2.0
 
 
@@ -79,13 +79,13 @@ async def _run(
 
 
 class Daemon:
-    """The composition root: it makes the parts and connects them. No other file imports it but the command.
+    """The composition root: it makes the parts and connects them. Only `proxyd run` imports it.
 
     Args:
         settings: what to do.
         on_serving, configuration: as of `run`.
-        left: what the program before this one left.
-        resources: what is to be closed at the end.
+        left: what the program before this one handed over.
+        resources: closes what is to be closed at the end.
 
     Raises:
         StartError: it can't start.
@@ -100,14 +100,14 @@ class Daemon:
         left: Handover,
         resources: contextlib.ExitStack,
     ) -> None:
-        # First of all: whatever child there is now is of the program before.
+        # Before anything else, while every child of this process is of the program before.
         Orphans({worker.pid for worker in left.workers}).watch()
         prepare_process(settings)
         self._on_serving = on_serving
         self._summariser = Summariser(log)
         self._history = History()
         self._lifecycle = Lifecycle(
-            on_stop=lambda drain: self._watchdog.stopping(drain),  # noqa: PLW0108 - the watchdog is made below
+            on_stop=lambda drain: self._watchdog.stopping(drain),  # noqa: PLW0108 - it is made below
             on_stop_again=self._kill_workers,
         )
         self._reloading = Reloading(self._reload)
@@ -130,7 +130,7 @@ class Daemon:
             telemetry,
             self._summariser,
             reconciled=self._reconciled,
-            resynced=lambda: self._servers.look(),  # noqa: PLW0108 - as above
+            resynced=lambda: self._servers.check_admin_socket(),  # noqa: PLW0108 - as above
         )
         resources.callback(self._loop.close)
         self._watchdog = Watchdog(core, Notifier.here(), due=self._loop.is_due)
@@ -154,7 +154,7 @@ class Daemon:
         self._servers = Servers(core, listening, self._operations, telemetry, self._acknowledged)
 
     async def run(self) -> int:
-        """Start, serve until told to stop, take everything back. Returns the exit code."""
+        """Start, serve until the order to stop, undo what was done to the node. Returns the exit code."""
         core = self._core
         try:
             # The workers come up while manifests are read.
@@ -197,7 +197,8 @@ class Daemon:
         migrating = spawn(migration.migrate(settings), name="migration")
         core.feed = make_feeds(settings, self._loop.snapshot_changed, self._node_changed)
         self._loop.node_changed()
-        # Where clients are connected already, their relays have their time to end.
+        # After an upgrade a signal must not end the program at once: clients are connected, and their relays
+        # drain.
         with contextlib.nullcontext() if self._upgrade.goes_on else interruptible():
             read_first(core.feed)
         await migrating
@@ -214,7 +215,7 @@ class Daemon:
             await cancel(following, summing_up)
 
     async def _make_way(self) -> None:
-        """Have the next program take over; where that fails, stop as if told to."""
+        """Have the next program take over. If that fails, stop as after an order."""
         core = self._core
         await self._health_ports.stop()
         await self._config.stop()
@@ -229,7 +230,7 @@ class Daemon:
         self._servers.abandon(listening)
 
     async def _end(self) -> None:
-        """Take back what was done to the node, also when the start failed half-way."""
+        """Undo what was done to the node, even if the start failed half-way."""
         core, drain = self._core, self._lifecycle.drain_seconds
         self._lifecycle.phase = "draining"
         core.reconciler.close_listeners()
@@ -259,12 +260,12 @@ class Daemon:
         self._servers.changed()
 
     def _acknowledged(self) -> None:
-        """A worker acknowledged something, or the servers answer: maybe all is in force now."""
+        """A worker has acknowledged something, or the servers answer: maybe everything is in force now."""
         self._telemetry.acknowledged()
         if not self._loop.settled:
             return
         if not self._core.supervisor.telling():
-            # What the servers need is imported while the workers do what they were told.
+            # The servers' imports take place while the workers carry out what they were sent.
             self._servers.begin()
         if not self._servers.begun or self._core.supervisor.lagging():
             return
@@ -277,7 +278,7 @@ class Daemon:
     # What is ordered
 
     async def _reload(self) -> None:
-        """Read the configuration and the manifests again; not any more when the end has begun."""
+        """Read the configuration and the manifests again, unless the end has begun."""
         if self._lifecycle.phase == "draining":
             return
         log.info("reloading")

@@ -24,8 +24,8 @@ class Lifecycle:
         phase: nothing is opened or closed while "starting"; nothing is accepted any more while "draining".
         stop: set when serving is to end in this program.
         drain_seconds: how long relays may go on after that.
-        fatal: why the daemon fails, in one line; "" where it does not.
-        making_way: an upgrade was ordered: the next program is to begin where this one ends.
+        fatal: why the daemon fails, in one line; "" if it does not.
+        making_way: an upgrade was ordered: the next program is to go on when this one ends.
     """
 
     def __init__(self, on_stop: Callable[[float], None], on_stop_again: Callable[[], None]) -> None:
@@ -43,7 +43,7 @@ class Lifecycle:
         return self.stop.is_set()
 
     def stop_after(self, seconds: float) -> None:
-        """Begin the end: relays have so many seconds. The second time: end at once."""
+        """Begin the end: relays have so many seconds. The second order ends them at once."""
         # An order to stop wins over an upgrade that is under way.
         making_way, self.making_way = self.making_way, False
         if self.stopping and not making_way:
@@ -57,18 +57,18 @@ class Lifecycle:
         self.stop.set()
 
     def drain(self, seconds: float) -> float:
-        """Stop after so many seconds, unless the end has begun before. Returns how many seconds relays have."""
+        """Stop after so many seconds, unless the end has begun. Returns how many seconds relays have."""
         if not self.stopping or self.making_way:
             self.stop_after(seconds)
         return self.drain_seconds
 
     def make_way(self, after: float) -> None:
-        """End serving in this program `after` seconds from now, for the next program to go on."""
+        """End serving in this program `after` seconds from now; the next program then goes on."""
         self.making_way = True
         asyncio.get_running_loop().call_later(after, self.stop.set)
 
     def no_successor(self, drain: float) -> None:
-        """The next program could not be executed: the daemon stops as if it was told to, and fails."""
+        """The next program could not be executed: the daemon stops as after an order, and fails."""
         self.fatal = "stopped: the next program could not be executed"
         self.drain_seconds = drain
         self._on_stop(drain)

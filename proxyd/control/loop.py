@@ -1,4 +1,4 @@
-"""The reconcile loop: whatever changed, the desired state is planned anew and carried out."""
+"""The reconcile loop: after every change the desired state is planned and carried out."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _RETRY_SECONDS = 1.0  # after a reconcile that ended in an internal error
 
 
 class ReconcileLoop:
-    """Waits for changes, and has each carried out; one reconcile takes all that have come.
+    """Waits for changes, and reconciles. One reconcile takes all changes that have come.
 
     Args:
-        core: what is planned, and who carries it out.
+        core: what is planned, and the parts that carry it out.
         telemetry: takes note of what is queued, published and carried out.
         summariser: logs what may happen over and over.
         reconciled: called after each reconcile with the state that was desired.
@@ -58,7 +58,7 @@ class ReconcileLoop:
         self._addresses = node_addresses()
 
     def close(self) -> None:
-        """Look at the node's addresses no more."""
+        """Stop watching the node's addresses."""
         self._monitor.close()
 
     def is_due(self) -> bool:
@@ -67,19 +67,19 @@ class ReconcileLoop:
 
     @property
     def settled(self) -> bool:
-        """Whether all that has come was carried out as far as it can be."""
+        """Whether all changes that have come were carried out, as far as possible."""
         return self._reconciled and not self.is_due()
 
     # What changes
 
     def snapshot_changed(self, snapshot: Snapshot) -> None:
-        """The sources hand on other objects."""
+        """The sources have other objects."""
         self._core.snapshot = snapshot
         self._telemetry.queued(snapshot)
         self.look_again()
 
     def node_changed(self) -> None:
-        """Something else is known of this node."""
+        """What is known of this node has changed."""
         self._core.node = self._core.feed.node_view(self._addresses)
         self.look_again()
 
@@ -89,11 +89,11 @@ class ReconcileLoop:
         self.look_again()
 
     def look_again(self) -> None:
-        """Have a reconcile soon, as when an address may be free."""
+        """Reconcile soon, for example because an address may be free."""
         self._changed.set()
 
     def drained(self, worker: int, listeners: list[int]) -> None:
-        """A worker has ended the last relays of closed listeners, by their numbers."""
+        """The last relays of closed listeners, by number, have ended in a worker."""
         if self._core.reconciler.drained(worker, listeners):
             self.look_again()
 
@@ -157,7 +157,7 @@ class ReconcileLoop:
                 resync = time.monotonic() + core.settings.sync_period
 
     async def _wait(self, stopped: Stopped, seconds: float | None) -> None:
-        """Wait for a change or the order to stop, so many seconds at most (None: without a limit)."""
+        """Wait for a change or the order to stop, at most so many seconds (None: without a limit)."""
         changed = asyncio.ensure_future(self._changed.wait())
         await asyncio.wait({stopped, changed}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         changed.cancel()
@@ -167,7 +167,7 @@ class ReconcileLoop:
             self._reconciled = False
             with permanent_objects() if self._core.turns == 1 else contextlib.nullcontext():
                 self._reconcile()
-        except Exception as error:  # noqa: BLE001 - what is served goes on; the next plan knows what was done so far
+        except Exception as error:  # noqa: BLE001 - serving goes on; the next plan knows what was done
             self._summariser.error("reconcile", "reconcile failed: tried again in 1 s", error=describe(error))
             self._telemetry.reconcile_failed()
             asyncio.get_running_loop().call_later(_RETRY_SECONDS, self.look_again)

@@ -1,4 +1,4 @@
-"""The servers of the daemon, and when they begin to answer: their sockets wait until the listeners are open."""
+"""The servers of the daemon: the admin API, health and metrics. They begin when the listeners are open."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Servers:
 
     Args:
         core: the daemon's parts.
-        listening: the admin socket, open from the start: who asks before the servers answer waits in its backlog.
+        listening: the admin socket, open from the start: who asks before the servers answer waits in its
+            backlog.
         operations: what the admin API shows and does.
         telemetry: what health and metrics are answered from.
         answering: called when the servers answer.
@@ -60,17 +61,17 @@ class Servers:
             self._starting = spawn(self._start(), name="servers", on_failure=self._core.lifecycle.failed)
 
     def changed(self) -> None:
-        """The state changed: who watches it through the admin API is told."""
+        """The state has changed: clients that watch it through the admin API are answered."""
         if self._admin is not None:
             self._admin.changed()
 
-    def look(self) -> None:
-        """See whether the admin socket is still there, and open it again where it is not."""
+    def check_admin_socket(self) -> None:
+        """Open the admin socket again if its file is gone."""
         if self.begun and not os.path.lexists(self._path):
             spawn(self._renew(), name="admin socket")
 
     async def stop(self) -> None:
-        """End the servers, and take the admin socket away."""
+        """End the servers, and remove the admin socket."""
         await self._stop_health_and_metrics()
         if self._admin is not None:
             await self._admin.stop()
@@ -87,7 +88,7 @@ class Servers:
         return kept
 
     def abandon(self, kept: int) -> None:
-        """There is no next program: take away what `leave` left for it."""
+        """There is no next program: remove what `leave` kept for it."""
         os.close(kept)
         self._unlink()
 
@@ -100,7 +101,7 @@ class Servers:
         self._listening = await self._admin.renew() or self._listening
 
     async def _stop_health_and_metrics(self) -> None:
-        """The data of metrics may go away afterwards."""
+        """End these two. The data of metrics may go away afterwards."""
         if self._starting is not None:
             await cancel(self._starting)
         if self._health_and_metrics is not None:

@@ -52,11 +52,13 @@ def handle_signals(
 async def hold_signals() -> None:
     """Handle what has come; what comes from now on waits for the next program, or for `handle_signals`.
 
-    Blocked signals stay pending across execve(2). No child may be started until then: it would never get them.
+    Blocked signals stay pending across execve(2). No child may be started until then: it would never get
+    them.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, DAEMON_SIGNALS)
     await asyncio.sleep(_SEEN_SECONDS)
-    # A thread of a library may not leave signals to the main one: what it gets is sent to the thread that lives on.
+    # A thread of a library may not leave signals to the main one: what it gets is sent to the thread that
+    # lives on.
     main = threading.main_thread().ident
     assert main is not None
     for number in DAEMON_SIGNALS:

@@ -1,4 +1,4 @@
-"""What the daemon makes and does once, at its start."""
+"""What the daemon makes and does once, when it starts."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ log = get_logger("proxyd")
 
 
 def prepare_process(settings: Settings) -> None:
-    """Set what holds for this process and its workers: limits, and how seldom garbage is searched for; best effort."""
+    """Set limits of this process and its workers, and how rarely garbage is collected; best effort."""
     collect_rarely()
     limits.raise_nofile()
     score = settings.oom_score
     if score is not None and (reason := limits.set_oom_score(score)):
-        # What nobody asked for need not be mended.
+        # A warning only if the operator asked for a score.
         say = log.debug if settings.oom_score_adj is None else log.warning
         say("oom_score_adj stays as it was", wanted=score, reason=reason)
 
 
 def claim(options: Options) -> contextlib.AbstractContextManager[object]:
-    """The node's routes and rules for this daemon, until the context ends: one at most has them in a namespace.
+    """Claim the node's routes and rules until the context ends. In a namespace one daemon at most has them.
 
     Raises:
         StartError: another daemon has them.
@@ -69,17 +69,17 @@ def make_core(
     note: Callable[[ServicePortName, str], None],
     look_again: Callable[[], None],
 ) -> Core:
-    """The parts that carry out what is wanted; nothing is started, and nothing is done to the node.
+    """Make the parts that the others share. Nothing is started, and nothing is done to the node.
 
     Args:
         settings: what to do.
         options: how Services are planned.
         lifecycle: of the daemon.
-        left: what the program before this one left.
-        resources: what is to be closed at the end.
+        left: what the program before this one handed over.
+        resources: closes what is to be closed at the end.
         summariser: logs what happens often.
         note: takes note of what happened to a service port.
-        look_again: has a reconcile, as an address may be free.
+        look_again: orders a reconcile, because an address may be free.
     """
     slots = Slots.create()
     resources.callback(slots.close)
@@ -122,7 +122,7 @@ def _make_reconciler(
     publication: Publication,
     note: Callable[[ServicePortName, str], None],
 ) -> Reconciler:
-    """A reconciler with the means that the options call for."""
+    """A reconciler that changes what the options allow it to."""
     guard = None
     if options.vip_mode.route:
         guard = VipGuard()
@@ -143,7 +143,7 @@ def _make_reconciler(
 def make_feeds(
     settings: Settings, changed: Callable[[Snapshot], None], node_changed: Callable[[], None]
 ) -> Feeds:
-    """All sources that the settings name; see `Feeds`.
+    """The sources that the settings name; see `Feeds`.
 
     Raises:
         StartError: a source can't be used.
@@ -156,7 +156,7 @@ def make_feeds(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """In this block, which keeps the event loop waiting, a signal to end ends the program at once.
+    """In this block, which blocks the event loop, SIGTERM and SIGINT end the program at once.
 
     Raises:
         SystemExit: SIGTERM came.
@@ -175,10 +175,10 @@ def interruptible() -> Iterator[None]:
 
 
 def read_first(feed: Feeds) -> None:
-    """Read the manifests once, and hand them on where there is nobody else to wait for.
+    """Read the manifests once, and hand them on unless there is a cluster to wait for.
 
     Args:
-        feed: that reads them.
+        feed: reads them.
 
     Raises:
         StartError: a path that was named can't be read.

@@ -23,9 +23,9 @@ _ANSWER_GIVEN_SECONDS = 0.05
 
 
 def admin_socket(left: Handover, path: str) -> socket.socket:
-    """The listening admin socket: that which the program before left, where it is for the same path, or a new one.
+    """The listening admin socket: that of the program before if it has the same path, or a new one.
 
-    One for another path is closed and removed, as nobody would answer there.
+    An inherited socket with another path is closed and removed, as nobody would answer there.
 
     Raises:
         AdminError: another daemon answers there, or the path cannot be used.
@@ -45,10 +45,10 @@ class Upgrade:
     """What one daemon takes over from the program before it, and hands over to the next.
 
     Args:
-        core: of this program.
-        left: what the program before it left.
+        core: the parts of this program.
+        left: what the program before this one handed over.
         replaceable: whether the next program can be started as this one was.
-        begun: called when this program is about to end its part.
+        begun: called when the upgrade begins.
     """
 
     def __init__(self, core: Core, left: Handover, *, replaceable: bool, begun: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ class Upgrade:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there was a program before this one, with clients that are still served."""
+        """Whether this program goes on from an earlier one, whose clients are still connected."""
         return bool(self._left.program)
 
     def begin(self) -> None:
@@ -76,10 +76,10 @@ class Upgrade:
             )
 
     async def upgrade(self) -> None:
-        """Have the program that is installed now take over, soon after this returns.
+        """Have the installed program take over, soon after this returns.
 
         Raises:
-            UpgradeError: nothing was changed, and why.
+            UpgradeError: it can't, and nothing was changed.
         """
         lifecycle = self._core.lifecycle
         if not self._replaceable:
@@ -99,18 +99,18 @@ class Upgrade:
         lifecycle.make_way(_ANSWER_GIVEN_SECONDS)
 
     def ask(self) -> None:
-        """Upgrade; what is wrong goes to the log."""
+        """Upgrade soon; does not wait. Errors go to the log."""
         spawn(self._try_to_upgrade(), name="upgrade")
 
     def hand_over(self, admin: int) -> None:
-        """Become the next program. Returns where that fails: everything is as it was.
+        """Become the next program. Returns only if that fails; then nothing has changed.
 
         Args:
-            admin: the listening admin socket.
+            admin: descriptor of the listening admin socket.
         """
         core = self._core
         own, earlier = self._own_workers(), core.old_workers.hand_over()
-        # Those of this program all go on, however many.
+        # This program's own workers all go on, however many they are.
         surplus = max(0, len(earlier) + len(own) - max(MAX_WORKERS, len(own)))
         for worker in earlier[:surplus]:
             log.warning(
@@ -136,7 +136,7 @@ class Upgrade:
         try:
             handover.replace_program(left)
         except OSError as error:
-            log.error("the next program can't be executed", error=str(error))  # noqa: TRY400 - one line is what an operator needs
+            log.error("the next program can't be executed", error=str(error))  # noqa: TRY400 - one line
 
     def _own_workers(self) -> list[DrainingWorker]:
         core = self._core

@@ -32,15 +32,15 @@ from proxyd.state.spec import Endpoint, ServicePortName
 
 
 class Operations:
-    """Draws the picture of one daemon, and carries out orders.
+    """Makes the picture of one daemon, and carries out orders.
 
     Args:
         core: the daemon's parts.
         history: what happened to Services.
         reload: reads the configuration and the manifests again.
         upgrade: has the installed program take over; raises UpgradeError.
-        refused: what is wrong with the configuration that was read last.
-        more_problems: what is wrong beside the objects.
+        refused: gives what is wrong with the configuration that was read last.
+        more_problems: gives the problems that are not of objects.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Operations:
         supervisor = self._core.supervisor
         pids = {index: worker.pid for index, worker in supervisor.workers.items()}
         pids |= {-pid: pid for pid in self._core.old_workers.pids}
-        # What a selector leaves out must not use up the limit.
+        # Connections that the selector leaves out must not use up the limit.
         asked = MAX_RECORDS if selector else limit
         found = await supervisor.live_query.ask(namespace=namespace, name=name, limit=asked)
         items = [_view(record, pids.get(worker, 0)) for worker, record in found.records]
@@ -149,10 +149,10 @@ class Operations:
         return UpgradeView(pid=os.getpid(), version=__version__, started=self._core.started)
 
     def drain(self, seconds: float | None) -> DrainView:
-        """Stop accepting, let relays finish for so long, exit. A daemon that is stopping keeps to what it was told.
+        """Stop accepting, let relays finish, then end. A daemon that is stopping already is not changed.
 
         Args:
-            seconds: None for the drain timeout of the settings.
+            seconds: that relays have; None for the drain timeout of the settings.
         """
         before = views.status(self.picture(), now=0.0)
         wanted = self._core.settings.drain_timeout if seconds is None else seconds

@@ -1,4 +1,4 @@
-"""The picture of the daemon that the admin API's answers are made of."""
+"""The picture of the daemon, from which the admin API's answers are made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _nothing(*_: object) -> Counters:
 
 
 class ServiceViews:
-    """What is shown of Services apart from traffic and state, remembered while their objects are the very same."""
+    """What is shown of Services without traffic and state, remembered while their objects stay the same."""
 
     def __init__(self) -> None:
         self._known: dict[ObjectName, tuple[Service, object, ServiceView]] = {}
@@ -36,7 +36,7 @@ class ServiceViews:
         return view
 
     def forget(self, services: Mapping[ObjectName, Service]) -> None:
-        """Forget those that are not among these any more."""
+        """Forget the Services that are not among these."""
         if len(self._known) > len(services):
             self._known = {key: known for key, known in self._known.items() if key in services}
 
@@ -103,7 +103,7 @@ def _count_endpoints(service: Service, slices: tuple[EndpointSlice, ...]) -> tup
     found: set[str] = set()
     for family in (f"IPv{first}", f"IPv{10 - first}"):
         for one in slices:
-            # Headless without ports: the slices have none to match either.
+            # A headless Service may have no ports; then its slices have none that could match.
             if one.address_type != family or (
                 wanted and not any((p.name, p.protocol) in wanted and p.port is not None for p in one.ports)
             ):

@@ -1,4 +1,4 @@
-"""The answers of the admin API, for the daemon that gives them and the client that reads them; camelCase in JSON."""
+"""The answers of the admin API, as the daemon gives them and the client reads them; camelCase in JSON."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from proxyd.control.feeds.facts import SourceFacts
 
 NO_SUCH_PATH = "NoSuchPath"  # the daemon is of a version that has no such path
 
-# What is said of a Service that has no listener.
+# The state of a Service that has no listener.
 ALIAS = "Alias"  # ExternalName: a DNS name, nothing to proxy
 HEADLESS = "Headless"  # clusterIP None: clients go to the endpoints by themselves
-NOT_SERVED = "NotServed"  # nothing that it asks for is served here, as of a NodePort that no address admits
+NOT_SERVED = "NotServed"  # nothing that it asks for is served here, such as a NodePort that no address admits
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -129,7 +129,7 @@ class AdminServer:
         """Close the socket, and remove its file if it is still ours.
 
         Args:
-            leave: the file stays, for who has another descriptor of the socket.
+            leave: keep the file, as another descriptor of the socket stays open.
         """
         if self._runner is None:
             return
@@ -168,12 +168,12 @@ class AdminServer:
         return listening
 
     def changed(self) -> None:
-        """What is shown may have changed: those who wait for that are answered."""
+        """Answer the clients that wait for a change: what is shown may have changed."""
         self._changes += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
-    # -- the server -----------------------------------------------------------------------------------------------
+    # -- the server ------------------------------------------------------------------------------------------
 
     def _application(self) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY)
@@ -206,14 +206,15 @@ class AdminServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Errors as JSON; and answers that are not taken cost a bounded amount of memory and time."""
+        """Turn errors into JSON, and bound the memory and time of answers that clients do not take."""
         try:
             response = await handler(request)
         except web.HTTPException as error:
             response = explained(request, error)
         except Exception as error:  # noqa: BLE001 - the daemon goes on, and the client is told
             why = describe(error)
-            log.error("request failed", method=request.method, path=request.path[:200], error=why)  # noqa: TRY400 - one line
+            path = request.path[:200]  # the line below is enough, without a traceback
+            log.error("request failed", method=request.method, path=path, error=why)  # noqa: TRY400
             response = refusal(500, f"internal error: {why}")
         assert isinstance(response, web.Response)
         size = len(response.body) if isinstance(response.body, bytes) else 0
@@ -234,7 +235,7 @@ class AdminServer:
             self._unsent -= size
         return response
 
-    # -- what is shown --------------------------------------------------------------------------------------------
+    # -- what is shown ---------------------------------------------------------------------------------------
 
     def _items(self, view: Callable[..., list[Any]]) -> Handler:
         async def answer(request: web.Request) -> web.Response:
@@ -256,7 +257,7 @@ class AdminServer:
         return answer
 
     async def _wait(self, revision: str, seconds: float) -> None:
-        """Wait until what is shown differs from a revision, for some seconds."""
+        """Wait until what is shown differs from a revision, at most so many seconds."""
         if revision != self.revision or seconds <= 0:
             return
         changed = self._changed
@@ -268,8 +269,8 @@ class AdminServer:
 
     @property
     def revision(self) -> str:
-        """Tells this state of what is shown from all others, those of other daemons too."""
-        # After an upgrade pid and socket are those of before.
+        """Differs from the revision of every other state, of other daemons too."""
+        # The pid alone does not tell: it stays the same at an upgrade.
         return f"{os.getpid():x}-{self._began:x}-{self._changes:x}"
 
     async def _description(self, request: web.Request) -> web.Response:
@@ -297,7 +298,7 @@ class AdminServer:
         parameters(request)
         return answered(views.status(self._operations.picture(), now=time.time()))
 
-    # -- what is ordered ------------------------------------------------------------------------------------------
+    # -- what is ordered -------------------------------------------------------------------------------------
 
     async def _reload(self, request: web.Request) -> web.Response:
         parameters(request)

@@ -78,7 +78,7 @@ def endpoints(
 def listeners(
     picture: Picture, *, namespace: str = "", name: str = "", selector: Selector | None = None
 ) -> list[ListenerView]:
-    """Every listener that is wanted, in order of address, port and protocol; none once they are closed for the end."""
+    """Every listener that is wanted, by address, port and protocol; none while the daemon drains."""
     if picture.phase == "draining":
         return []
     admitted = chosen(picture, selector) if selector else None

@@ -1,4 +1,4 @@
-"""Reading the configuration again: what may change at run time is put in force, the rest is named."""
+"""Reads the configuration again: what may change at run time is put in force, the rest is logged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_LOGS = {"verbosity", "log_format", "vmodule", "log_file"}
 
 
 class Reloading:
-    """Reloads when asked: orders that come while one is carried out ask for one more, not for one each.
+    """Reloads when asked. All orders that come during a reload together lead to one more.
 
     Args:
         reload: reads everything again.
@@ -34,7 +34,7 @@ class Reloading:
         self._task: asyncio.Task[None] | None = None
 
     def ask(self) -> None:
-        """Reload soon; nobody waits for it."""
+        """Reload soon; does not wait."""
         self._asked = True
         if self._task is None or self._task.done():
             self._task = spawn(self._as_asked(), name="reload")
@@ -50,12 +50,12 @@ class ConfigReload:
 
     Args:
         configuration: where its settings come from; None: they never change.
-        current: the settings in force.
-        apply: puts other settings in force, which differ only in what may change at run time.
-        valid: called with each reading: whether what was read is valid.
+        current: gives the settings in force.
+        apply: puts new settings in force, which differ only in what may change at run time.
+        valid: is told at each reading whether the configuration is valid.
 
     Attributes:
-        refused: what is wrong with the configuration that was read last; () where it is valid.
+        refused: what is wrong with the configuration that was read last; () if it is valid.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ConfigReload:
         self._current = current
         self._apply = apply
         self._valid = valid
-        # The lines that were said last: they are said again only where they differ.
+        # The lines that were logged last: the same lines are not logged again.
         self._told: tuple[str, ...] = configuration.told if configuration else ()
         self._following: asyncio.Task[None] | None = None
 
@@ -80,12 +80,12 @@ class ConfigReload:
             self._following = spawn(self._follow(self._configuration.path), name="config")
 
     async def stop(self) -> None:
-        """Follow the file no more."""
+        """Stop following the file."""
         if self._following is not None:
             await cancel(self._following)
 
     async def reload(self) -> None:
-        """Read the configuration, and put in force what can be. A wrong one changes nothing."""
+        """Read the configuration, and put in force what can be. One that is not valid changes nothing."""
         configuration = self._configuration
         if configuration is None or not configuration.path:
             return
@@ -138,4 +138,5 @@ def _configure_logs(settings: Settings) -> None:
             path=settings.log_file,
         )
     except OSError as error:
-        log.error("the log file cannot be opened", path=settings.log_file, error=error.strerror)  # noqa: TRY400 - a trace says no more
+        path, why = settings.log_file, error.strerror
+        log.error("the log file cannot be opened", path=path, error=why)  # noqa: TRY400 - one line is enough

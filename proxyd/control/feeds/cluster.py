@@ -34,7 +34,8 @@ class ClusterFeed:
 
     Args:
         settings: where it is, and who this node is.
-        changed: called in the event loop when everything has been listed, and then whenever something is different.
+        changed: called in the event loop when everything has been listed, and then whenever something is
+            different.
 
     Raises:
         KubeconfigError: there is no telling where the API server is, or how to log in to it.
@@ -42,7 +43,8 @@ class ClusterFeed:
     Attributes:
         snapshot: Services and slices, the same object as long as nothing changes.
         node: this node's Node; None: it is not known.
-        eligible: whether load balancers should send this node traffic; a Node that was there and is gone is not.
+        eligible: whether load balancers should send this node traffic; a Node that was there and is gone is
+            not.
     """
 
     def __init__(self, settings: Settings, changed: Callable[[], None]) -> None:
@@ -115,7 +117,8 @@ class ClusterFeed:
     def about_node(self, type_: str, reason: str, message: str) -> None:
         """Post an Event about this node; nobody waits for it."""
         name = self._node_name
-        # The name as uid, as kubernetes cmd/kube-proxy/app/server.go has it: what shows a node's Events asks for that.
+        # The name as uid, as kubernetes cmd/kube-proxy/app/server.go has it: what shows a node's Events asks
+        # for that.
         self._source.post_event(EventAbout(kind="Node", name=name, uid=name), type_, reason, message)
 
     def about_service(self, name: ObjectName, type_: str, reason: str, message: str) -> bool:

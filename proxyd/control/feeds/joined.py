@@ -34,9 +34,9 @@ class FeedError(ValueError):
 class Feeds:
     """Follows every source that the settings name, and hands on a snapshot whenever one of them changes.
 
-    Nothing is handed on before each of them has delivered its first full list. Where there are both, nothing that a
-    Service of the cluster has is handed out to one of the manifests, and of a name that both have the cluster's Service
-    is served.
+    Nothing is handed on before each of them has delivered its first full list. Where there are both, nothing
+    that a Service of the cluster has is handed out to one of the manifests, and of a name that both have the
+    cluster's Service is served.
 
     Args:
         settings: which there are.
@@ -214,7 +214,8 @@ def _hidden(name: ObjectName) -> Problem:
         severity=Severity.WARNING,
         kind="Service",
         object=str(name),
-        message="the cluster has a Service of this name, which is served: give the one in the manifests another name",
+        message="the cluster has a Service of this name, which is served: "
+        "give the one in the manifests another name",
     )
 
 

@@ -17,8 +17,9 @@ _Slices = Mapping[ObjectName, tuple[EndpointSlice, ...]]
 class Merger:
     """Merges one state after another.
 
-    A Service and its slices come from one source. Of a Service that both have the cluster's is served: every other node
-    serves that one. What did not change is the very same object as before, and a change costs what changed.
+    A Service and its slices come from one source. Of a Service that both have the cluster's is served: every
+    other node serves that one. What did not change is the very same object as before, and a change costs what
+    changed.
 
     Attributes:
         hidden: Services of the manifests that are not served, because the cluster has one of the same name.

@@ -1,4 +1,4 @@
-"""Events about Services of the API server, and what is said once of Services that are not served."""
+"""Events about Services that are posted to the API server, and the warning that SCTP is off."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ServiceEvents:
         self._seen: tuple[object, object] = ((), ())
 
     def reconciled(self, desired: DesiredState) -> None:
-        """A state was carried out, all but what the reconciler failed at."""
+        """A state was carried out, apart from the listeners that failed."""
         self._say_sctp_is_off(desired)
         if self._core.feed.cluster is not None:
             self._tell(desired)
@@ -50,7 +50,7 @@ class ServiceEvents:
         self._core.feed.post_event(name, "Warning", HEALTH_PORT_FAILED, message)
 
     def _say_sctp_is_off(self, desired: DesiredState) -> None:
-        """Once: what their status says of each Service."""
+        """Warn once; the status of each Service says it too."""
         if self._sctp_said or self._core.settings.sctp:
             return
         services = {

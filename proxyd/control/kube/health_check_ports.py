@@ -1,4 +1,4 @@
-"""healthCheckNodePorts: what load balancers ask to learn whether this node has endpoints of a Service."""
+"""healthCheckNodePorts: there load balancers ask whether this node has endpoints of a Service."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ Place = tuple[str, int]  # address and port
 
 
 class HealthCheckPorts:
-    """Answers on the healthCheckNodePort of each Service of type LoadBalancer with externalTrafficPolicy Local.
+    """Answers at the healthCheckNodePort of each LoadBalancer Service with externalTrafficPolicy Local.
 
-    Any path is answered with the number of this node's ready endpoints: 200 where there are some and this proxy is
-    healthy, else 503 (kubernetes pkg/proxy/healthcheck/service_health.go). The ports are open on the addresses that
-    NodePorts are open on. Of two Services that want the same port the first by name has it.
+    Any path is answered with the number of this node's ready endpoints: 200 where there are some and this
+    proxy is healthy, else 503 (kubernetes pkg/proxy/healthcheck/service_health.go). The ports are open on the
+    addresses that NodePorts are open on. Of two Services that want the same port the first by name has it.
 
     Args:
-        healthy: whether this proxy is.
+        healthy: says whether this proxy is healthy.
         failed: called when a port can't be opened, with the Service, the port and why.
     """
 
@@ -77,7 +77,7 @@ class HealthCheckPorts:
         )
 
     def update(self, snapshot: Snapshot, node: NodeView, options: Options) -> None:
-        """Take a new state: what changed in it is counted, and ports are opened and closed soon."""
+        """Take a new state: count the endpoints of what changed, and have ports opened and closed soon."""
         before = self._snapshot if node.name == self._node else Snapshot()
         self._snapshot, self._node = snapshot, node.name
         names = touched(before.services, snapshot.services) | touched(before.slices, snapshot.slices)
@@ -128,7 +128,7 @@ class HealthCheckPorts:
             self._opening = spawn(self._open_and_close(), name="healthports")
 
     async def _open_and_close(self) -> None:
-        """Reach what is wanted, however it changes meanwhile."""
+        """Open and close ports until they are as wanted, even if that changes meanwhile."""
         tried: set[Place] = set()
         while True:
             for place in [place for place in self._open if place not in self._wanted]:
@@ -232,7 +232,7 @@ def _ready_here(snapshot: Snapshot, name: ObjectName, node: str) -> Iterable[str
 
 
 def _spec(place: Place, owner: ObjectName) -> ListenerSpec:
-    """As what its socket is opened."""
+    """The listener spec that its socket is opened for."""
     ip, port = place
     name = ServicePortName(owner.namespace, owner.name, "", Protocol.TCP)
     return ListenerSpec(

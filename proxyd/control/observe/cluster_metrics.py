@@ -1,4 +1,4 @@
-"""Metrics under the names that every part of a Kubernetes cluster has: requests to the API server, and the build."""
+"""Metrics that every part of a Kubernetes cluster has: requests to the API server, and the build."""
 
 from __future__ import annotations
 

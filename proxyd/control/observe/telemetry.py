@@ -1,4 +1,4 @@
-"""What the daemon knows of itself for those who observe it: its health, and the facts that metrics are made of."""
+"""What the daemon shows of itself: its health, and the facts that metrics are made of."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class Telemetry:
         self.health.timeout = 2 * self._core.settings.sync_period
 
     def queued(self, snapshot: Snapshot | None = None) -> None:
-        """Something is to be carried out; where it was objects that changed, here they are."""
+        """A change is to be carried out. `snapshot`: the objects, if it was they that changed."""
         self.health.queued()
         if snapshot is not None:
             self.metrics.changed(snapshot)
 
     def reconciled(self, seconds: float) -> None:
-        """Everything was carried out in so many seconds, and the workers were told."""
+        """Everything was carried out in so many seconds, and sent to the workers."""
         self.health.updated()
         self.metrics.reconciled(seconds, self._core.publication.generation)
 
     def reconcile_failed(self) -> None:
-        """An internal error kept something from being carried out."""
+        """An internal error prevented a reconcile."""
         self.health.queued()
         self.metrics.reconcile_failed()
 
     def published(self) -> None:
-        """The workers were told something; or a worker that begins anew is told everything."""
+        """The workers were sent an update; or a worker that was started again is sent everything."""
         self.health.published(self._core.publication.generation)
         self.acknowledged()
 
@@ -70,11 +70,11 @@ class Telemetry:
     # What is asked
 
     def healthy(self) -> bool:
-        """Whether this proxy does its work."""
+        """Whether /livez would be 200."""
         return self.health.look().healthy
 
     def facts(self) -> Facts:
-        """The daemon at this moment, for metrics. Takes microseconds: the loop waits for it."""
+        """The daemon at this moment, for metrics. The loop waits for it: it takes microseconds."""
         core = self._core
         supervisor, publication, access = core.supervisor, core.publication, core.access
         desired = core.reconciler.desired

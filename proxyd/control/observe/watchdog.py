@@ -1,4 +1,4 @@
-"""Looks every few seconds whether the daemon does its work, and tells the service manager as long as it does."""
+"""Checks every few seconds that the daemon does its work, and feeds systemd's watchdog if it does."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from proxyd.state.spec import ListenerState
 log = get_logger("watchdog")
 
 TICK_SECONDS = 2.0
-# A turn of the reconcile loop that is due for so many ticks does not come.
+# If a reconcile is due for so many ticks, the loop hangs.
 _MAX_WAITED = 7
-# How much longer a start may take that waits for somebody else; said at each tick.
+# How much longer a start may take that waits for somebody else; the manager is told at each tick.
 _WAIT_SECONDS = 60.0
-# What an end takes beyond the drain: the workers' own margin, netlink, nft.
+# How long an end takes beyond the drain: the workers' own margin, netlink, nft.
 _END_SECONDS = 15.0
 
 
 class Watchdog:
-    """Health of one daemon.
+    """Checks one daemon.
 
-    At each tick every worker is asked for a sign of life, and one that gave none for long is replaced; both need no
-    service manager. The manager is fed only while the event loop turns, a reconcile that is due happens, and every
-    worker runs and answers: whatever hangs, it starts the daemon anew.
+    At each tick every worker is asked for a sign of life, and one that gave none for long is replaced; both
+    need no service manager. The manager is fed only while the event loop turns, a reconcile that is due
+    happens, and every worker runs and answers: whatever hangs, it starts the daemon anew.
 
     Args:
         core: the daemon's parts.
@@ -38,7 +38,7 @@ class Watchdog:
     """
 
     def __init__(self, core: Core, notifier: Notifier, due: Callable[[], bool]) -> None:
-        self.wrong = ""  # what is wrong at the moment, in one line; "" where nothing is
+        self.wrong = ""  # what is wrong at the moment, in one line; "" if nothing is
         self._core = core
         self._notifier = notifier
         self._due = due
@@ -49,18 +49,18 @@ class Watchdog:
         self._turns = -1
         self._waited = 0
         self._ready = False  # the start was reported
-        self._reloads = 0  # whose files are being read
+        self._reloads = 0  # reloads under way
         self._reloaded = False  # a reload's end is to be reported
         self._ending = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
-        """Begin to look."""
+        """Begin to check."""
         self._timer = self._loop.call_later(self._tick_every, self._tick)
 
     def close(self) -> None:
-        """Look no more, say no more."""
+        """Stop checking, and tell the manager nothing more."""
         if self._timer is not None:
             self._timer.cancel()
         self._notifier.close()
@@ -68,7 +68,7 @@ class Watchdog:
     # What the daemon reports
 
     def in_force(self) -> None:
-        """All that was wanted is open as far as it can be, and every worker knows it."""
+        """Everything that can be open is open, and every worker knows it."""
         if self._ending:
             return
         if not self._ready or (self._reloaded and not self._reloads):
@@ -81,7 +81,7 @@ class Watchdog:
         self._notifier.reloading()
 
     def reloaded(self) -> None:
-        """What was to be read again was read. The reload ends when it is in force."""
+        """Everything was read again. The reload ends when it is in force."""
         self._reloads -= 1
         self._reloaded = True
 
@@ -94,7 +94,7 @@ class Watchdog:
     # What is seen
 
     def summary(self) -> str:
-        """One line: how many Services and listeners are served, and what is not as it should be."""
+        """How many Services and listeners are served, and what is wrong, in one line."""
         core = self._core
         desired, failures = core.reconciler.desired, core.reconciler.failures
         unopened = [status.state for status in desired.unopened]
@@ -126,9 +126,10 @@ class Watchdog:
             self._core.old_workers.probe()
             wrong = self._reconcile_waits() or self._core.supervisor.probe()
             if not self._ready:
-                wrong = ""  # a start takes its time; the manager has a limit of its own for it
+                wrong = ""  # the manager has its own limit for a start
                 if self._core.lifecycle.phase == "starting":
-                    # But not for an API server that is away: starting anew would not bring it back.
+                    # It must not count the wait for an API server that is away: a restart would not bring
+                    # that back.
                     missing = ", ".join(fact.name for fact in self._core.feed.facts if not fact.synced)
                     self._notifier.starting(f"waiting for the first list of {missing}", _WAIT_SECONDS)
             if wrong and wrong != self.wrong:

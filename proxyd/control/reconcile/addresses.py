@@ -52,7 +52,7 @@ class Addresses:
         self._add_vips(todo)
 
     def settle(self, todo: Plan, listeners: Collection[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
-        """Steer to the open listeners, and remove what nobody needs. Call it when listeners were opened and closed.
+        """Steer to the open listeners, and remove what nobody needs. Call it when listeners have changed.
 
         Args:
             todo: the plan.

@@ -1,4 +1,4 @@
-"""Logs: lines for people on a terminal, JSON elsewhere; and repeated failures said once, counted and summed up."""
+"""Logs: lines for people on a terminal, JSON elsewhere; repeated failures are logged once, then counted."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ if _hide_rich:
 
 
 class Log(Protocol):
-    """What the program asks of a logger: an event in plain words, and its facts as fields."""
+    """A logger: it takes an event in plain words, and its facts as fields."""
 
     def debug(self, event: str, **fields: Any) -> None:
-        """Say something of use to who looks for a fault in proxyd."""
+        """Log what helps to find a fault in proxyd."""
 
     def info(self, event: str, **fields: Any) -> None:
-        """Say what changed."""
+        """Log what changed."""
 
     def warning(self, event: str, **fields: Any) -> None:
-        """Say what an operator may want to mend."""
+        """Log what an operator may want to mend."""
 
     def error(self, event: str, **fields: Any) -> None:
-        """Say what does not work."""
+        """Log what does not work."""
 
 
 def get_logger(room: str) -> Log:
-    """A logger that names where its lines come from. It may be made before `configure`, and used after."""
+    """A logger whose lines name the room that they come from. It may be made before `configure`."""
     return cast("Log", structlog.get_logger(room=room))
 
 
 def silent() -> logging.Logger:
-    """For a library whose words nobody needs: what a client sent wrong must not fill the log."""
+    """A logger that drops everything, for libraries that would log every mistake of a client."""
     logger = logging.getLogger("proxyd.silent")
     logger.disabled = True
     return logger
 
 
-# From this level of klog's on lines are for who looks for a fault.
+# klog's levels from this one on are for finding faults.
 DEBUG_VERBOSITY = 4
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _level = "info"
@@ -108,8 +108,9 @@ def configure(
         verbosity: 0 for info, 1 and more for debug.
         stream: where lines go; standard error by default.
         environ: asked for NO_COLOR.
-        rooms: patterns of rooms, the first that fits counts, and their klog level: 4 and more for debug.
-        path: a file that lines go to instead; "" for none.
+        rooms: patterns of rooms, of which the first that matches counts, and their klog level: 4 and more for
+            debug.
+        path: a file that lines go to instead of the stream; "" for none.
 
     Raises:
         OSError: the file cannot be opened.
@@ -169,7 +170,7 @@ class _File:
         self._out = self._open()
 
     def _open(self) -> io.FileIO:
-        # Not for all to read: lines name clients. Unbuffered: each line is there at once.
+        # Not readable for all, as lines name clients. Unbuffered, so that each line is there at once.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         return io.FileIO(descriptor, "a")
 
@@ -183,7 +184,7 @@ class _File:
         """Nothing is kept back."""
 
     def reopen(self) -> None:
-        # Where that is not possible the old file goes on.
+        # If that fails, the old file stays in use.
         with contextlib.suppress(OSError):
             old, self._out = self._out, self._open()
             old.close()
@@ -196,7 +197,7 @@ _file: _File | None = None
 
 
 class _LineWriter:
-    """Writes one line with one call, so that processes that share the stream do not mix theirs."""
+    """Writes each line with one call, so that the lines of processes that share the stream do not mix."""
 
     def __init__(self, out: TextIO | _File) -> None:
         self._out = out
@@ -206,7 +207,7 @@ class _LineWriter:
             self._out.write(line + "\n")
             self._out.flush()
         except (OSError, ValueError):
-            # Nobody reads the log any more: no reason to stop serving.
+            # A log that nobody reads any more is no reason to stop serving.
             return
 
     debug = info = warning = warn = error = critical = exception = log = msg
@@ -225,15 +226,15 @@ def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
 def log_some(
     say: Callable[..., None], event: str, lines: Sequence[Mapping[str, Any]], most: int = 20
 ) -> None:
-    """Say what happened to many things at once: the fields of `most` of them, and how many more there are.
+    """Log what happened to many things at once: `most` lines, and how many more there are.
 
-    One of each error comes first, so that none is hidden behind many others.
+    One line of each error comes first, so that none is hidden behind many others.
 
     Args:
         say: a method of a logger.
         event: what happened to each.
-        lines: the fields of each.
-        most: lines that are written one by one.
+        lines: the fields of each line.
+        most: how many lines are written.
     """
     if len(lines) > most:
         first: dict[object, Mapping[str, Any]] = {}
@@ -259,13 +260,13 @@ class _Repeat:
 
 
 class Summariser:
-    """Says a failure once; while it goes on, how often it happened, at most every `interval` seconds.
+    """Logs a failure once, and while it goes on, how often it happened, at most every `interval` seconds.
 
     Args:
-        log: where to say it.
+        log: takes the lines.
         interval: seconds between two lines of one key.
-        max_keys: how many kinds of failure are told apart; what comes beyond is one kind.
-        clock: monotonic seconds.
+        max_keys: how many kinds of failure are distinguished; all further ones are one kind.
+        clock: gives monotonic seconds.
     """
 
     def __init__(
@@ -286,24 +287,24 @@ class Summariser:
         return len(self._repeats)
 
     def warning(self, key: str, event: str, *, count: int = 1, **fields: Any) -> None:
-        """Report `count` failures of one kind, of which `fields` describe the last."""
+        """Report `count` failures of one kind; `fields` describe the last of them."""
         self._report("warning", key, event, count, fields)
 
     def error(self, key: str, event: str, *, count: int = 1, **fields: Any) -> None:
-        """The same, as an error."""
+        """Like `warning`, as an error."""
         self._report("error", key, event, count, fields)
 
     def clear(self, key: str) -> None:
-        """Forget a kind of failure that was mended: its next occurrence is said at once."""
+        """Forget a kind of failure that was mended: the next one is logged at once."""
         repeat = self._repeats.pop(key, None)
         if repeat is not None:
             self._say(repeat, self._clock())
 
     def flush(self, *, everything: bool = False) -> None:
-        """Say what was counted and is due, and forget what has been quiet. To be called now and then.
+        """Log the counts that are due, and forget kinds that have been quiet. Call it now and then.
 
         Args:
-            everything: also what is not due, as at exit.
+            everything: log counts that are not due too, as at exit.
         """
         now = self._clock()
         for key, repeat in list(self._repeats.items()):

@@ -34,7 +34,7 @@ class UpgradeError(Exception):
 
 
 class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
-    """A listening socket. `steered` is the listener spec's; `further` are more addresses of an SCTP endpoint."""
+    """A listening socket. `steered`: as in a listener spec; `further`: more addresses of an SCTP endpoint."""
 
     ip: str
     port: int

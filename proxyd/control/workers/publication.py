@@ -210,7 +210,7 @@ class Publication:
         )
 
     def row(self, owner: Hashable) -> list[int]:
-        """All counters of a balancer or a (balancer, endpoint), zeros where it has no row. Safe from another thread.
+        """All counters of a balancer or a (balancer, endpoint); zeros if it has no row. Safe from any thread.
 
         They are in the order of `proxyd.relay.ipc.slots`, each summed over the workers.
         """
