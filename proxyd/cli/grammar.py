@@ -36,7 +36,6 @@ class Subcommand(NamedTuple):
     name: str
     text: str
     arguments: tuple[Argument, ...]
-    usage: str
 
     @property
     def flags(self) -> list[Argument]:
@@ -51,16 +50,15 @@ class Subcommand(NamedTuple):
 
 def subcommands() -> list[Subcommand]:
     """Every subcommand, in the order of the help. Defaults are those of root, whoever asks."""
-    env = Env(stdout=io.StringIO(), stderr=io.StringIO(), environ={"COLUMNS": "1000"})
+    env = Env(stdout=io.StringIO(), stderr=io.StringIO())
     parser = build_parser(env)
     (commands,) = (action for action in parser._actions if action.dest == "command")  # noqa: SLF001 - argparse has no public list
     assert isinstance(commands.choices, dict)
     found = []
     for name, command in COMMANDS.items():
         sub: argparse.ArgumentParser = commands.choices[name]
-        usage = " ".join(sub.format_usage().removeprefix("usage: ").split())
         arguments = tuple(_argument(action) for action in sub._actions)  # noqa: SLF001 - as above
-        found.append(Subcommand(name, command.text, arguments, usage))
+        found.append(Subcommand(name, command.text, arguments))
     return found
 
 

@@ -86,11 +86,6 @@ def _order(option: _Option, text: str) -> str:
         raise CommandError(f"--{option.name}: {error}", code=USAGE) from None
 
 
-def names() -> list[str]:
-    """Every flag, without its dashes."""
-    return list(_options()[0])
-
-
 def _options() -> tuple[dict[str, _Option], dict[str, _Option]]:
     options = {flag.name: _Option(flag.name, flag.kind, flag.field) for flag in FLAGS}
     options |= {alias.name: _Option(alias.name, alias.kind, alias.field) for alias in ALIASES}

@@ -1,4 +1,4 @@
-"""What this process may do: descriptors, capabilities, routes."""
+"""What this process may do: how many descriptors it may open, whether it may change routes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ from pathlib import Path
 
 from proxyd.host.fib import RT_TABLE_LOCAL, local_route
 from proxyd.host.netlink import RTM_DELROUTE, Netlink
-
-# linux/capability.h: those that matter here
-_CAPABILITIES = {
-    "CAP_DAC_OVERRIDE": 1,
-    "CAP_NET_BIND_SERVICE": 10,
-    "CAP_NET_ADMIN": 12,
-    "CAP_NET_RAW": 13,
-    "CAP_SYS_PTRACE": 19,
-    "CAP_SYS_ADMIN": 21,
-    "CAP_SYS_RESOURCE": 24,
-}
 
 
 def raise_nofile() -> int:
@@ -47,20 +36,6 @@ def set_oom_score(score: int) -> str:
     except OSError as error:
         return (error.strerror or str(error)).lower()
     return ""
-
-
-def capabilities() -> frozenset[str]:
-    """Effective capabilities, as far as they matter here: CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, CAP_NET_RAW and a few more.
-
-    They hold for the process's own user namespace. In one that does not own the network namespace (a rootless
-    container with the host's network) they are worth nothing there: ask `can_route` for what really works.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    mask = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
-    return frozenset(name for name, bit in _CAPABILITIES.items() if mask >> bit & 1)
 
 
 def can_route() -> bool:

@@ -106,18 +106,3 @@ def _known_difference(
         elif held is not wanted and held != wanted:
             differing.append((held, wanted))
     return differing, gone
-
-
-def applied(state: HostState, todo: Plan) -> HostState:
-    """The host state after a plan was carried out in full."""
-    listeners = {key: spec for key, spec in state.listeners.items() if key not in todo.close}
-    listeners |= {spec.key: spec for spec in (*todo.open, *todo.change)}
-    balancers = {key: spec for key, spec in state.balancers.items() if key not in todo.drop_balancers}
-    balancers |= {spec.key: spec for spec in todo.set_balancers}
-    steering = {key: how for key, how in state.steering.items() if key not in todo.unsteer} | todo.steer
-    return HostState(
-        balancers=balancers,
-        listeners=listeners,
-        vips=(state.vips | todo.add_vips) - todo.remove_vips,
-        steering=steering,
-    )

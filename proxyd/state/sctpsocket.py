@@ -24,7 +24,6 @@ CONNECTX = 110
 
 # Control messages.
 SNDINFO = 2
-RCVINFO = 3
 # Room for one RCVINFO: CMSG_SPACE(28) on 64-bit Linux is 48.
 CONTROL_BYTES = 64
 
@@ -38,9 +37,6 @@ PARTIAL_DELIVERY_EVENT = 0x8006
 COMM_LOST = 1
 RESTART = 2
 SHUTDOWN_COMP = 3
-
-MAX_STREAMS = 65_535
-MAX_ADDRESSES = 16  # of one endpoint: INIT chunks carry them all
 
 _AF_INET, _AF_INET6 = 2, 10
 _INITMSG = struct.Struct("=HHHH")  # streams out, streams in at most, attempts, milliseconds

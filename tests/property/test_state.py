@@ -22,9 +22,9 @@ from proxyd.api.service import (
     TrafficPolicy,
 )
 from proxyd.state.desired import Planner, desired_state
-from proxyd.state.plan import applied, plan
+from proxyd.state.plan import Plan, plan
 from proxyd.state.snapshot import NodeAddress, NodeView, Options, Snapshot, VipMode
-from proxyd.state.spec import ListenerState, Steering
+from proxyd.state.spec import HostState, ListenerState, Steering
 
 # Small pools, so that addresses collide often.
 VIPS = ["10.96.0.1", "10.96.0.2", "127.96.0.3", "fd00::1"]
@@ -177,6 +177,21 @@ def test_one_change_after_another_leads_to_what_all_at_once_does(
         # What it remembers of its changes leaves nothing out.
         assert applied(before.host, plan(before.host, have.host)) == have.host
         before = have
+
+
+def applied(state: HostState, todo: Plan) -> HostState:
+    """The host state after a plan was carried out in full."""
+    listeners = {key: spec for key, spec in state.listeners.items() if key not in todo.close}
+    listeners |= {spec.key: spec for spec in (*todo.open, *todo.change)}
+    balancers = {key: spec for key, spec in state.balancers.items() if key not in todo.drop_balancers}
+    balancers |= {spec.key: spec for spec in todo.set_balancers}
+    steering = {key: how for key, how in state.steering.items() if key not in todo.unsteer} | todo.steer
+    return HostState(
+        balancers=balancers,
+        listeners=listeners,
+        vips=(state.vips | todo.add_vips) - todo.remove_vips,
+        steering=steering,
+    )
 
 
 @given(snapshots(), options)

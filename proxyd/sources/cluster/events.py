@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import msgspec
 
-from proxyd.api.meta import ObjectName
 from proxyd.sources.cluster.transport import FORBIDDEN, NOT_FOUND, ApiClient, ApiError
 
 _MAX_QUEUED = 100
@@ -154,8 +153,3 @@ class EventRecorder:
             "lastTimestamp": now,
             "count": times,
         }
-
-
-def about_object(kind: str, name: ObjectName, uid: str = "") -> EventAbout:
-    """An Event about an object that has a namespace."""
-    return EventAbout(kind=kind, name=name.name, namespace=name.namespace, uid=uid)
