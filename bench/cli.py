@@ -28,6 +28,7 @@ from bench.ours import Proxyd
 from bench.peers import Envoy, HAProxy, Nginx, Proxy
 from bench.processes import BenchError, adopt_orphans, busy_seconds, end_descendants, used_by_children
 from bench.report import OURS, Results, text
+from tests.support.waiting import NotInTime
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -112,7 +113,7 @@ def main() -> None:
         # A run on a machine that does something else as well is not to be trusted: say how much that was.
         others = max(0.0, busy_seconds() - busy - used_by_children())
         results.about |= {"minutes": round(seconds / 60, 1), "others_cpus": round(others / seconds, 2)}
-    except BenchError as error:
+    except (BenchError, NotInTime) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -156,7 +157,7 @@ def measure(bench: Bench, results: Results, names: list[str], kinds: list[type[P
                 begin = time.monotonic()
                 try:
                     results.add(kind.name, RUN[name](bench, kind))
-                except (BenchError, OSError) as error:
+                except (BenchError, NotInTime, OSError) as error:
                     results.failures.append(f"{name}, round {turn + 1}: {error}")
                     _say(results.failures[-1])
                 if time.monotonic() - begin > SLOW:

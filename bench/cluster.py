@@ -33,9 +33,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.clients import wait_for
 from tests.support.daemon import Proxyd
 from tests.support.netlab import Namespace, become_root
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 API_PORT = 6443

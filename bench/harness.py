@@ -20,8 +20,9 @@ from bench import datagrams
 from bench import load as http_load
 from bench.net import HTTP_PORT, IPERF_PORT, PODS, UDP_PORT, Lab, become_root, pod_ip
 from bench.peers import Proxy, Service
-from bench.pods import Pods, ask, ask_udp, hard_limit, wait_for
+from bench.pods import Pods, ask, ask_udp, hard_limit
 from bench.processes import BenchError, Cpu, CpuMeter, Program
+from tests.support.waiting import NotInTime, wait_for
 
 _NUMBERS = range(1, PODS + 1)
 HTTP_TARGETS = tuple((pod_ip(number), HTTP_PORT) for number in _NUMBERS)
@@ -151,7 +152,7 @@ class Bench:
                     self._settle(proxy)
                     yield proxy
                     proxy.check_alive()
-                except BenchError as error:
+                except (BenchError, NotInTime) as error:
                     words = proxy.last_words()
                     raise BenchError(f"{error} [its log: {words}]" if words else str(error)) from None
         finally:

@@ -9,14 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from bench import datagrams
 from bench.net import HTTP_PORT, UDP_PORT, Lab, Namespace, pod_ip
-from bench.processes import BenchError, Program
+from bench.processes import Program
+from tests.support.waiting import wait_for
 
 BODY_BYTES = 1000
 _NGINX = """
@@ -73,19 +73,6 @@ def ask_udp(namespace: Namespace, address: tuple[str, int], timeout: float = 0.2
             return sock.recv(10) == b"hello"
         except OSError:
             return False
-
-
-def wait_for(what: Callable[[], object], text: str, seconds: float = 20, pause: float = 0.005) -> None:
-    """Wait until `what()` is true.
-
-    Raises:
-        BenchError: it did not become so.
-    """
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            raise BenchError(f"not within {seconds:.0f} s: {text}")
-        time.sleep(pause)
 
 
 class Pods:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import uvloop
 
-from tests.support.worker import WorkerDriver, wait_for
+from tests.support.waiting import wait_for
+from tests.support.worker import WorkerDriver
 
 CONCURRENCY = 32
 REQUEST = b"q" * 100

@@ -25,11 +25,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.clients import wait_for
 from tests.support.daemon import Proxyd
 from tests.support.manifests import service, write
 from tests.support.netlab import Namespace, become_root
 from tests.support.sctp_probe import NODELAY, SCTP, Association, End, Message, Server, connect
+from tests.support.waiting import wait_for
 from tests.vm.errors import has_sctp
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -19,8 +19,9 @@ from bench import load as http_load
 from bench.harness import BULK, HTTP_TARGETS, WEB, Bench
 from bench.net import HTTP_PORT, pod_ip
 from bench.peers import Proxy
-from bench.pods import ask, wait_for
+from bench.pods import ask
 from bench.processes import BenchError, CpuMeter, memory
+from tests.support.waiting import wait_for
 
 Figures = dict[str, float]
 CONNECTIONS = 64

@@ -8,8 +8,9 @@ import time
 
 from bench.harness import HTTP_TARGETS, Bench
 from bench.peers import Proxy, Service
-from bench.pods import ask, wait_for
+from bench.pods import ask
 from bench.processes import memory
+from tests.support.waiting import wait_for
 
 _LIMIT = 180.0  # seconds that a start or a change may take
 _ASKED = 20  # listeners that have to answer, spread over all

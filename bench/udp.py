@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support.udp import balancer, bound, listen
-from tests.support.worker import WorkerDriver, wait_for
+from tests.support.waiting import wait_for
+from tests.support.worker import WorkerDriver
 
 QUERY = b"q" * 100
 FLOWS = 64

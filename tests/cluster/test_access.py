@@ -14,7 +14,8 @@ import pytest
 
 from proxyd.sources.cluster import KubeconfigError, load_access
 from tests.support.api_server import ApiServer
-from tests.support.cluster_source import follow, make_ca, make_certificate, service, wait_for
+from tests.support.cluster_source import follow, make_ca, make_certificate, service
+from tests.support.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ async def test_a_server_that_is_not_trusted(pki: Path, tmp_path: Path, cluster: 
     for name, value in cluster.items():
         cluster = {name: str(pki / value)}
     async with tls_server(pki) as server, follow(server, tmp_path, cluster=cluster, sync=False) as seen:
-        await wait_for(lambda: seen.problems)
+        await eventually(lambda: seen.problems)
         assert "the server's certificate is not trusted" in str(seen.problems[0])
         assert server.requests == []
         assert len(seen.problems) == 1
@@ -71,7 +72,7 @@ async def test_tls_server_name(pki: Path, tmp_path: Path) -> None:
     cluster = {"certificate-authority": str(pki / "ca.crt")}
     async with tls_server(pki, "named") as server:
         async with follow(server, tmp_path, cluster=cluster, sync=False) as seen:
-            await wait_for(lambda: seen.said("not trusted"))
+            await eventually(lambda: seen.said("not trusted"))
         cluster["tls-server-name"] = "kubernetes.default.svc"
         async with follow(server, tmp_path, cluster=cluster) as seen:
             assert seen.services() == {"default/web"}
@@ -91,7 +92,7 @@ async def test_client_certificates(pki: Path, tmp_path: Path) -> None:
             assert set(server.users) == {"bob"}
         files = {"client-certificate": "me.crt", "client-key": "me.key"}  # relative to the kubeconfig
         async with follow(server, tmp_path, cluster=cluster, user=files) as seen:
-            await wait_for(lambda: len(server.watches) == 3)
+            await eventually(lambda: len(server.watches) == 3)
             assert server.users[-1] == "alice"
             # Replaced on disk: new connections show the new one.
             server.users.clear()
@@ -99,7 +100,7 @@ async def test_client_certificates(pki: Path, tmp_path: Path) -> None:
                 (tmp_path / f"new.{file}").write_bytes((pki / f"bob.{file}").read_bytes())
                 (tmp_path / f"new.{file}").replace(tmp_path / f"me.{file}")
             server.order("cut")
-            await wait_for(lambda: server.users.count("bob") >= 3)
+            await eventually(lambda: server.users.count("bob") >= 3)
             assert seen.problems == []
 
 
@@ -111,11 +112,11 @@ async def test_a_certificate_that_cannot_be_used_any_more_is_kept(pki: Path, tmp
         server.certificates = {"alice"}
         user = {"client-certificate": "me.crt", "client-key": "me.key"}
         async with follow(server, tmp_path, cluster=cluster, user=user) as seen:
-            await wait_for(lambda: len(server.watches) == 3)
+            await eventually(lambda: len(server.watches) == 3)
             (tmp_path / "me.key").write_text("half a k")
             server.order("cut")
             server.store.create("services", service("new"))
-            await wait_for(lambda: "default/new" in seen.services())
+            await eventually(lambda: "default/new" in seen.services())
             assert seen.problems == []
 
 
@@ -124,32 +125,32 @@ async def test_a_token_file_that_rotates(server: ApiServer, tmp_path: Path) -> N
     (tmp_path / "token").write_text("one\n")
     async with follow(server, tmp_path, user={"tokenFile": "token"}) as seen:
         for i, token in enumerate(("two", "three", "four")):
-            await wait_for(lambda: len(server.watches) == 3)
+            await eventually(lambda: len(server.watches) == 3)
             await seen.settled()
             server.tokens = {token: f"me-{token}"}
             (tmp_path / "new").write_text(token)
             (tmp_path / "new").replace(tmp_path / "token")
             server.order("cut")
             server.store.create("services", service(f"s{i}"))
-            await wait_for(lambda: f"default/s{i}" in seen.services())  # noqa: B023  it is waited for here
-            await wait_for(lambda: server.users[-3:] == [f"me-{token}"] * 3)  # noqa: B023  as above
+            await eventually(lambda: f"default/s{i}" in seen.services())  # noqa: B023  it is waited for here
+            await eventually(lambda: server.users[-3:] == [f"me-{token}"] * 3)  # noqa: B023  as above
         await seen.settled()
         (tmp_path / "token").write_text("")  # being written: the last one is used
         server.order("cut")
         server.store.create("services", service("last"))
-        await wait_for(lambda: "default/last" in seen.services())
+        await eventually(lambda: "default/last" in seen.services())
         assert seen.problems == []
 
 
 async def test_a_token_that_is_refused_is_told_of_and_read_again(server: ApiServer, tmp_path: Path) -> None:
     server.tokens = {"good": "me"}
     async with follow(server, tmp_path, user={"token": "old"}, sync=False) as seen:
-        await wait_for(lambda: seen.problems)
+        await eventually(lambda: seen.problems)
         assert "401 Unauthorized: check the credentials in the kubeconfig" in str(seen.problems[0])
         path = tmp_path / "kubeconfig"
         path.write_text(path.read_text().replace("old", "good"))
         await seen.sync()
-        await wait_for(lambda: len(seen.solved) == 1)
+        await eventually(lambda: len(seen.solved) == 1)
 
 
 PLUGIN = """#!/bin/sh
@@ -208,13 +209,13 @@ async def test_a_plugin_that_gives_tokens(
         assert (tmp_path / "plugin.given").read_text() == "bar login\n"
         info = json.loads((tmp_path / "plugin.info").read_text())
         assert info["spec"]["cluster"]["server"] == server.url
-        await wait_for(lambda: len(server.watches) == 3)
+        await eventually(lambda: len(server.watches) == 3)
         # After a 401 it is asked again, and nobody needs to hear of it.
         server.tokens = {"two": "me"}
         plugin(version=version, token="two")
         server.order("cut")
         server.store.create("services", service("new"))
-        await wait_for(lambda: "default/new" in seen.services())
+        await eventually(lambda: "default/new" in seen.services())
         assert seen.problems == []
 
 
@@ -225,7 +226,7 @@ async def test_a_plugin_whose_tokens_expire(
     user = plugin(token="one", expirationTimestamp="2020-01-01T00:00:00Z")
     async with follow(server, tmp_path, user=user):
         # Each request asks again: three lists and three watches.
-        await wait_for(lambda: runs(tmp_path) >= 6)
+        await eventually(lambda: runs(tmp_path) >= 6)
 
 
 async def test_a_plugin_that_gives_certificates(
@@ -258,7 +259,7 @@ async def test_plugins_that_fail(
     user = plugin(token="one")
     replace_script(tmp_path / "plugin", script)
     async with follow(server, tmp_path, user=user, sync=False) as seen:
-        await wait_for(lambda: seen.problems)
+        await eventually(lambda: seen.problems)
         assert text in str(seen.problems[0])
         assert server.requests == []
         plugin(token="one")
@@ -287,7 +288,7 @@ async def test_proxies(server: ApiServer, tmp_path: Path, monkeypatch: pytest.Mo
             assert seen.services() == {"default/web"}
         monkeypatch.setenv("NO_PROXY", ".invalid")
         async with follow(server, tmp_path, sync=False) as seen:
-            await wait_for(lambda: seen.said("the name cannot be resolved"))
+            await eventually(lambda: seen.said("the name cannot be resolved"))
 
 
 async def test_in_a_pod(pki: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.support.cluster_source import Follower, name_of, wait_for
+from tests.support.cluster_source import Follower, name_of
+from tests.support.waiting import eventually
 
 REPOSITORY = Path(__file__).parents[2]
 KUBECTL = shutil.which("kubectl")
@@ -64,18 +65,18 @@ async def test_what_it_was_told_survives_a_kill(tmp_path: Path) -> None:
             for operation in ("compact", "cut"):
                 async with session.post(f"{url}/_test/{operation}", json={}) as answer:
                     assert answer.status == 200
-            await wait_for(lambda: seen.source.lists == 4)
+            await eventually(lambda: seen.source.lists == 4)
             async with session.post(
                 f"{url}/_test/bulk", json={"services": 5, "endpoints": 5, "prefix": "more"}
             ) as answer:
                 assert answer.status == 200
-        await wait_for(lambda: len(seen.state.services) == 25)
+        await eventually(lambda: len(seen.state.services) == 25)
         server.kill()
         await server.wait()
         port = url.rpartition(":")[2]
         async with process(tmp_path, "--port", port):
-            await wait_for(lambda: seen.solved or not seen.source.problems)
-            await wait_for(lambda: seen.source.lists == 4 and not seen.source.problems)
+            await eventually(lambda: seen.solved or not seen.source.problems)
+            await eventually(lambda: seen.source.lists == 4 and not seen.source.problems)
             assert len(seen.state.services) == 25
             name = name_of("ns-0/bulk-0")
             assert seen.state.services[name] is first.services[name]
@@ -109,7 +110,7 @@ if KUBECTL is not None:  # where it is installed
                 "spec": {"ports": ports},
             }
             await kubectl(tmp_path, "create", "--validate=false", "-f", "-", given=body)
-            await wait_for(lambda: seen.services() == {"default/web"})
+            await eventually(lambda: seen.services() == {"default/web"})
             slice_ = {
                 "apiVersion": "discovery.k8s.io/v1",
                 "kind": "EndpointSlice",
@@ -119,16 +120,18 @@ if KUBECTL is not None:  # where it is installed
                 "endpoints": [{"addresses": ["10.1.0.1"]}],
             }
             await kubectl(tmp_path, "create", "--validate=false", "-f", "-", given=slice_)
-            await wait_for(lambda: seen.endpoints("web") == {"10.1.0.1"})
+            await eventually(lambda: seen.endpoints("web") == {"10.1.0.1"})
             patch = json.dumps({"spec": {"sessionAffinity": "ClientIP"}})
             await kubectl(tmp_path, "patch", "service", "web", "--type=merge", "-p", patch)
-            await wait_for(lambda: seen.state.services[name_of("default/web")].spec.affinity_seconds == 10800)
+            await eventually(
+                lambda: seen.state.services[name_of("default/web")].spec.affinity_seconds == 10800
+            )
             await kubectl(
                 tmp_path, "label", "service", "web", "service.kubernetes.io/service-proxy-name=other"
             )
-            await wait_for(lambda: not seen.services())
+            await eventually(lambda: not seen.services())
             await kubectl(tmp_path, "label", "service", "web", "service.kubernetes.io/service-proxy-name-")
-            await wait_for(lambda: seen.services() == {"default/web"})
+            await eventually(lambda: seen.services() == {"default/web"})
             assert "web" in await kubectl(tmp_path, "get", "services", "-A", "-o", "name")
             await kubectl(tmp_path, "delete", "service", "web")
-            await wait_for(lambda: not seen.services())
+            await eventually(lambda: not seen.services())

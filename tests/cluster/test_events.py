@@ -7,7 +7,8 @@ from typing import Any
 
 from proxyd.sources.cluster import EventAbout
 from tests.support.api_server import ApiServer
-from tests.support.cluster_source import follow, wait_for
+from tests.support.cluster_source import follow
+from tests.support.waiting import eventually
 
 WEB = EventAbout(kind="Service", name="web", namespace="prod", uid="1")
 
@@ -19,7 +20,7 @@ def events(server: ApiServer) -> list[dict[str, Any]]:
 async def test_an_event_is_sent_and_repetitions_are_counted(server: ApiServer, tmp_path: Path) -> None:
     async with follow(server, tmp_path) as seen:
         seen.source.post_event(WEB, "Warning", "PortConflict", "10.0.0.1:80 is held by prod/other")
-        await wait_for(lambda: events(server))
+        await eventually(lambda: events(server))
         (event,) = events(server)
         assert event["metadata"]["namespace"] == "prod"
         assert event["involvedObject"] == {
@@ -33,15 +34,15 @@ async def test_an_event_is_sent_and_repetitions_are_counted(server: ApiServer, t
         assert event["source"] == {"component": "proxyd", "host": "node"}
         for _ in range(3):
             seen.source.post_event(WEB, "Warning", "PortConflict", "10.0.0.1:80 is held by prod/other")
-        await wait_for(lambda: events(server)[0]["count"] == 4)
+        await eventually(lambda: events(server)[0]["count"] == 4)
         assert len(events(server)) == 1
         # An Event lives for an hour; the next one is a new one.
         server.store.delete("events", ("prod", event["metadata"]["name"]))
         seen.source.post_event(WEB, "Warning", "PortConflict", "10.0.0.1:80 is held by prod/other")
-        await wait_for(lambda: events(server))
+        await eventually(lambda: events(server))
         assert events(server)[0]["count"] == 1
         seen.source.post_event(EventAbout(kind="Node", name="node", uid="node"), "Normal", "Starting", "")
-        await wait_for(lambda: len(events(server)) == 2)
+        await eventually(lambda: len(events(server)) == 2)
         assert events(server)[1]["metadata"]["namespace"] == "default"
         assert "namespace" not in events(server)[1]["involvedObject"]
 
@@ -54,7 +55,7 @@ async def test_events_never_wait_and_are_never_too_many(server: ApiServer, tmp_p
             seen.source.post_event(about, "Warning", "PortConflict", "x")
         assert seen.source.events_dropped >= 900
         await server.start()
-        await wait_for(lambda: events(server))
+        await eventually(lambda: events(server))
 
 
 async def test_one_object_does_not_flood_the_server(server: ApiServer, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ async def test_one_object_does_not_flood_the_server(server: ApiServer, tmp_path:
         for i in range(60):
             seen.source.post_event(WEB, "Warning", "PortConflict", f"message {i}")
         assert seen.source.events_dropped == 35
-        await wait_for(lambda: len(events(server)) == 25)
+        await eventually(lambda: len(events(server)) == 25)
 
 
 async def test_events_that_are_forbidden_are_told_of_once(server: ApiServer, tmp_path: Path) -> None:
@@ -70,5 +71,5 @@ async def test_events_that_are_forbidden_are_told_of_once(server: ApiServer, tmp
     async with follow(server, tmp_path) as seen:
         for i in range(5):
             seen.source.post_event(WEB, "Warning", "PortConflict", f"message {i}")
-        await wait_for(lambda: seen.source.events_dropped == 5)
+        await eventually(lambda: seen.source.events_dropped == 5)
         assert seen.said("events are not sent: 403") == len(seen.problems) == 1

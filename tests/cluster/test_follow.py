@@ -14,7 +14,8 @@ from proxyd.api.service import Service
 from proxyd.sources.cluster import ClusterSource, Tuning, load_access
 from proxyd.sources.cluster.steps import Page
 from tests.support.api_server import ApiServer
-from tests.support.cluster_source import QUICK, endpoints, follow, name_of, service, wait_for
+from tests.support.cluster_source import QUICK, endpoints, follow, name_of, service
+from tests.support.waiting import eventually
 
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
@@ -44,16 +45,16 @@ async def test_changes_are_followed(server: ApiServer, tmp_path: Path) -> None:
         assert seen.source.endpoints_api == "discovery.k8s.io/v1 EndpointSlice"
         web = seen.state.services[name_of("default/web")]
         store.create("services", service("db"))
-        await wait_for(lambda: "default/db" in seen.services())
+        await eventually(lambda: "default/db" in seen.services())
         assert seen.state.services[name_of("default/web")] is web, "what did not change is the same object"
         second = endpoints("web", "10.1.0.2")
         second["metadata"]["name"] = "web-zzzzz"
         store.create("endpointslices", second)
-        await wait_for(lambda: seen.endpoints("web") == {"10.1.0.1", "10.1.0.2"})
+        await eventually(lambda: seen.endpoints("web") == {"10.1.0.1", "10.1.0.2"})
         store.delete("endpointslices", ("default", "web-abcde"))
-        await wait_for(lambda: seen.endpoints("web") == {"10.1.0.2"})
+        await eventually(lambda: seen.endpoints("web") == {"10.1.0.2"})
         store.delete("services", ("default", "db"))
-        await wait_for(lambda: "default/db" not in seen.services())
+        await eventually(lambda: "default/db" not in seen.services())
         assert seen.problems == []
 
 
@@ -61,7 +62,7 @@ async def test_states_that_were_handed_out_do_not_change(server: ApiServer, tmp_
     async with follow(server, tmp_path) as seen:
         first = seen.state
         server.store.create("services", service("web"))
-        await wait_for(seen.services)
+        await eventually(seen.services)
         assert not first.services
         assert first.slices is seen.state.slices, "a mapping in which nothing changed is the same one"
 
@@ -71,7 +72,7 @@ async def test_a_slice_that_moves_to_another_service(server: ApiServer, tmp_path
     async with follow(server, tmp_path) as seen:
         labels = {"kubernetes.io/service-name": "db"}
         server.store.patch("endpointslices", ("default", "web-abcde"), {"metadata": {"labels": labels}})
-        await wait_for(lambda: seen.endpoints("db") == {"10.1.0.1"})
+        await eventually(lambda: seen.endpoints("db") == {"10.1.0.1"})
         assert seen.endpoints("web") == set()
         assert list(seen.state.slices) == [name_of("default/db")]
 
@@ -81,17 +82,17 @@ async def test_nothing_is_said_before_everything_is_listed(server: ApiServer, tm
     for match in ("/services", "/endpointslices", "/nodes"):
         fault = server.fail(match, status=503, times=-1)
         async with follow(server, tmp_path, sync=False) as seen:
-            await wait_for(lambda: len(server.watches) == 2)
+            await eventually(lambda: len(server.watches) == 2)
             server.store.patch("services", ("default", "web"), {"spec": {"sessionAffinity": "ClientIP"}})
             server.store.patch("nodes", ("", "node"), {"metadata": {"labels": {"a": "b"}}})
-            await wait_for(lambda: seen.said("503 failing as told"))
+            await eventually(lambda: seen.said("503 failing as told"))
             assert not seen.source.synced
             assert not seen.states
             server.faults.remove(fault)
             await seen.sync()
             assert seen.source.synced
         server.store.patch("services", ("default", "web"), {"spec": {"sessionAffinity": "None"}})
-        await wait_for(lambda: not server.watches)
+        await eventually(lambda: not server.watches)
 
 
 async def test_a_node_that_may_not_be_read_is_not_waited_for(server: ApiServer, tmp_path: Path) -> None:
@@ -119,11 +120,11 @@ async def test_what_changes_between_pages_and_watch_is_seen(server: ApiServer, t
         server.store.create("services", service(f"s{i}"))
     fault = server.fail("continue=", status=429, retry_after=0, times=1)
     async with follow(server, tmp_path, tuning=Tuning(page=50, first_pause=0.3), sync=False) as seen:
-        await wait_for(lambda: fault not in server.faults)
+        await eventually(lambda: fault not in server.faults)
         server.store.delete("services", ("default", "s0"))
         server.store.create("services", service("new"))
         await seen.sync()
-        await wait_for(lambda: "default/new" in seen.services() and "default/s0" not in seen.services())
+        await eventually(lambda: "default/new" in seen.services() and "default/s0" not in seen.services())
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -154,14 +155,14 @@ async def test_selectors(server: ApiServer, tmp_path: Path) -> None:
     async with follow(server, tmp_path) as seen:
         assert seen.services() == {"default/plain"}
         store.patch("services", ("default", "plain"), {"metadata": {"labels": {PROXY_NAME: "other"}}})
-        await wait_for(lambda: not seen.services())
+        await eventually(lambda: not seen.services())
         store.patch("services", ("default", "plain"), {"metadata": {"labels": {PROXY_NAME: None}}})
-        await wait_for(lambda: seen.services() == {"default/plain"})
+        await eventually(lambda: seen.services() == {"default/plain"})
     async with follow(server, tmp_path, proxy_name="other") as seen:
         assert seen.services() == {"default/other"}
         # Slices that nobody gave the label belong to such a Service all the same.
         store.create("endpointslices", endpoints("other", "10.1.0.1"))
-        await wait_for(lambda: seen.endpoints("other") == {"10.1.0.1"})
+        await eventually(lambda: seen.endpoints("other") == {"10.1.0.1"})
 
 
 @pytest.mark.parametrize("how", ["status", "event", "open"])
@@ -173,7 +174,7 @@ async def test_410_lists_again_and_nothing_that_stayed_is_a_change(
         store.create("services", service(name))
         store.create("endpointslices", endpoints(name, "10.1.0.1", "10.1.0.2"))
     async with follow(server, tmp_path) as seen:
-        await wait_for(lambda: len(server.watches) == 3)
+        await eventually(lambda: len(server.watches) == 3)
         before, lists = seen.state, seen.source.lists
         if how == "status":
             server.fail("watch=1", status=410, times=3)
@@ -184,8 +185,8 @@ async def test_410_lists_again_and_nothing_that_stayed_is_a_change(
         else:
             store.compact()  # the open watches hear of it with the next change
             store.create("events", {"metadata": {"name": "x"}})
-        await wait_for(lambda: seen.source.lists == lists + 3)
-        await wait_for(lambda: len(server.watches) == 3)
+        await eventually(lambda: seen.source.lists == lists + 3)
+        await eventually(lambda: len(server.watches) == 3)
         assert seen.states == [before]
         # What went while nobody watched is gone after the list; what stayed is the same object.
         await server.stop()
@@ -193,7 +194,7 @@ async def test_410_lists_again_and_nothing_that_stayed_is_a_change(
         store.create("services", service("new"))
         store.compact()
         await server.start()
-        await wait_for(lambda: seen.services() == {"default/web", "default/new"})
+        await eventually(lambda: seen.services() == {"default/web", "default/new"})
         web = name_of("default/web")
         assert seen.state.services[web] is before.services[web]
         assert seen.state.slices is before.slices
@@ -211,7 +212,7 @@ async def test_a_list_that_was_taken_in_is_forgotten(server: ApiServer, tmp_path
         gc.disable()
         try:
             for lists in (3, 6):
-                await wait_for(lambda: seen.source.lists == lists and len(server.watches) == 3)  # noqa: B023  it is waited for here
+                await eventually(lambda: seen.source.lists == lists and len(server.watches) == 3)  # noqa: B023  it is waited for here
                 await seen.settled()
                 assert pages() == 0
                 server.store.compact()
@@ -228,7 +229,7 @@ async def test_changes_of_no_consequence_are_none(server: ApiServer, tmp_path: P
             "services", ("default", "web"), {"metadata": {"managedFields": [{"manager": "x"}]}}
         )
         server.store.create("services", service("db"))
-        await wait_for(lambda: "default/db" in seen.services())
+        await eventually(lambda: "default/db" in seen.services())
         web = name_of("default/web")
         assert seen.state.services[web] is before.services[web]
 
@@ -236,13 +237,13 @@ async def test_changes_of_no_consequence_are_none(server: ApiServer, tmp_path: P
 async def test_bookmarks_move_the_place_on(server: ApiServer, tmp_path: Path) -> None:
     server.bookmark_seconds = 0.1
     async with follow(server, tmp_path) as seen:
-        await wait_for(lambda: len(server.watches) == 3)
+        await eventually(lambda: len(server.watches) == 3)
         for i in range(5):
             server.store.create("events", {"metadata": {"name": f"e{i}"}})
         newest = str(server.store.rv)
-        await wait_for(lambda: all(watch.rv >= server.store.rv for watch in server.watches))
+        await eventually(lambda: all(watch.rv >= server.store.rv for watch in server.watches))
         server.order("end", "services")
-        await wait_for(lambda: asked(server, "/api/v1/services", watch="1", resourceVersion=newest))
+        await eventually(lambda: asked(server, "/api/v1/services", watch="1", resourceVersion=newest))
         assert seen.source.lists == 3
         assert seen.problems == []
 
@@ -262,7 +263,7 @@ async def test_a_server_restored_from_a_backup(server: ApiServer, tmp_path: Path
         store.rv = 200
         store.create("services", service("new"))
         await server.start()
-        await wait_for(lambda: seen.services() == {"default/web", "default/new"})
+        await eventually(lambda: seen.services() == {"default/web", "default/new"})
 
 
 async def test_older_servers(server: ApiServer, tmp_path: Path) -> None:
@@ -292,26 +293,26 @@ async def test_older_servers(server: ApiServer, tmp_path: Path) -> None:
             ("default", "web"),
             {"subsets": [{"addresses": [{"ip": "10.1.0.3"}], "ports": ports}]},
         )
-        await wait_for(lambda: seen.endpoints("web") == {"10.1.0.3"})
+        await eventually(lambda: seen.endpoints("web") == {"10.1.0.3"})
         # Upgraded: the next watch that ends finds slices.
         server.versions = {"v1"}
         server.order("end", "endpoints")
-        await wait_for(lambda: seen.endpoints("web") == {"10.1.0.1"})
+        await eventually(lambda: seen.endpoints("web") == {"10.1.0.1"})
         assert seen.source.endpoints_api == "discovery.k8s.io/v1 EndpointSlice"
         store.delete("endpoints", ("default", "web"))
         store.patch("endpointslices", ("default", "web-abcde"), {"endpoints": []})
-        await wait_for(lambda: seen.endpoints("web") == set())
+        await eventually(lambda: seen.endpoints("web") == set())
 
 
 async def test_a_version_that_is_gone_for_a_moment_is_not_given_up(server: ApiServer, tmp_path: Path) -> None:
     server.store.create("endpointslices", endpoints("web", "10.1.0.1"))
     async with follow(server, tmp_path) as seen:
-        await wait_for(lambda: len(server.watches) == 3)
+        await eventually(lambda: len(server.watches) == 3)
         for _ in range(2):
             server.fail(f"{SLICES}?", status=404)
         server.order("end", "endpointslices")
-        await wait_for(lambda: len(asked(server, SLICES, watch="1")) >= 2 and not server.faults)
-        await wait_for(lambda: seen.source.lists == 4)
+        await eventually(lambda: len(asked(server, SLICES, watch="1")) >= 2 and not server.faults)
+        await eventually(lambda: seen.source.lists == 4)
         assert seen.source.endpoints_api == "discovery.k8s.io/v1 EndpointSlice"
         assert seen.endpoints("web") == {"10.1.0.1"}
         assert not asked(server, "/api/v1/endpoints")
@@ -330,18 +331,18 @@ async def test_objects_that_cannot_be_used(server: ApiServer, tmp_path: Path) ->
         assert seen.source.problems == tuple(seen.problems)
         assert not seen.solved
         store.patch("services", ("default", "good"), {"spec": {"ports": "http"}})
-        await wait_for(lambda: len(seen.problems) == 2)
+        await eventually(lambda: len(seen.problems) == 2)
         assert "Service default/good: spec.ports: expected a list" in str(seen.problems[1])
         assert seen.services() == {"default/good"}, "the earlier version stays in force"
         server.store.compact()
         server.order("cut")
-        await wait_for(lambda: seen.source.lists == 6)
+        await eventually(lambda: seen.source.lists == 6)
         assert seen.services() == {"default/good"}, "through a relist too"
         assert len(seen.problems) == 2, "said once"
         store.patch("services", ("default", "bad"), {"spec": {"clusterIP": "10.96.0.9"}})
         store.patch("services", ("default", "good"), {"spec": {"ports": [{"port": 81}]}})
-        await wait_for(lambda: "default/bad" in seen.services())
-        await wait_for(lambda: not seen.source.problems)
+        await eventually(lambda: "default/bad" in seen.services())
+        await eventually(lambda: not seen.source.problems)
         assert sorted(seen.solved) == ["Service default/bad: solved", "Service default/good: solved"]
 
 
@@ -372,11 +373,11 @@ async def test_addresses_are_made_canonical(server: ApiServer, tmp_path: Path) -
 async def test_a_storm_comes_in_few_reports(server: ApiServer, tmp_path: Path) -> None:
     server.store.bulk(50, 50)
     async with follow(server, tmp_path) as seen:
-        await wait_for(lambda: len(server.watches) == 3)
+        await eventually(lambda: len(server.watches) == 3)
         reports, began = len(seen.states), time.monotonic()
         await server.storm(rate=1000, seconds=1, services=50)
         last = name_of("ns-49/bulk-49")
-        await wait_for(lambda: seen.state.slices[last][0].endpoints[0].addresses[0] == "10.201.3.231")
+        await eventually(lambda: seen.state.slices[last][0].endpoints[0].addresses[0] == "10.201.3.231")
         most = 10 + (time.monotonic() - began) / 0.01
         assert len(seen.states) - reports <= most, "at most one each 10 ms"
 
@@ -385,10 +386,10 @@ async def test_the_rate_of_requests_is_limited(server: ApiServer, tmp_path: Path
     server.fail("", status=500, times=-1)
     tuning = Tuning(first_pause=0.01, longest_pause=0.01)
     async with follow(server, tmp_path, sync=False, tuning=tuning, qps=20, burst=5) as seen:
-        await wait_for(lambda: len(server.requests) >= 25)
+        await eventually(lambda: len(server.requests) >= 25)
         assert sum(seen.source.stats.requests.values()) <= len(server.requests)
         started = len(server.requests)
-        await wait_for(lambda: len(server.requests) >= started + 10)
+        await eventually(lambda: len(server.requests) >= started + 10)
         (counted,) = set(seen.source.stats.requests)
         assert counted == ("500", "GET", server.url.removeprefix("http://"))
         durations = seen.source.stats.durations["GET", counted[2]]

@@ -9,7 +9,8 @@ from typing import Any
 from proxyd.sources.cluster import Node
 from proxyd.sources.cluster.objects import Codec
 from tests.support.api_server import ApiServer, kubeconfig
-from tests.support.cluster_source import follow, wait_for
+from tests.support.cluster_source import follow
+from tests.support.waiting import eventually
 
 
 def node(*addresses: tuple[str, str], **more: Any) -> Node:
@@ -41,7 +42,7 @@ async def test_the_heartbeat_of_a_node_is_no_change(server: ApiServer, tmp_path:
     async with follow(server, tmp_path) as seen:
         server.store.patch("nodes", ("", "node"), {"status": {"conditions": [{"type": "Ready"}]}})
         server.store.create("services", {"metadata": {"name": "after"}})
-        await wait_for(lambda: "default/after" in seen.services())
+        await eventually(lambda: "default/after" in seen.services())
         assert seen.states[0].node is seen.state.node
 
 
@@ -53,5 +54,5 @@ async def test_a_kubeconfig_is_read_again_when_asked_to(server: ApiServer, tmp_p
         del server.tokens["old"]
         server.cut()
         server.store.create("services", {"metadata": {"name": "after"}})
-        await wait_for(lambda: "default/after" in seen.services())
+        await eventually(lambda: "default/after" in seen.services())
         assert not seen.said("401")

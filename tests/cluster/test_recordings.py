@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 
 from tests.support.api_server import ApiServer
-from tests.support.cluster_source import RECORDINGS, follow, recorded, recorded_lines, wait_for
+from tests.support.cluster_source import RECORDINGS, follow, recorded, recorded_lines
+from tests.support.waiting import eventually
 
 BETA = "/apis/discovery.k8s.io/v1beta1/endpointslices"
 
@@ -124,14 +125,14 @@ async def test_watch_of_recorded_changes(server: ApiServer) -> None:
 async def test_the_source_follows_recorded_watches(server: ApiServer, tmp_path: Path, api: str) -> None:
     server.versions = {"v1beta1"} if api == "v1beta1" else set()
     async with follow(server, tmp_path) as seen:
-        await wait_for(lambda: len(server.watches) == 3)
+        await eventually(lambda: len(server.watches) == 3)
         server.order(b"".join(recorded_lines("watch-services.jsonl")), "services")
         backends = "endpointslices" if api == "v1beta1" else "endpoints"
         name = "watch-endpointslices-v1beta1.jsonl" if api == "v1beta1" else "watch-endpoints.jsonl"
         server.order(b"".join(recorded_lines(name)), backends)
-        await wait_for(lambda: "default/web" in seen.services() and seen.endpoints("web"))
+        await eventually(lambda: "default/web" in seen.services() and seen.endpoints("web"))
         names = ["kubernetes", "web", "np", "lb", "ext", "headless", "dns", "diameter"]
-        await wait_for(lambda: seen.services() == {f"default/{name}" for name in names})
+        await eventually(lambda: seen.services() == {f"default/{name}" for name in names})
         last = {}
         for line in recorded_lines("watch-services.jsonl"):
             event = json.loads(line)
@@ -141,7 +142,7 @@ async def test_the_source_follows_recorded_watches(server: ApiServer, tmp_path: 
         assert np.spec.affinity_seconds == timeout
         # The pods of the recording, as both APIs tell of them; hand-written ones are gone.
         assert seen.endpoints("kubernetes") == {"172.31.0.1"}
-        await wait_for(lambda: seen.endpoints("web") == {"172.31.0.11", "172.31.0.12"})
+        await eventually(lambda: seen.endpoints("web") == {"172.31.0.11", "172.31.0.12"})
         assert seen.endpoints("external-db") == set()
         conditions = {
             endpoint.addresses[0]: endpoint.conditions.ready
@@ -169,6 +170,6 @@ async def test_the_recorded_node(server: ApiServer, tmp_path: Path) -> None:
         )
         taint = {"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}}
         server.store.patch("nodes", ("", "node"), taint)
-        await wait_for(lambda: seen.state.node and not seen.state.node.eligible)
+        await eventually(lambda: seen.state.node and not seen.state.node.eligible)
         server.store.delete("nodes", ("", "node"))
-        await wait_for(lambda: seen.state.node is None)
+        await eventually(lambda: seen.state.node is None)

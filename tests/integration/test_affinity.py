@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.clients import ask, connect, many, read_all, records, wait_for
+from tests.support.clients import ask, connect, many, read_all, records
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import NODE_IP, Lab
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"
@@ -53,7 +54,7 @@ def test_affinity_ends_with_its_endpoint(lab: Lab, manifests: Path, proxyd: Run)
     first = ask(lab.client, VIP, 80)
     others = [number for number in (1, 2, 3) if f"pod-{number}" != first]
     write(manifests / "endpoints.yaml", endpoints("web", *others))
-    second = wait_for(lambda: (now := ask(lab.client, VIP, 80)) != first and now, "another endpoint", 15)
+    second = wait_for(lambda: (now := ask(lab.client, VIP, 80)) != first and now, "another endpoint")
     write(manifests / "endpoints.yaml", endpoints("web", 1, 2, 3))
     assert many(lab.client, VIP, 80, 20).answered == {second: 20}
 
@@ -98,8 +99,8 @@ def test_affinity_switched_on_and_off(lab: Lab, manifests: Path, proxyd: Run) ->
     with connect(lab.client, VIP, 80) as kept:
         assert len(many(lab.client, VIP, 80, 9).answered) == 3
         write(manifests / "web.yaml", service("web", VIP, **sticky()), endpoints("web", 1, 2, 3))
-        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 1, "affinity to be on", 15)
+        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 1, "affinity to be on")
         write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1, 2, 3))
-        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 3, "affinity to be off", 15)
+        wait_for(lambda: len(many(lab.client, VIP, 80, 9).answered) == 3, "affinity to be off")
         kept.sendall(b"who\n")
         assert read_all(kept).startswith(b"pod-")

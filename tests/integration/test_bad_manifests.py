@@ -20,11 +20,12 @@ import pytest
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
-from tests.support.clients import ask, refused, wait_for
+from tests.support.clients import ask, refused
 from tests.support.daemon import COMMAND, REPOSITORY, UNPRIVILEGED, Proxyd
 from tests.support.manifests import DATA, Document, write
 from tests.support.netlab import POD_PORT, Namespace
 from tests.support.pod_servers import PodServers
+from tests.support.waiting import wait_for
 
 BAD = DATA / "bad"
 TABLE = (DATA / "bad.txt").read_text().splitlines()
@@ -287,13 +288,12 @@ def _serving(node: Namespace, vips: dict[str, str], names: list[str]) -> None:
         assert ask(node, vips[name], PORT) == "backend", name
 
 
-@pytest.mark.timeout(240)
 def test_every_bad_file_beside_a_good_one_in_a_running_daemon(node: Namespace, folder: Path) -> None:
     site = Site(folder / "m")
     site.make_bad()
     with Proxyd(node, folder, site.root, flags=FLAGS, unprivileged=True) as daemon:
         # Bad from the start.
-        wait_for(lambda: len(_vips(daemon)) >= len(site.beside), "the good Services", 30, pause=0.1)
+        wait_for(lambda: len(_vips(daemon)) >= len(site.beside), "the good Services")
         _serving(node, _vips(daemon), site.beside)
         assert _errors(daemon) == site.expected()
         assert "Traceback" not in daemon.log()
@@ -303,18 +303,16 @@ def test_every_bad_file_beside_a_good_one_in_a_running_daemon(node: Namespace, f
 
         # Mended: all of them serve.
         site.make_good()
-        wait_for(lambda: not _errors(daemon), "no error any more", 30, pause=0.1)
+        wait_for(lambda: not _errors(daemon), "no error any more")
         vips = _vips(daemon)
         _serving(node, vips, [*site.beside, *EVERY])
 
         # Bad again: the good versions stay in force, with the addresses they had.
         site.make_bad()
         stored = {line for line in site.expected() if Path(line.split(": ")[0].split(":")[0]).name in STORED}
-        wait_for(lambda: stored <= _errors(daemon), "the errors of every file", 30, pause=0.1)
+        wait_for(lambda: stored <= _errors(daemon), "the errors of every file")
         kept = [name for name in EVERY if name not in RENAMED | {"only-comments"}]
-        wait_for(
-            lambda: _vips(daemon).keys() == {*site.beside, *kept}, "those of files without them gone", 30
-        )
+        wait_for(lambda: _vips(daemon).keys() == {*site.beside, *kept}, "those of files without them gone")
         _serving(node, vips, [*site.beside, *kept])
         for name in RENAMED:
             assert refused(node, vips[name], PORT), name
@@ -322,7 +320,7 @@ def test_every_bad_file_beside_a_good_one_in_a_running_daemon(node: Namespace, f
         # Gone: so is what they defined, and nothing else.
         for name in EVERY:
             shutil.rmtree(site.folders[name])
-        wait_for(lambda: not _vips(daemon), "no Service left", 30, pause=0.1)
+        wait_for(lambda: not _vips(daemon), "no Service left")
         assert _errors(daemon) == set()
         assert daemon.process.poll() is None
         assert "Traceback" not in daemon.log()
@@ -336,21 +334,21 @@ def test_a_watched_folder_that_is_removed(node: Namespace, folder: Path) -> None
         (path / "deeper" / "web.yaml").write_text(_list(*_good(f"{path.name}-deeper")))
     with Proxyd(node, folder, one, other, flags=FLAGS, unprivileged=True) as daemon:
         names = ["one", "one-deeper", "other", "other-deeper"]
-        wait_for(lambda: len(_vips(daemon)) == 4, "the Services", 30, pause=0.02)
+        wait_for(lambda: len(_vips(daemon)) == 4, "the Services")
         vips = _vips(daemon)
         _serving(node, vips, names)
         shutil.rmtree(one / "deeper")
-        wait_for(lambda: "one-deeper" not in _vips(daemon), "the Service of a removed folder gone", 30)
+        wait_for(lambda: "one-deeper" not in _vips(daemon), "the Service of a removed folder gone")
         assert _errors(daemon) == set()
         # What the operator named is not believed to be gone.
         shutil.rmtree(one)
         line = f"{one}: error: no such file or folder: what it defined stays in force"
-        wait_for(lambda: _errors(daemon) == {line}, "a line about the missing folder", 30)
+        wait_for(lambda: _errors(daemon) == {line}, "a line about the missing folder")
         assert json.dumps(line)[1:-1] in daemon.log()
         _serving(node, vips, ["one", "other", "other-deeper"])
         one.mkdir()
         (one / "web.yaml").write_text(_list(*_good("one")))
-        wait_for(lambda: not _errors(daemon), "the folder is there again", 30)
+        wait_for(lambda: not _errors(daemon), "the folder is there again")
         _serving(node, vips, ["one", "other", "other-deeper"])
 
 
@@ -361,17 +359,15 @@ def test_ten_thousand_problems_fill_no_log(node: Namespace, folder: Path, manife
     )
     write(manifests / "good.yaml", _list(*_good("good")))
     with Proxyd(node, folder, manifests, flags=FLAGS, unprivileged=True) as daemon:
-        wait_for(lambda: "good" in _vips(daemon), "the good Service", 30)
+        wait_for(lambda: "good" in _vips(daemon), "the good Service")
         before = len(daemon.log().splitlines())
         write(manifests / "bad.yaml", bad)
-        wait_for(
-            lambda: "more problems; `proxyd check` shows them all" in daemon.log(), "the end of the log", 30
-        )
+        wait_for(lambda: "more problems; `proxyd check` shows them all" in daemon.log(), "the end of the log")
         assert len(daemon.log().splitlines()) - before <= 25
         _serving(node, _vips(daemon), ["good"])
         assert len(_errors(daemon)) == 10_001
         (manifests / "bad.yaml").unlink()
-        wait_for(lambda: not _errors(daemon), "no error any more", 30)
+        wait_for(lambda: not _errors(daemon), "no error any more")
         assert len(daemon.log().splitlines()) - before <= 30
     write(manifests / "bad.yaml", bad)
     done = _check(manifests, "bad.yaml")

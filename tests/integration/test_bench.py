@@ -16,10 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.clients import wait_for
 from tests.support.daemon import REPOSITORY, is_alive
-
-pytestmark = pytest.mark.timeout(240)
+from tests.support.waiting import wait_for
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n"
 RIGHT = HEAD + b"pod-1".ljust(1000, b".")
@@ -83,7 +81,7 @@ def test_a_check_measures_both_proxies_and_prints_ratios(folder: Path) -> None:
 def test_a_bench_that_is_interrupted_leaves_nothing(folder: Path) -> None:
     process = bench(folder, "--check", "--tiny", "--only", "connections", "--rounds", "1000")
     try:
-        wait_for(lambda: len(mentioning(folder)) >= 5, "pods and a proxy", 60)
+        wait_for(lambda: len(mentioning(folder)) >= 5, "pods and a proxy")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

@@ -23,8 +23,8 @@ from proxyd.relay.ipc import slots as s
 from proxyd.relay.tcp.pump import BULK_BYTES
 from tests.support import without_call
 from tests.support.pod_servers import read_digest
+from tests.support.waiting import DEADLINE, wait_for
 from tests.support.worker import (
-    DEADLINE,
     MIB,
     Frontend,
     WorkerDriver,
@@ -36,7 +36,6 @@ from tests.support.worker import (
     read_all,
     reset,
     running,
-    wait_for,
 )
 
 # An event loop's own, for signals and threads.

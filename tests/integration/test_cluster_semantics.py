@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.clients import Load, ask, connect, many, read_all, refused, wait_for
+from tests.support.clients import Load, ask, connect, many, read_all, refused
 from tests.support.clusterlab import NODE_1, NODE_2, Body, Cluster, pod, service, slice_of, wait_who, who
 from tests.support.daemon import Proxyd
 from tests.support.netlab import (
@@ -34,6 +34,7 @@ from tests.support.netlab import (
     Namespace,
     pod_ip6,
 )
+from tests.support.waiting import wait_for
 
 P1, P2, P3 = "pod-1", "pod-2", "pod-3"
 NOBODY = {""}
@@ -720,7 +721,6 @@ def test_events_reach_the_api_server(town: Town, vip: str) -> None:
 # Restarts
 
 
-@pytest.mark.timeout(240)
 def test_restarts_of_proxyd_and_the_api_server(made: Town, vip: str) -> None:
     """Last of the file: it leaves the town with other processes, in the same state."""
     cluster, town = made.cluster, made

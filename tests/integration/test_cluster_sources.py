@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.support import manifests as written
-from tests.support.clients import Load, ask, refused, wait_for
+from tests.support.clients import Load, ask, refused
 from tests.support.clusterlab import NODE_1, Body, Cluster, pod, service, slice_of, wait_who
 from tests.support.daemon import Proxyd
 from tests.support.manifests import write
 from tests.support.netlab import NODE_FAR_IP, NODE_IP, Lab, Namespace
 from tests.support.service_manager import Manager
+from tests.support.waiting import wait_for
 
 VIP, OTHER_VIP = "10.96.0.10", "10.96.0.20"
 P1, P2, P3 = "pod-1", "pod-2", "pod-3"
@@ -84,8 +85,8 @@ def test_nothing_is_opened_before_every_source_has_been_read(lab: Lab, folder: P
     daemon = cluster.proxyd(NODE_1, manifests=[manifests])
     daemon.start(wait=False)
     try:
-        wait_for(lambda: said(daemon, "API server") >= 1, "it to miss the API server", 20)
-        status = wait_for(lambda: daemon._ask("status"), "an answer", 20)
+        wait_for(lambda: said(daemon, "API server") >= 1, "it to miss the API server")
+        status = wait_for(lambda: daemon._ask("status"), "an answer")
         assert status["phase"] == "starting"
         assert [source["synced"] for source in status["sources"]] == [True, False]
         assert [source["name"] for source in status["sources"]] == [
@@ -126,7 +127,7 @@ def test_what_a_killed_daemon_left_stays_until_the_lists_are_there(cluster: Clus
         assert VIP in before
         assert OTHER_VIP in before
         daemon.start(wait=False)
-        wait_for(lambda: daemon._ask("status"), "an answer", 30)
+        wait_for(lambda: daemon._ask("status"), "an answer")
         assert routes() == before
         cluster.start()
         wait_who(lab.client, VIP, {P1})
@@ -141,11 +142,11 @@ def test_a_service_manager_waits_with_it(lab: Lab, folder: Path, monkeypatch: py
         try:
             first = manager.wait("EXTEND_TIMEOUT_USEC", "60000000")
             assert first["STATUS"] == f"waiting for the first list of kube http://{NODE_IP}:6443"
-            manager.wait("EXTEND_TIMEOUT_USEC", "60000000", 60, count=2)
+            manager.wait("EXTEND_TIMEOUT_USEC", "60000000", count=2)
             assert not any("READY" in message for message in manager.read())
             with cluster:
                 cluster.serve("web", VIP, pod(1))
-                ready = manager.wait("READY", "1", 60)
+                ready = manager.wait("READY", "1")
                 assert "EXTEND_TIMEOUT_USEC" not in ready
                 assert ask(lab.client, VIP, 80) == P1
         finally:
@@ -235,7 +236,7 @@ def test_while_the_api_server_is_away_everything_is_served(cluster: Cluster, lab
         wait_who(lab.client, VIP, {P1, P2})
         with Load(lab.client, VIP, 80) as load:
             cluster.kill()
-            wait_for(lambda: problems(daemon), "it to miss the API server", 20)
+            wait_for(lambda: problems(daemon), "it to miss the API server")
             assert all(one.startswith("API server") for one in problems(daemon))
             told = said(daemon, "warning: API server")
             load.wait_more(20)
@@ -243,7 +244,7 @@ def test_while_the_api_server_is_away_everything_is_served(cluster: Cluster, lab
             cluster.start()
             cluster.endpoints("web", pod(3))
             wait_who(lab.client, VIP, {P3})
-            wait_for(lambda: not problems(daemon), "no problem", 60)
+            wait_for(lambda: not problems(daemon), "no problem")
         assert (load.outcome.refused, load.outcome.broken) == ([], [])
         # Once for each thing that was wrong, however often it was tried.
         assert told <= said(daemon, "warning: API server") <= 6
@@ -263,7 +264,7 @@ def test_a_relist_of_the_same_state_changes_nothing(cluster: Cluster, lab: Lab) 
         cluster.start()
         operate(cluster, "compact")
         operate(cluster, "cut")
-        wait_for(lambda: metric(lab.node, "proxyd_cluster_lists_total") >= lists + 2, "two lists", 60)
+        wait_for(lambda: metric(lab.node, "proxyd_cluster_lists_total") >= lists + 2, "two lists")
         assert daemon.status()["generation"] == before
         # It follows from where the lists left off.
         cluster.endpoints("web-19", pod(2))
@@ -388,7 +389,7 @@ def test_a_health_check_port_that_is_taken(cluster: Cluster, lab: Lab) -> None:
         assert fetch(lab.node, 30199, "/", NODE_FAR_IP)[0] == 200
         wait_who(lab.client, VIP, {P1})
         holder.close()
-        wait_for(lambda: not problems(daemon), "it to be opened", 60)
+        wait_for(lambda: not problems(daemon), "it to be opened")
         assert fetch(lab.node, 30199, "/", NODE_IP)[0] == 200
         # Another port, and then none.
         cluster.patch("services", "web", {"spec": {"healthCheckNodePort": 30198}})

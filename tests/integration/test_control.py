@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from tests.support.clients import ask, many, wait_for
+from tests.support.clients import ask, many
 from tests.support.daemon import COMMAND, Proxyd, is_alive
 from tests.support.manifests import endpoints, service, text, write
 from tests.support.netlab import Lab, routes_and_rules
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 
@@ -51,7 +50,6 @@ def test_hangups_that_come_at_once_are_few_reloads(
     assert many(lab.client, VIP, 80, 3).answered == {"pod-1": 3}
 
 
-@pytest.mark.timeout(120)
 def test_what_does_not_fit_into_the_descriptors_is_opened_when_it_does(
     lab: Lab, folder: Path, manifests: Path
 ) -> None:
@@ -89,7 +87,7 @@ def test_a_removed_admin_socket_comes_back(lab: Lab, manifests: Path, proxyd: Ru
     daemon = proxyd(workers=1, flags=("--sync-period", "1s"))
     daemon.wait_listener(VIP, 80)
     daemon.socket.unlink()
-    wait_for(lambda: daemon.try_get("services"), "an answer on a new socket", 30)
+    wait_for(lambda: daemon.try_get("services"), "an answer on a new socket")
     assert daemon.log().count("the admin socket was removed") == 1
     assert daemon.stop() == 0
     assert not daemon.socket.exists()

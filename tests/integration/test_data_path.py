@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import ask, connect, many, new_key, read_all, read_line, wait_for
+from tests.support.clients import ask, connect, many, new_key, read_all, read_line
 from tests.support.daemon import Proxyd, resident_kib
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import CLIENT_POD_IP, POD_PORT, Lab, pod_ip
 from tests.support.pod_servers import RESET_ON_CLOSE, read_digest, stream, stream_digest
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 GIB = 1 << 30
@@ -142,7 +143,7 @@ def stands_still(figure: Callable[[], int], still: float = 0.5) -> int:
             last, since = now, time.monotonic()
         return time.monotonic() - since >= still
 
-    wait_for(settled, "the flow to stand still", 60, pause=0.05)
+    wait_for(settled, "the flow to stand still")
     return last
 
 
@@ -228,4 +229,4 @@ def test_both_sides_of_a_connection_are_kept_alive(lab: Lab, manifests: Path, pr
             return {line.split()[3].rpartition(":")[0] for line in lines if "timer:(keepalive," in line}
 
         # The endpoint's side gets it only when the connection has lasted some seconds.
-        wait_for(lambda: peers_with_keepalive() == {CLIENT_POD_IP, pod_ip(1)}, "keepalive on both sides", 60)
+        wait_for(lambda: peers_with_keepalive() == {CLIENT_POD_IP, pod_ip(1)}, "keepalive on both sides")

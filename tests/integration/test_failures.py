@@ -26,11 +26,11 @@ from tests.support.clients import (
     read_line,
     records,
     refused,
-    wait_for,
 )
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, endpoints_at, service, write
 from tests.support.netlab import EXTERNAL_IP, NODE_IP, Lab, Namespace, pod_ip
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"
@@ -115,7 +115,7 @@ def test_endpoints_change_a_hundred_times_a_second(
     assert set(load.outcome.answered) == {"pod-1", "pod-2", "pod-3"}
     # The last change is in force.
     write(change, endpoints("web", 3))
-    wait_for(lambda: set(many(lab.client, VIP, 80, 4).answered) == {"pod-3"}, "only pod-3 answers", 15)
+    wait_for(lambda: set(many(lab.client, VIP, 80, 4).answered) == {"pod-3"}, "only pod-3 answers")
 
 
 def test_a_removed_service_drains(lab: Lab, manifests: Path, proxyd: Run) -> None:
@@ -129,8 +129,8 @@ def test_a_removed_service_drains(lab: Lab, manifests: Path, proxyd: Run) -> Non
             sock.sendall(b"echo\nbefore\n")
             assert read_line(sock) == "before"
         (manifests / "web.yaml").unlink()
-        wait_for(lambda: not answers(lab.client, VIP, 80), "the VIP to close", 15)
-        wait_for(lambda: refused(lab.outside, NODE_IP, 30080), "the NodePort to close", 15)
+        wait_for(lambda: not answers(lab.client, VIP, 80), "the VIP to close")
+        wait_for(lambda: refused(lab.outside, NODE_IP, 30080), "the NodePort to close")
         for text in (b"after\n", b"and after\n"):
             for sock in (by_vip, by_node_port):
                 sock.sendall(text)
@@ -197,7 +197,7 @@ def test_a_removed_service_comes_back_while_it_drains(lab: Lab, manifests: Path,
         sock.sendall(b"echo\nbefore\n")
         assert read_line(sock) == "before"
         (manifests / "web.yaml").unlink()
-        wait_for(lambda: not answers(lab.client, VIP, 80), "the VIP to close", 15)
+        wait_for(lambda: not answers(lab.client, VIP, 80), "the VIP to close")
         write(manifests / "web.yaml", service("web", VIP), endpoints("web", 2))
         daemon.wait_listener(VIP, 80)
         assert ask(lab.client, VIP, 80) == "pod-2"
@@ -240,9 +240,7 @@ def test_a_node_port_that_another_program_holds(lab: Lab, manifests: Path, proxy
         daemon.wait_listener(NODE_IP, 30090)
         assert ask(lab.client, VIP, 80) == "pod-1"
         assert ask(lab.outside, NODE_IP, 30090) == "pod-2"
-    wait_for(
-        lambda: answers(lab.outside, NODE_IP, 30080), "the NodePort is served once it is free", 15, pause=0.1
-    )
+    wait_for(lambda: answers(lab.outside, NODE_IP, 30080), "the NodePort is served once it is free")
     daemon.wait_listener(NODE_IP, 30080)
     assert ask(lab.outside, NODE_IP, 30080) == "pod-1"
 
@@ -261,7 +259,6 @@ def test_a_second_daemon_disturbs_nobody(lab: Lab, manifests: Path, folder: Path
             wait_for(
                 lambda: second.process.poll() is not None or second.try_get("listeners"),
                 "the second to show itself",
-                20,
             )
             load.wait_more(100)
             if second.process.poll() is None:

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from proxyd.host.other_proxies import neighbour
-from tests.support.clients import ask, refused, wait_for
+from tests.support.clients import ask, refused
 from tests.support.clusterlab import API_PORT, NODE_1, NODE_2, Cluster, pod, wait_who, who
 from tests.support.daemon import Proxyd
 from tests.support.kube_proxy import KubeProxy, OtherKubeProxy, get, run_once, userspace_rules
 from tests.support.manifests import endpoints, mount, service, write
 from tests.support.netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
+from tests.support.waiting import wait_for
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"
@@ -137,8 +138,8 @@ def cluster(lab: Lab, folder: Path) -> Iterator[Cluster]:
 
 def served(lab: Lab) -> None:
     """Wait until the Service answers, from the node, from a pod and at its NodePort."""
-    wait_for(lambda: VIP in lab.node.run("ip", "route", "show", "table", "local"), "a route", 30, pause=0.1)
-    wait_for(lambda: who(lab.node, VIP, count=1) == {"pod-1"}, "the Service", 30, pause=0.1)
+    wait_for(lambda: VIP in lab.node.run("ip", "route", "show", "table", "local"), "a route")
+    wait_for(lambda: who(lab.node, VIP, count=1) == {"pod-1"}, "the Service")
     assert who(lab.client, VIP, count=1) == {"pod-1"}
     assert who(lab.outside, NODE_IP, 30080, count=1) == {"pod-1"}
 
@@ -190,8 +191,6 @@ def test_kubeadms_configmap_and_command_line_start_it_unchanged(
         wait_for(
             lambda: not who(lab.outside, NODE_IP, 30080, count=1) - {""},
             "another NodePort address",
-            30,
-            pause=0.1,
         )
         assert who(lab.outside, NODE_FAR_IP, 30080, count=1) == {"pod-1"}
     assert "warning" not in daemon.log().split("{")[0]
@@ -279,7 +278,7 @@ def test_qps_and_burst_limit_what_the_api_server_is_asked(lab: Lab, folder: Path
             )
 
         # The second may go after a quarter of an hour.
-        wait_for(lambda: requests() == 1, "the first request", 30, pause=0.1)
+        wait_for(lambda: requests() == 1, "the first request")
         assert requests() == 1
         assert VIP not in lab.node.run("ip", "route", "show", "table", "local")
 
@@ -313,7 +312,7 @@ def test_changes_are_spaced_and_the_last_one_counts(proxyd: Run, lab: Lab, manif
 def test_everything_is_planned_anew_now_and_then(proxyd: Run, lab: Lab, manifests: Path) -> None:
     web(manifests)
     daemon = proxyd(flags=("--config-sync-period", "200ms", "--profiling", "-v4"))
-    wait_for(lambda: daemon.log().count("planning everything anew") >= 3, "three renewals", 20, pause=0.1)
+    wait_for(lambda: daemon.log().count("planning everything anew") >= 3, "three renewals")
     assert ask(lab.node, VIP, 80) == "pod-1"
 
 
@@ -352,7 +351,7 @@ def test_the_log_goes_to_a_file_that_can_be_rotated(
     daemon = proxyd(flags=("--log-file", str(log), "--logging-format=json"))
     log.rename(folder / "old.log")
     daemon.signal(signal.SIGHUP)
-    wait_for(lambda: log.exists() and "reloading" not in log.read_text(), "a new file", 20, pause=0.05)
+    wait_for(lambda: log.exists() and "reloading" not in log.read_text(), "a new file")
     assert daemon.stop() == 0
     assert [json.loads(line)["event"] for line in log.read_text().splitlines()] == ["stopping"]
     assert "reloading" in (folder / "old.log").read_text()
@@ -362,12 +361,12 @@ def test_the_log_goes_to_a_file_that_can_be_rotated(
 def test_one_part_alone_logs_more(proxyd: Run, lab: Lab, manifests: Path) -> None:
     web(manifests)
     daemon = proxyd(flags=("--vmodule=none=9,proxy*=4", "--config-sync-period=200ms"))
-    wait_for(lambda: "planning everything anew" in daemon.log(), "debug lines of that part", 20, pause=0.1)
+    wait_for(lambda: "planning everything anew" in daemon.log(), "debug lines of that part")
     assert {line["room"] for line in log_lines(daemon) if line["level"] == "debug"} == {"proxyd"}
     daemon.log_file.unlink()
     assert daemon.stop() == 0
     everything = proxyd(flags=("-v4",))
-    wait_for(lambda: '"room":"supervisor"' in everything.log(), "debug lines of other parts", 20, pause=0.1)
+    wait_for(lambda: '"room":"supervisor"' in everything.log(), "debug lines of other parts")
 
 
 def test_a_score_is_given_to_all_processes(proxyd: Run, manifests: Path) -> None:
@@ -473,7 +472,7 @@ def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains_until_it_e
 ) -> None:
     lab.node.run("iptables-nft", "-t", "nat", "-N", "KUBE-PORTALS-HOST")
     with OtherKubeProxy(lab.node, folder, METRICS, HEALTH) as other, cluster.proxyd(NODE_1) as daemon:
-        wait_for(lambda: daemon.log().count("tried again every 5 s") >= 2, "both addresses", 60, pause=0.05)
+        wait_for(lambda: daemon.log().count("tried again every 5 s") >= 2, "both addresses")
         lines = log_lines(daemon)
         (running,) = [line for line in lines if line["event"].startswith("a kube-proxy still runs")]
         assert running["running"] == f"kube-proxy (kube-proxy (pid {other.pid}))"
@@ -486,7 +485,7 @@ def test_a_kube_proxy_that_still_runs_is_told_of_and_keeps_its_chains_until_it_e
         assert "KUBE-PORTALS-HOST" in lab.node.run("iptables-nft-save", "-t", "nat")
         # Only then: until it has ended its chains serve.
         other.end()
-        wait_for(lambda: "removed chains of kube-proxy's" in daemon.log(), "the chains to go", 60, pause=0.1)
+        wait_for(lambda: "removed chains of kube-proxy's" in daemon.log(), "the chains to go")
         assert "KUBE-PORTALS-HOST" not in lab.node.run("iptables-nft-save", "-t", "nat")
         daemon.wait_listener(VIP, 80)
 
@@ -499,7 +498,7 @@ def test_who_holds_an_address_is_told(proxyd: Run, lab: Lab, manifests: Path) ->
     daemon = proxyd()
     daemon.wait_listener(VIP, 80)
     for port in (HEALTH, METRICS):
-        wait_for(lambda port=port: who_has(port).startswith("another proxyd (python"), "an answer", 60)
+        wait_for(lambda port=port: who_has(port).startswith("another proxyd (python"), "an answer")
     assert lab.node.call(neighbour, ("127.0.0.1", 9)) is None
     with lab.node.listen("127.0.0.1", 8001):  # of this process, which does not answer
         assert f"(pid {os.getpid()})" in str(lab.node.call(neighbour, ("127.0.0.1", 8001)))
@@ -571,7 +570,7 @@ def test_pods_reach_a_local_only_service_whose_endpoints_are_elsewhere(
         assert answer(lab.outside) == ""
         # An endpoint on this node: the policy as ever.
         cluster.endpoints("far", pod(1), pod(2, node=NODE_2))
-        wait_for(lambda: answer(lab.outside) == "pod-1", "pod-1", 20, pause=0.1)
+        wait_for(lambda: answer(lab.outside) == "pod-1", "pod-1")
         assert who(lab.client, BALANCER_IP, count=4) == {"pod-1"}
 
 

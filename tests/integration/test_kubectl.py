@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from tests.support import manifests as written
-from tests.support.clients import Load, refused, wait_for
+from tests.support.clients import Load, refused
 from tests.support.clusterlab import NODE_1, Cluster, pod, slice_of, wait_who
 from tests.support.manifests import Document
 from tests.support.netlab import NODE_IP, POD_PORT, Lab
+from tests.support.waiting import wait_for
 
 KUBECTL = shutil.which("kubectl")
 # `make test` installs it there; other systems may have no package of it.

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from proxyd.relay.ipc.messages import CloseListener, ListenerConfig
-from tests.support.clients import connect, read_all, wait_for
+from tests.support.clients import connect, read_all
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import Lab
-from tests.support.worker import DEADLINE, WorkerDriver, listen
+from tests.support.waiting import DEADLINE, wait_for
+from tests.support.worker import WorkerDriver, listen
 
 VIP = "10.96.0.10"
 # The smallest listener: it answers each client by itself, with what it was told.

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.clients import Load, answers, ask, connect, many, read_line, refused, wait_for
+from tests.support.clients import Load, answers, ask, connect, many, read_line, refused
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, mount, pod, service, text, write
 from tests.support.netlab import Lab
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"
@@ -30,7 +31,7 @@ def in_force(lab: Lab, expected: str, what: str, vip: str = VIP) -> float:
             return expected == ""
 
     # 200 ms is what proxyd promises; a busy machine that runs tests gets more.
-    wait_for(reached, f"{what}: {expected or 'nobody'} answers", pause=0.002)
+    wait_for(reached, f"{what}: {expected or 'nobody'} answers")
     took = time.monotonic() - begin
     print(f"{what}: in force after {took * 1000:.0f} ms")
     return took
@@ -87,7 +88,7 @@ def test_a_single_file(lab: Lab, folder: Path, manifests: Path) -> None:
         in_force(lab, "pod-1", "written in place")
         path.unlink()
         # What the operator named stays in force while it is missing, and the log says so.
-        wait_for(lambda: f"{path}" in daemon.log(), "a message about the missing file", 15)
+        wait_for(lambda: f"{path}" in daemon.log(), "a message about the missing file")
         assert many(lab.client, VIP, 80, 5).answered == {"pod-1": 5}
         write(path, service("web", VIP), endpoints("web", 2))
         in_force(lab, "pod-2", "there again")
@@ -115,7 +116,7 @@ def test_a_folder_that_is_made_again(lab: Lab, folder: Path, manifests: Path) ->
     with Proxyd(lab.node, folder, manifests) as daemon:
         daemon.wait_listener(VIP, 80)
         shutil.rmtree(manifests)
-        wait_for(lambda: f"{manifests}" in daemon.log(), "a message about the missing folder", 15)
+        wait_for(lambda: f"{manifests}" in daemon.log(), "a message about the missing folder")
         beside = folder / "beside"
         beside.mkdir()
         write(beside / "web.yaml", service("web", VIP), endpoints("web", 2))
@@ -228,12 +229,12 @@ def test_a_bad_edit_leaves_the_earlier_version_in_force(lab: Lab, manifests: Pat
     # The same file brings a good change too, which shows that the edit has been read.
     write(path, bad, endpoints("web", 1), service("other", OTHER_VIP), endpoints("other", 3))
     in_force(lab, "pod-3", "the good part", OTHER_VIP)
-    wait_for(lambda: "spec.ports[0].port" in daemon.log(), "a message about the bad part", 15)
+    wait_for(lambda: "spec.ports[0].port" in daemon.log(), "a message about the bad part")
     with Load(lab.client, VIP, 80, clients=1) as load:
         load.wait_more(20)
         # A file that cannot be read at all changes nothing either.
         write(path, "kind: Service\n  metadata: [\n")
-        wait_for(lambda: daemon.log().count("web.yaml") >= 2, "a message about the file", 15)
+        wait_for(lambda: daemon.log().count("web.yaml") >= 2, "a message about the file")
         load.wait_more(20)
     assert load.outcome.answered.keys() == {"pod-1"}
     assert (load.outcome.refused, load.outcome.broken) == ([], [])

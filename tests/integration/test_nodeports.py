@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import answers, ask, many, refused, wait_for
+from tests.support.clients import answers, ask, many, refused
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, endpoints_at, service, slice6, write
 from tests.support.netlab import (
@@ -21,6 +21,7 @@ from tests.support.netlab import (
     routes_and_rules,
 )
 from tests.support.pod_servers import PodServers
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 VIP6 = "fd00:10:96::10"

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.clients import ask, connect, lines_of, many, refused, wait_for
+from tests.support.clients import ask, connect, lines_of, many, refused
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
+from tests.support.waiting import wait_for
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"
@@ -186,11 +187,11 @@ def test_a_taken_address_is_tried_again(lab: Lab, proxyd: Run) -> None:
             ]
 
         # Who has it is asked first, over HTTP too.
-        (line,) = wait_for(told, "a warning", 20, pause=0.1)
+        (line,) = wait_for(told, "a warning")
         assert (line["what"], line["address"]) == ("health", "0.0.0.0:10256")
         assert line["error"].endswith(f"(pid {os.getpid()}) has it")
         assert Answer(lab.node, METRICS, "/healthz").body == b"ok"
-    wait_for(lambda: not refused(lab.node, "127.0.0.1", HEALTH), "the health server", 20, pause=0.2)
+    wait_for(lambda: not refused(lab.node, "127.0.0.1", HEALTH), "the health server")
     assert Answer(lab.node, HEALTH, "/healthz").code == 200
 
 

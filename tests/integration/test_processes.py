@@ -15,11 +15,12 @@ from typing import Self
 
 import pytest
 
-from tests.support.clients import Load, answers, ask, connect, lines_of, many, read_line, refused, wait_for
+from tests.support.clients import Load, answers, ask, connect, lines_of, many, read_line, refused
 from tests.support.daemon import Proxyd, is_alive
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import EXTERNAL_IP, NODE_IP, OUTSIDE_IP, Lab, routes_and_rules
 from tests.support.sockets import client_ports, held_by
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"
@@ -91,8 +92,6 @@ def test_killing_a_worker_breaks_only_its_relays(lab: Lab, manifests: Path, prox
         wait_for(
             lambda: len(daemon.worker_pids()) == 2 and victim not in daemon.worker_pids(),
             "a new worker",
-            15,
-            pause=0.005,
         )
         back = time.monotonic() - killed
         load.wait_more(200)
@@ -146,7 +145,6 @@ def test_a_worker_killed_four_times_in_a_row_is_back_each_time(
             wait_for(
                 lambda pid=victim: daemon.worker_pids() not in ([], [pid]),  # type: ignore[misc]  # as above
                 "a new worker",
-                pause=0.005,
             )
             took.append(time.monotonic() - killed)
     print(f"a new worker after {', '.join(f'{seconds * 1000:.0f} ms' for seconds in took)}")
@@ -287,7 +285,7 @@ def test_sigterm_drains(lab: Lab, manifests: Path, proxyd: Run, workers: int) ->
             assert read_line(sock) == "before"
         daemon.signal(signal.SIGTERM)
         wait_for(
-            lambda: refused(lab.outside, NODE_IP, 30080), "new connections to the NodePort to be refused", 15
+            lambda: refused(lab.outside, NODE_IP, 30080), "new connections to the NodePort to be refused"
         )
         assert not answers(lab.client, VIP, 80)
         time.sleep(0.5)

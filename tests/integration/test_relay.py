@@ -29,8 +29,8 @@ from proxyd.relay.ipc.messages import (
 )
 from proxyd.relay.worker import Options, Worker
 from tests.support.pod_servers import read_digest
+from tests.support.waiting import DEADLINE, wait_for
 from tests.support.worker import (
-    DEADLINE,
     MIB,
     RESET_ON_CLOSE,
     blocks,
@@ -44,7 +44,6 @@ from tests.support.worker import (
     refusing_port,
     reset,
     running,
-    wait_for,
 )
 
 

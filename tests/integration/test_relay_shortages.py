@@ -19,7 +19,8 @@ from proxyd.relay.ipc import slots as s
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.worker import Options, Worker
 from tests.support.netlab import Namespace
-from tests.support.worker import WorkerDriver, echo, names, read_all, wait_for
+from tests.support.waiting import wait_for
+from tests.support.worker import WorkerDriver, echo, names, read_all
 
 MIB = 1 << 20
 PORTS = 4

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import without_call
-from tests.support.clients import ask, wait_for
+from tests.support.clients import ask
 from tests.support.daemon import Proxyd
 from tests.support.manifests import Document, endpoints, pod, service, write
 from tests.support.netlab import POD_PORT, Lab
+from tests.support.waiting import wait_for
 
 VIP, MIXED = "10.96.0.10", "10.96.0.11"
 NO_SCTP = "the kernel has no SCTP (modprobe sctp)"
@@ -96,7 +97,7 @@ def test_gate_on_without_sctp_in_the_kernel(lab: Lab, manifests: Path, proxyd: R
     assert set(sctp_states(daemon).values()) == {f"Failed: {NO_SCTP}"}
     assert ask(lab.client, MIXED, 80) == ask(lab.client, "10.96.0.12", 80) == "pod-1"
     # Tried again, said once: not for each listener and attempt.
-    tried = wait_for(lambda: daemon.status()["counters"], "an answer while it tries again", 30)
+    tried = wait_for(lambda: daemon.status()["counters"], "an answer while it tries again")
     assert tried["opened"] == 2
     said = events(daemon, NO_SCTP)
     assert [line["event"] for line in said] == ["listeners failed"]

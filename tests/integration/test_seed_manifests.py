@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import answers, ask, many, refused, turned_away, wait_for
+from tests.support.clients import answers, ask, many, refused, turned_away
 from tests.support.daemon import Proxyd
 from tests.support.manifests import MYAPP_PODS, seed_folder, write
 from tests.support.netlab import (
@@ -20,6 +20,7 @@ from tests.support.netlab import (
     Namespace,
     pod_ip,
 )
+from tests.support.waiting import wait_for
 
 PODS = {"pod-1", "pod-2", "pod-3"}
 NODE_IPS = (NODE_IP, BRIDGE_IP, NODE_FAR_IP)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import ask, connect, read_line, wait_for
+from tests.support.clients import ask, connect, read_line
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, endpoints_at, service, write
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, routes_and_rules
 from tests.support.service_manager import Manager
 from tests.support.systemd_machine import POD_IP, REPOSITORY, Machine, real_root
+from tests.support.waiting import wait_for
 
 UNIT = "/usr/local/lib/systemd/system/proxyd.service"
 VIP = "10.96.0.10"
@@ -121,7 +122,7 @@ def test_the_watchdog_is_fed_while_workers_answer(
     daemon = start(lab, folder, manifests, workers=2)
     try:
         manager.wait("READY", "1")
-        wait_for(lambda: manager.fed() >= 5, "to be fed", pause=0.02)
+        wait_for(lambda: manager.fed() >= 5, "to be fed")
         times = [when for when, message in manager.seen if "WATCHDOG" in message]
         assert max(b - a for a, b in itertools.pairwise(times)) < 2.4
 
@@ -142,7 +143,7 @@ def test_the_watchdog_is_fed_while_workers_answer(
         wait_for(lambda: hanging not in daemon.worker_pids(), "the hanging worker to be replaced")
         assert not any("WATCHDOG" in message for message in wait_for(until_well, "health"))
         fed = manager.fed()
-        wait_for(lambda: manager.fed() > fed + 2, "to be fed again", pause=0.02)
+        wait_for(lambda: manager.fed() > fed + 2, "to be fed again")
         assert ask(lab.client, VIP, 80) == "pod-1"
         assert '"worker does not answer: it is replaced"' in daemon.log()
     finally:
@@ -163,7 +164,7 @@ def test_it_is_fed_while_it_drains(
             daemon.signal(signal.SIGTERM)
             manager.wait("STOPPING", "1")
             fed = manager.fed()
-            wait_for(lambda: manager.fed() > fed + 3, "to be fed", pause=0.02)
+            wait_for(lambda: manager.fed() > fed + 3, "to be fed")
         assert daemon.wait() == 0
     finally:
         daemon.__exit__()
@@ -339,8 +340,6 @@ def test_one_that_hangs_or_dies_is_started_again(running: Machine, number: signa
     wait_for(
         lambda: (int(running.show("NRestarts")), running.show("ActiveState")) == (before + 1, "active"),
         "a new start",
-        60,
-        pause=0.1,
     )
     assert running.show("MainPID") != pid
     assert running.ask(vip, 80) == "hello\n"

@@ -17,7 +17,8 @@ import pytest
 
 from proxyd.relay.ipc import slots as s
 from tests.support.udp import UdpServer, balancer, bound, close, echo, listen, named, query, serving
-from tests.support.worker import DEADLINE, WorkerDriver, running, wait_for
+from tests.support.waiting import DEADLINE, wait_for
+from tests.support.worker import WorkerDriver, running
 
 
 @pytest.fixture

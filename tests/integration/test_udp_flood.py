@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import wait_for
 from tests.support.daemon import Proxyd, resident_kib
 from tests.support.dns import NODE_PORT, answers, dns_endpoints, dns_service, echo, port_figures, programs
 from tests.support.manifests import write
 from tests.support.netlab import NODE_IP, Lab, Namespace
+from tests.support.waiting import wait_for
 
 FLOOD = 1_000_000
 CHUNK = 1000
@@ -79,7 +79,7 @@ def test_a_million_clients(lab: Lab, manifests: Path, proxyd: Run) -> None:
         def counted() -> bool:
             return port_figures(lab.node)["proxyd_received_datagrams_total"] >= FLOOD + FLOOD // CHUNK
 
-        wait_for(counted, "the last datagrams to be counted", 10)
+        wait_for(counted, "the last datagrams to be counted")
         got = port_figures(lab.node)
         flows = got["proxyd_connections_total"]
         assert FLOOD < flows < FLOOD + 10  # the conversation's is one, and stays it

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import lines_of, records, wait_for
+from tests.support.clients import lines_of, records
 from tests.support.daemon import Proxyd, is_alive
 from tests.support.dns import (
     DNS_PORT,
@@ -42,6 +42,7 @@ from tests.support.netlab import (
     pod_ip,
     routes_and_rules,
 )
+from tests.support.waiting import wait_for
 
 EXTERNAL_IP6 = "2001:db8:5::10"  # nobody's
 UDP_SEGMENT = 103  # linux/udp.h
@@ -210,11 +211,11 @@ def test_endpoints_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
         for _ in range(2):
             write(slices, dns_endpoints())
             daemon.wait_listener(VIP, 53, "NoEndpoints")
-            wait_for(lambda: refused(lab.client, VIP), "a refusal", 15)
+            wait_for(lambda: refused(lab.client, VIP), "a refusal")
             assert refused(lab.outside, NODE_IP, NODE_PORT)
             write(slices, dns_endpoints(3))
             daemon.wait_listener(VIP, 53)
-            wait_for(lambda: answers(lab.client, VIP), "an answer", 15)
+            wait_for(lambda: answers(lab.client, VIP), "an answer")
             assert ask(lab.outside, NODE_IP, NODE_PORT) == b"pod-3"
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.support import dns
-from tests.support.clients import Load, ask, connect, lines_of, many, read_line, refused, wait_for
+from tests.support.clients import Load, ask, connect, lines_of, many, read_line, refused
 from tests.support.clusterlab import NODE_1, Cluster, pod
 from tests.support.daemon import Proxyd, is_alive
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import EXTERNAL_IP, NODE_IP, Lab, routes_and_rules
 from tests.support.service_manager import Manager
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.10"
 
@@ -58,7 +59,6 @@ def upgrade(daemon: Proxyd) -> None:
     assert now["started"] > before
 
 
-@pytest.mark.timeout(300)
 def test_five_upgrades_refuse_nobody_and_end_no_connection(lab: Lab, manifests: Path, proxyd: Run) -> None:
     write(manifests / "web.yaml", service("web", VIP, node_port=30080), endpoints("web", 1, 2, 3))
     untouched = routes_and_rules(lab.node)
@@ -160,7 +160,6 @@ def test_a_program_of_another_handover_takes_nothing_over(
     assert many(lab.client, VIP, 80, 5).answered == {"pod-1": 5}
 
 
-@pytest.mark.timeout(120)
 def test_orders_that_come_before_the_new_program_hears_them_are_carried_out(
     lab: Lab, folder: Path, manifests: Path, proxyd: Run
 ) -> None:
@@ -217,7 +216,6 @@ def test_nodeports_external_ips_and_udp_go_on(lab: Lab, manifests: Path, proxyd:
     assert [load.outcome.refused + load.outcome.broken for load in loads] == [[], [], []]
 
 
-@pytest.mark.timeout(120)
 def test_the_manager_hears_of_it_and_an_old_worker_that_hangs_ends(
     lab: Lab, folder: Path, manifests: Path, proxyd: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +235,7 @@ def test_the_manager_hears_of_it_and_an_old_worker_that_hangs_ends(
         assert not any("MAINPID" in message for message in manager.read())
         assert daemon.status()["leavingWorkers"] == [old]
         os.kill(old, signal.SIGSTOP)
-        wait_for(lambda: old not in daemon.worker_pids(), "the hanging worker to end", 40)
+        wait_for(lambda: old not in daemon.worker_pids(), "the hanging worker to end")
         with suppress(ConnectionResetError):
             assert kept.recv(1) == b""
         assert f'"pid":{old}' in next(line for line in daemon.log().splitlines() if "does not answer" in line)
@@ -262,7 +260,6 @@ def test_children_that_nobody_waits_for_leave_no_zombie(lab: Lab, manifests: Pat
         daemon.__exit__()
 
 
-@pytest.mark.timeout(180)
 def test_while_the_api_server_is_away_the_old_workers_go_on(lab: Lab, folder: Path) -> None:
     with Cluster(lab, folder) as cluster:
         cluster.add_nodes()
@@ -282,7 +279,7 @@ def test_while_the_api_server_is_away_the_old_workers_go_on(lab: Lab, folder: Pa
                 assert is_alive(old)
                 cluster.start()
                 cluster.endpoints("web", pod(2))
-                wait_for(lambda: load.outcome.answered["pod-2"] > 5, "the new program to serve", 60)
+                wait_for(lambda: load.outcome.answered["pod-2"] > 5, "the new program to serve")
                 wait_for(lambda: old not in daemon.worker_pids(), "the old worker to end")
             assert load.outcome.refused + load.outcome.broken == []
         finally:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support import sctp_probe
-from tests.support.clients import wait_for
 from tests.support.daemon import resident_kib
 from tests.support.sctp_probe import Association, End, Message, Server
 from tests.support.sctplab import SctpLab, pod_ip
+from tests.support.waiting import wait_for
 
 Join = Callable[..., tuple[Association, Association]]
 
@@ -165,7 +165,7 @@ def test_end_while_proxyd_connects_to_an_endpoint_that_is_silent(sctp: SctpLab, 
     service = sctp.service(("10.244.0.200", 4000))  # nobody has this address
     with service.connect() as client:
         client.send(Message(b"lost"))
-        wait_for(service.connections, "the association", 60)
+        wait_for(service.connections, "the association")
         ENDS[how](client)
         service.wait_ended()
     service.remove()
@@ -185,11 +185,11 @@ def test_removed_endpoint_keeps_its_associations_and_a_removed_service_lets_them
         service = sctp.service(first)
         with service.connect() as client, first.accept() as accepted:
             service.write(second)
-            wait_for(lambda: _reaches(service.connect, second), "the new endpoint", 60)
+            wait_for(lambda: _reaches(service.connect, second), "the new endpoint")
             client.send(Message(b"still"))
             assert accepted.receive() == Message(b"still")
             service.remove()
-            wait_for(lambda: not service.listeners(), "the listener closed", 60)
+            wait_for(lambda: not service.listeners(), "the listener closed")
             # By the kernel, or by the guard of the VIP.
             with pytest.raises(OSError, match=r"refused|not available"):
                 service.connect()
@@ -206,7 +206,6 @@ def _reaches(connect: Callable[[], Association], server: Server) -> bool:
         return server.waiting(0.5)
 
 
-@pytest.mark.timeout(240)
 def test_slow_receiver_stops_its_sender_and_nobody_else(sctp: SctpLab) -> None:
     sent = [Message(number.to_bytes(4, "big") * (16 * KIB), number % 10) for number in range(512)]  # 32 MiB
     total = sum(len(message.data) for message in sent)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.support import sctp_probe
-from tests.support.clients import wait_for
 from tests.support.daemon import Proxyd
 from tests.support.manifests import service as service_manifest
 from tests.support.manifests import write
 from tests.support.netlab import Namespace
 from tests.support.sctp_probe import Echo, End, Message, Server, Streams
 from tests.support.sctplab import PORT, SctpLab, one_after_the_other, pod_ip
+from tests.support.waiting import wait_for
 
 AT_ONCE = 500
 ONE_BY_ONE = 1500

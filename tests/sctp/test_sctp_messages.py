@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.clients import wait_for
 from tests.support.sctp_probe import Association, End, Message, Streams
 from tests.support.sctplab import SctpLab, Server, pod_ip
+from tests.support.waiting import wait_for
 
 Join = Callable[..., tuple[Association, Association]]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import wait_for
 from tests.support.netlab import NODE_IP, NODE_IP6, OUTSIDE_IP, OUTSIDE_IP6
 from tests.support.sctp_probe import Association, End, Message, Server
 from tests.support.sctplab import CLIENT_IP, CLIENT_IP_2, NODE_IP_2, PORT, SctpLab, pod_ip, second_ip
+from tests.support.waiting import wait_for
 
 COUNT = 600
 # Lost paths are noticed soon, and heartbeats come often: milliseconds, and failures until another path is taken. Too often
@@ -83,7 +83,6 @@ def talk(client: Association, server: Association, midway: Callable[[], None]) -
     assert len(arrived) == 2
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("first", ["cbr0", "cbr1"])
 def test_client_with_two_paths_to_a_service_loses_nothing_when_one_is_cut(
     sctp: SctpLab, cut: Callable[[str], None], first: str
@@ -102,7 +101,6 @@ def test_client_with_two_paths_to_a_service_loses_nothing_when_one_is_cut(
         service.remove()
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("first", ["cbr0", "cbr1"])
 def test_endpoint_with_two_paths_loses_nothing_when_one_is_cut(
     sctp: SctpLab, cut: Callable[[str], None], first: str

@@ -12,9 +12,9 @@ from typing import Self
 
 import pytest
 
-from tests.support.clients import wait_for
 from tests.support.sctp_probe import Association, Echo, End, Message, Server
 from tests.support.sctplab import CLIENT_IP, CLIENT_IP_2, NODE_IP_2, PORT, SctpLab, Service, pod_ip
+from tests.support.waiting import wait_for
 
 ADDRESSES = {"proxyd.io/sctp-addresses": NODE_IP_2}
 PATHS = [CLIENT_IP, CLIENT_IP_2]
@@ -60,7 +60,7 @@ class Knocking:
     def wait_more(self) -> None:
         """Wait until each of both addresses has been tried once more, from here on."""
         begun = self._served
-        wait_for(lambda: self._served >= begun + 3, "more clients", 60)
+        wait_for(lambda: self._served >= begun + 3, "more clients")
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -99,10 +99,9 @@ def test_upgrade_keeps_every_address_and_every_association(sctp: SctpLab) -> Non
             with service.connect(source=PATHS) as client:
                 assert client.peers() == {service.vip}
             assert echoes(kept, b"still")
-        wait_for(lambda: not os.path.exists(f"/proc/{before}"), "the end of the worker of before", 60)  # noqa: PTH110 a process
+        wait_for(lambda: not os.path.exists(f"/proc/{before}"), "the end of the worker of before")  # noqa: PTH110 a process
 
 
-@pytest.mark.timeout(240)
 def test_who_comes_while_there_is_no_worker_waits_for_the_next(sctp: SctpLab) -> None:
     with multi_homed(sctp) as (service, _):
         worker = sctp.worker()

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import sctp_probe
-from tests.support.clients import wait_for
 from tests.support.netlab import EXTERNAL_IP, NODE_IP
 from tests.support.sctp_probe import Association, End, Message, Server
 from tests.support.sctplab import CLIENT_IP, PORT, SctpLab, Service, pod_ip, pod_ip6
+from tests.support.waiting import wait_for
 
 REFUSED = "refused|not available"  # by the kernel, or by the guard of the VIP
 DEAD = "10.244.0.200"  # nobody has it: INITs are not answered

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from tests.support import sctp_probe
-from tests.support.clients import wait_for
 from tests.support.netlab import Namespace
 from tests.support.sctp_probe import Server
 from tests.support.sctplab import CLIENT_IP, PORT, SctpLab, pod_ip
+from tests.support.waiting import wait_for
 
 SERVER_PORT = 3868
 
@@ -66,7 +66,6 @@ def test_sctp_darn_talks_to_sctp_darn(sctp: SctpLab) -> None:
         service.remove()
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("case", "streams"), [("3", "17"), ("4", "1")])
 def test_sctp_test_sends_its_sequences_of_sizes(sctp: SctpLab, case: str, streams: str) -> None:
     # The server is our own probe, which sees each message; it answers with the size that it got.

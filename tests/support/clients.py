@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,11 +15,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tests.support.netlab import Namespace
+from tests.support.waiting import wait_for
 
 T = TypeVar("T")
-
-# Deadlines are this many times longer, for machines that are emulated.
-PATIENCE = float(os.environ.get("PROXYD_TEST_PATIENCE", "1"))
 
 _keys = itertools.count(1)
 
@@ -130,21 +126,6 @@ def records(path: Path, count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines_of(path)[:count]]
 
 
-def wait_for(condition: Callable[[], T | None], what: str, timeout: float = 20, pause: float = 0.01) -> T:
-    """What `condition` gives, as soon as it is true.
-
-    Raises:
-        AssertionError: not within `timeout` seconds, times PATIENCE.
-    """
-    deadline = time.monotonic() + timeout * PATIENCE
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(pause)
-
-
 @dataclass
 class Outcome:
     """What became of the connections of a load: who answered how fast, and what failed."""
@@ -213,10 +194,10 @@ class Load:
         while not self._stop.is_set():
             one(self.outcome, *self._target)
 
-    def wait_more(self, count: int, timeout: float = 20) -> None:
+    def wait_more(self, count: int) -> None:
         """Wait until `count` more connections have been answered."""
         goal = self.outcome.total + count
-        wait_for(lambda: self.outcome.total >= goal, f"{count} more answers under load", timeout)
+        wait_for(lambda: self.outcome.total >= goal, f"{count} more answers under load")
 
     def __enter__(self) -> Self:
         for thread in self._threads:

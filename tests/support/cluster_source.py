@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from proxyd.api.problems import Problem
 from proxyd.sources.cluster import ClusterSource, ClusterState, Tuning, load_access
 from tests.support.api_server import ApiServer, kubeconfig
 from tests.support.api_store import slice_body
+from tests.support.waiting import DEADLINE, eventually
 
 RECORDINGS = Path(__file__).parent.parent / "cluster" / "recordings"
 QUICK = Tuning(
@@ -41,12 +42,6 @@ def service(name: str, **spec: Any) -> dict[str, Any]:
 
 def endpoints(name: str, *ips: str) -> dict[str, Any]:
     return slice_body("default", name, ips)
-
-
-async def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  what is waited for has no event of its own
-            await asyncio.sleep(0.005)
 
 
 class Follower:
@@ -82,10 +77,10 @@ class Follower:
     async def settled(self) -> None:
         """All watches are open, and have been for so long that a cut of one is nothing to speak of."""
         watchers = self.source._watchers
-        await wait_for(lambda: not any(watcher._backoff.failures for watcher in watchers))
+        await eventually(lambda: not any(watcher._backoff.failures for watcher in watchers))
 
     async def sync(self) -> None:
-        await wait_for(lambda: self.states)
+        await eventually(lambda: self.states)
 
 
 @asynccontextmanager
@@ -114,7 +109,7 @@ async def follow(
 
 
 def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=DEADLINE)
 
 
 def make_ca(folder: Path, name: str = "ca") -> None:

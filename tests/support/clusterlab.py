@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.clients import ask, wait_for
+from tests.support.clients import ask
 from tests.support.daemon import REPOSITORY, Proxyd
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
+from tests.support.waiting import DEADLINE, wait_for
 
 Body = dict[str, Any]
 
@@ -117,10 +118,10 @@ class Cluster:
     def _request(self, method: str, path: str, body: Body | None) -> tuple[int, bytes]:
         headers = {"Content-Type": "application/json"}
         if self._pki is None:
-            connection = http.client.HTTPConnection("127.0.0.1", API_PORT, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", API_PORT, timeout=DEADLINE)
         else:
             tls = ssl.create_default_context(cafile=self._pki / "ca.crt")
-            connection = http.client.HTTPSConnection(NODE_IP, API_PORT, timeout=10, context=tls)
+            connection = http.client.HTTPSConnection(NODE_IP, API_PORT, timeout=DEADLINE, context=tls)
             headers["Authorization"] = f"Bearer {(self._pki / 'token').read_text().strip()}"
         try:
             connection.request(method, path, None if body is None else json.dumps(body), headers)
@@ -247,6 +248,6 @@ def wait_who(place: Namespace, ip: str, expected: set[str], port: int = 80) -> N
     seen: set[str] = set()
     try:
         # After an outage the pause before the next try may be half a minute.
-        wait_for(reached, "", 60)
+        wait_for(reached, "")
     except AssertionError:
         raise AssertionError(f"{ip}:{port} from {place.name}: {seen}, not {expected}") from None

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.clients import wait_for
 from tests.support.netlab import Namespace
+from tests.support.waiting import DEADLINE, wait_for
 
 REPOSITORY = Path(__file__).parent.parent.parent
 # Another build of the program can be tested by naming its command here.
@@ -55,7 +55,7 @@ class _Connection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("proxyd", timeout=10)
+        super().__init__("proxyd", timeout=DEADLINE)
         self._path = path
 
     def connect(self) -> None:
@@ -134,7 +134,7 @@ class Proxyd:
                 and all(each["state"] == "ready" for each in status["workers"])
             )
 
-        wait_for(answered, "an answer on the admin socket, and ready workers", 60, pause=0.02)
+        wait_for(answered, "an answer on the admin socket, and ready workers")
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -151,11 +151,11 @@ class Proxyd:
         """Send a signal to the control process."""
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 40) -> int:
+    def wait(self, timeout: float = DEADLINE) -> int:
         """Wait for its end; its exit code, negative for a signal."""
         return self.process.wait(timeout)
 
-    def stop(self, timeout: float = 40) -> int:
+    def stop(self, timeout: float = DEADLINE) -> int:
         """SIGTERM, and its exit code."""
         self.signal(signal.SIGTERM)
         return self.wait(timeout)
@@ -192,7 +192,7 @@ class Proxyd:
 
     # Questions
 
-    def cli(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def cli(self, *words: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
         """Run another command of the program against this daemon."""
         return subprocess.run(
             [*COMMAND, *words, "--admin-socket", str(self.socket)],
@@ -265,7 +265,7 @@ class Proxyd:
             return found if found and found.state == state else None
 
         try:
-            return wait_for(reached, f"{ip}:{port} {state}", 30, pause=0.02)
+            return wait_for(reached, f"{ip}:{port} {state}")
         except AssertionError as error:
             listing = "\n".join(str(each) for each in self.listeners())
             raise AssertionError(f"{error}\n{listing}\n{self.log()}") from None
@@ -277,7 +277,7 @@ class Proxyd:
             found = self.listeners()
             return (found,) if condition(found) else None
 
-        return wait_for(reached, what, 30, pause=0.02)[0]
+        return wait_for(reached, what)[0]
 
     def vip(self, service: str) -> str:
         """The clusterIP that a Service (`namespace/name`) was given, once it is served."""
@@ -288,7 +288,7 @@ class Proxyd:
                     return str(next(iter(entry["clusterIps"]), ""))
             return ""
 
-        return wait_for(given, f"a clusterIP for {service}", 30, pause=0.02)
+        return wait_for(given, f"a clusterIP for {service}")
 
 
 def resident_kib(pid: int) -> int:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
-from tests.support.clients import wait_for
 from tests.support.manifests import Document
 from tests.support.netlab import Namespace, pod_ip, pod_ip6
+from tests.support.waiting import wait_for
 
 VIP = "10.96.0.53"
 VIP6 = "fd00:96::53"

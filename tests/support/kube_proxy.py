@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from tests.support.clients import connect, wait_for
+from tests.support.clients import connect
 from tests.support.daemon import REPOSITORY, command_line, is_alive
 from tests.support.netlab import Namespace
+from tests.support.waiting import DEADLINE, wait_for
 
 # As pip writes it for the console script.
 _PROGRAM = f"#!{sys.executable}\nimport sys\nfrom proxyd.cli.entry import main\nsys.exit(main())\n"
@@ -42,7 +43,7 @@ servers[0].serve_forever()
 
 def get(node: Namespace, port: int, path: str) -> tuple[int, str] | None:
     """Status and body of a GET from the node's loopback address; None where nobody answers."""
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
     try:
         client.sock = connect(node, "127.0.0.1", port)
         client.request("GET", path)
@@ -106,7 +107,7 @@ class KubeProxy:
         return get(self.node, port, path)
 
     def wait_healthy(self, port: int = 10256) -> None:
-        wait_for(lambda: (self.ask(port, "/healthz") or (0,))[0] == 200, "health", 60, pause=0.05)
+        wait_for(lambda: (self.ask(port, "/healthz") or (0,))[0] == 200, "health")
 
     def __enter__(self) -> Self:
         return self.start()

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Self
 
-from tests.support.clients import PATIENCE
 from tests.support.netlab import Namespace
+from tests.support.waiting import PATIENCE
 
 SCTP = 132  # the protocol, and the level of its options
 INITMSG, NODELAY, PEER_ADDR_PARAMS, EVENTS, STATUS, RECVRCVINFO = 2, 3, 9, 11, 14, 32

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support import sctp_probe
-from tests.support.clients import wait_for
 from tests.support.daemon import Proxyd, resident_kib
 from tests.support.manifests import Document, write
 from tests.support.netlab import Lab, Namespace, pod_ip, pod_ip6
 from tests.support.sctp_probe import Association, Echo, Message, Server
+from tests.support.waiting import wait_for
 
 PORT = 3868
 CLIENT_IP, CLIENT_IP_2 = "10.244.0.100", "10.245.0.100"
@@ -189,7 +189,7 @@ class Service:
 
     def wait_ended(self) -> None:
         """Wait until proxyd has no association of it any more."""
-        wait_for(lambda: not self.connections(), f"no association of {self.name}", 60)
+        wait_for(lambda: not self.connections(), f"no association of {self.name}")
 
     def records(self) -> list[dict[str, Any]]:
         """Its lines of the access log."""
@@ -205,7 +205,7 @@ class Service:
             found = [entry for entry in self.records() if condition(entry)]
             return found if len(found) >= count else None
 
-        return wait_for(reached, f"{count} lines of the access log", 60)
+        return wait_for(reached, f"{count} lines of the access log")
 
 
 __all__ = [

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from tests.support.clients import wait_for
+from tests.support.waiting import NotInTime, wait_for
 
 
 class Manager:
@@ -31,7 +31,7 @@ class Manager:
                 self.seen.append((time.monotonic(), dict(line.split("=", 1) for line in lines)))
         return [message for _, message in self.seen]
 
-    def wait(self, name: str, value: str, timeout: float = 20, count: int = 1) -> dict[str, str]:
+    def wait(self, name: str, value: str, count: int = 1) -> dict[str, str]:
         """Wait for the message in which a variable has a value, for the count-th time."""
 
         def came() -> dict[str, str] | None:
@@ -39,9 +39,10 @@ class Manager:
             return found[count - 1] if len(found) >= count else None
 
         try:
-            return wait_for(came, f"{name}={value}", timeout, pause=0.005)
-        except AssertionError as error:
-            raise AssertionError(f"{error}; came: {self.seen}") from None
+            return wait_for(came, f"{name}={value}")
+        except NotInTime as error:
+            error.add_note(f"came: {self.seen}")
+            raise
 
     def fed(self) -> int:
         """How often the watchdog was fed."""

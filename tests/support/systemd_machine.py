@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from tests.support.clients import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -118,7 +118,7 @@ class Machine:
         self._backend: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        wait_for(self._booted, "systemd to answer", 60, pause=0.05)
+        wait_for(self._booted, "systemd to answer")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,8 +143,6 @@ class Machine:
                 == 0
             ),
             "the cgroup to be empty",
-            30,
-            pause=0.1,
         )
 
     @property
@@ -157,7 +155,7 @@ class Machine:
         log = self.shared / "log"
         return log.read_text() if log.exists() else ""
 
-    def run(self, *words: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
         """Run a command in the machine, as root."""
         (init,) = self._children()
         return subprocess.run(
@@ -166,7 +164,7 @@ class Machine:
             capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def ok(self, *words: str, timeout: float = 30) -> str:
+    def ok(self, *words: str, timeout: float = DEADLINE) -> str:
         """The output of a command that must succeed."""
         done = self.run(*words, timeout=timeout)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
@@ -201,7 +199,7 @@ class Machine:
         (init,) = self._children()
         done = subprocess.run(
             ["nsenter", f"--target={init}", "--net", sys.executable, "-c", script],
-            capture_output=True, text=True, check=False, timeout=20,
+            capture_output=True, text=True, check=False, timeout=DEADLINE,
         )  # fmt: skip
         return done.stdout
 

@@ -12,7 +12,8 @@ from proxyd.api.service import Protocol, TrafficPolicy
 from proxyd.host.sockets import open_listener
 from proxyd.relay.ipc.messages import BalancerConfig, CloseListener, ListenerConfig
 from proxyd.state.spec import BalancerKey, ListenerKey, ListenerSpec, Role, ServicePortName
-from tests.support.worker import DEADLINE, WorkerDriver
+from tests.support.waiting import DEADLINE
+from tests.support.worker import WorkerDriver
 
 Answer = Callable[[bytes], Sequence[bytes]]
 

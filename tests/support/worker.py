@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import select
 import socket
 import struct
 import subprocess
@@ -34,18 +33,10 @@ from proxyd.relay.ipc.messages import (
     Trouble,
 )
 from tests.support.pod_servers import stream, stream_digest
+from tests.support.waiting import DEADLINE, NotInTime, source_of, wait_for
 
-DEADLINE = 30.0
 MIB = 1 << 20
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-
-
-def wait_for(what: Callable[[], object], seconds: float = DEADLINE) -> None:
-    """Wait until `what()` is true."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def listen(backlog: int = 1024, host: str = "127.0.0.1") -> socket.socket:
@@ -254,16 +245,18 @@ class WorkerDriver:
                     for text, count in counts.items():
                         self.trouble[text] = self.trouble.get(text, 0) + count
 
-    def wait(self, what: Callable[[], object], seconds: float = DEADLINE) -> None:
-        """Wait until `what()` is true, listening to the worker."""
-        end = time.monotonic() + seconds
-        while True:
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Wait until `condition()` is true, listening to the worker."""
+
+        def asked() -> object:
             self.pump()
-            if what():
-                return
-            left = end - time.monotonic()
-            assert left > 0, f"it did not happen in time; trouble: {self.trouble}"
-            select.select([self.channel.fileno()], [], [], min(left, 0.02))
+            return condition()
+
+        try:
+            wait_for(asked, source_of(condition))
+        except NotInTime as error:
+            error.add_note(f"trouble: {self.trouble}")
+            raise
 
     def apply(self, *, descriptors: Sequence[int] = (), acknowledge: bool = True, **parts: object) -> None:
         """Send an update of one part; wait until it is in force."""

@@ -16,6 +16,7 @@ import pytest
 from proxyd.control.runtime import logs
 from proxyd.control.runtime.accesslog import AccessLog, as_json, readable
 from proxyd.relay.ipc.messages import Connection
+from tests.support.waiting import wait_for
 
 # No call may take longer, whatever the file does; the machine may be busy.
 AT_ONCE = 10.0
@@ -35,13 +36,6 @@ def record(number: int = 0, **fields: object) -> Connection:
         "finished": 1700000000.5,
     }
     return Connection(**{**given, **fields})
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it does not happen"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager
