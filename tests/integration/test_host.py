@@ -26,7 +26,6 @@ from proxyd.host.steering import Steering
 from proxyd.state.snapshot import NodeAddress
 from proxyd.state.spec import ListenerSpec
 from proxyd.state.spec import Steering as Action
-from tests.support.clients import wait_for
 from tests.support.host import REFUSED, SILENCE, UNREACHABLE, Naming, daemon_socket, key, question, spec
 from tests.support.netlab import (
     CLIENT_POD_IP,
@@ -39,6 +38,7 @@ from tests.support.netlab import (
     Namespace,
     routes_and_rules,
 )
+from tests.support.waiting import wait_for
 
 VIP, VIP6 = "10.96.0.10", "fd96::10"
 VIPS = (VIP, VIP6)
@@ -73,6 +73,8 @@ def town() -> Iterator[Lab]:
             f"addr add fd01::2/64 dev eth0 nodad\naddr add {EXTERNAL_IP6}/128 dev lo nodad\n"
             "route add default via fd01::1"
         )
+        lab.node.settle()
+        lab.far.settle()
         yield lab
 
 
@@ -268,7 +270,7 @@ def test_a_port_in_use_names_the_process(space: Namespace, protocol: str, held: 
             return re.match(rf"in use by .+ \(pid {os.getpid()}\): ", str(failed.value)) is not None
 
         # The search is bounded in time, so on a busy machine it may take more than one attempt, as in the daemon.
-        wait_for(named, "the process is named", timeout=60, pause=0.5)
+        wait_for(named, "the process is named")
     assert failures[-1].retryable
     opened(space, spec(VIP, 8000, protocol)).close()
 

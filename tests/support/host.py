@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import select
 import selectors
 import socket
 import threading
@@ -16,6 +18,8 @@ from tests.support.netlab import Namespace
 REFUSED = "refused"
 UNREACHABLE = "unreachable"
 SILENCE = "silence"
+# In struct tcp_info of linux/tcp.h.
+_RETRANSMITS = 2
 
 
 def key(ip: str, port: int, protocol: str = "TCP") -> ListenerKey:
@@ -87,6 +91,24 @@ class Naming:
         self._selector.close()
 
 
+def _connect(client: socket.socket, address: tuple[str, int]) -> None:
+    """Connect.
+
+    Raises:
+        TimeoutError: the SYN had to be sent again.
+        OSError: as connect(2) says.
+    """
+    client.setblocking(False)
+    error = client.connect_ex(address)
+    while error == errno.EINPROGRESS:
+        if select.select([], [client], [], 0.01)[1]:
+            error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        elif client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[_RETRANSMITS]:
+            raise TimeoutError
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
 def question(
     namespace: Namespace,
     ip: str,
@@ -98,16 +120,17 @@ def question(
 ) -> str:
     """The answer of a Naming server, or REFUSED, UNREACHABLE, SILENCE.
 
-    A refusal of a connection has to come at once: one that took 0.9 s (the first SYN was lost) counts as SILENCE. Without
-    `connected` a UDP client uses sendto, as some resolvers do.
+    What answers a connection has to answer its first SYN: where that is sent again it is SILENCE, though an answer may
+    come later. Without `connected` a UDP client uses sendto, as some resolvers do.
     """
     kind = socket.SOCK_DGRAM if protocol == "UDP" else socket.SOCK_STREAM
     with namespace.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind) as client:
-        client.settimeout(0.9)
         try:
             if source:
                 client.bind((source, 0))
-            if connected:
+            if protocol == "TCP":
+                _connect(client, (ip, port))
+            elif connected:
                 client.connect((ip, port))
             client.settimeout(10)  # the server is a thread of this process
             if protocol == "UDP" and connected:

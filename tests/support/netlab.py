@@ -18,13 +18,13 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from tests.support.pod_servers import PodServers
+from tests.support.waiting import DEADLINE, wait_for
 
 T = TypeVar("T")
 Socket = socket.socket  # within Namespace, `socket` is its method
@@ -107,7 +107,7 @@ class Namespace:
         """Run a function in this namespace and return what it returns. Calls do not overlap: keep them short."""
         return self._thread.submit(function, *args, **kwargs).result()
 
-    def run(self, *argv: str, stdin: str | None = None, timeout: float = 30) -> str:
+    def run(self, *argv: str, stdin: str | None = None, timeout: float = DEADLINE) -> str:
         """Run a command in this namespace; its standard output.
 
         Raises:
@@ -131,6 +131,33 @@ class Namespace:
         """Set sysctls of this namespace; `net__ipv4__ip_forward="1"` is net/ipv4/ip_forward."""
         for key, value in values.items():
             self.call(Path("/proc/sys", *key.split("__")).write_text, value)
+
+    def settle(self) -> None:
+        """Wait until every link is up with its own IPv6 address, and the kernel answers who asks for any of its addresses.
+
+        All that comes a moment after an address or a link is made, later on a busy machine. Before that what tests compare
+        would change under them, and a first packet by IPv6 would wait a second for the neighbour that was asked too early.
+        """
+        wait_for(self._settled, f"the links of {self.name}")
+
+    def _settled(self) -> bool:
+        links = [line for line in self.run("ip", "-o", "link").splitlines() if ": lo: " not in line]
+        if not all("LOWER_UP" in line for line in links):
+            return False
+        if not Path("/proc/net/if_inet6").exists():
+            return True
+        # Address, index, prefix length, scope, flags, link; index, link, group, ...
+        rows = [line.split() for line in self.read("/proc/thread-self/net/if_inet6").splitlines()]
+        addresses = [(link, ip) for ip, *_, link in rows if link != "lo"]
+        joined = {tuple(line.split()[1:3]) for line in self.read("/proc/thread-self/net/igmp6").splitlines()}
+        own = {link for link, ip in addresses if ip.startswith("fe80")}
+        # An address is asked for by the group that its last three bytes name (RFC 4291, 2.7.1).
+        answering = all((link, f"ff0200000000000000000001ff{ip[-6:]}") in joined for link, ip in addresses)
+        return len(own) == len(links) and answering
+
+    def read(self, path: str) -> str:
+        """What a file of this namespace says, such as one of /proc/thread-self/net."""
+        return self.call(Path(path).read_text)
 
     def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> Socket:
         """A new socket that belongs to this namespace."""
@@ -219,28 +246,14 @@ class Lab:
         for namespace in (self.node, self.client, self.outside):
             namespace.sysctl(net__ipv4__ip_local_port_range="10000\t29999", net__ipv4__tcp_tw_reuse="1")
 
-        self._settle()
+        for namespace in (self.node, self.outside, self.far, self.client, *self.pods):
+            namespace.settle()
         self.servers = self._cleanup.enter_context(PodServers())
         for pod in self.pods:
             self.servers.add(pod.name, pod.listen("::", POD_PORT))
         for port in (POD_PORT, 80, 8080):
             self.servers.add("far", self.far.listen("::", port))
         self.servers.start()
-
-    def _settle(self) -> None:
-        """Wait until the kernel has found every link of the node up, and it has its own IPv6 addresses.
-
-        Both come a moment after a link is made; what tests compare would change under them.
-        """
-        deadline = time.monotonic() + 30
-        while True:
-            links = [line for line in self.node.run("ip", "-o", "link").splitlines() if ": lo: " not in line]
-            addresses = self.node.run("ip", "-o", "-6", "addr", "show", "scope", "link").splitlines()
-            up = all("LOWER_UP" in line for line in links)
-            if up and "tentative" not in str(addresses) and len(addresses) in {0, len(links)}:
-                return
-            assert time.monotonic() < deadline, f"links do not come up: {links} {addresses}"
-            time.sleep(0.01)
 
     def _namespace(self, name: str) -> Namespace:
         return self._cleanup.enter_context(Namespace(name))
