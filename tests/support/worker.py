@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import socket
@@ -32,7 +33,7 @@ from proxyd.relay.ipc.messages import (
     Shutdown,
     Trouble,
 )
-from tests.support.pod_servers import stream, stream_digest
+from tests.support.pod_servers import BLOCK, stream, stream_digest
 from tests.support.waiting import DEADLINE, NotInTime, source_of, wait_for
 
 MIB = 1 << 20
@@ -82,8 +83,10 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def blocks(seed: int, count: int) -> Iterator[bytes]:
-    """`count` MiB that only this seed gives."""
-    return stream(seed, count * MIB)
+    """`count` blocks of a MiB that only this seed gives."""
+    parts = stream(seed, count * MIB)
+    while block := b"".join(itertools.islice(parts, MIB // BLOCK)):
+        yield block
 
 
 def digest_of(seed: int, count: int) -> tuple[int, str]:
