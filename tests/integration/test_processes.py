@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
-import struct
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -19,6 +16,7 @@ from tests.support.clients import Load, answers, ask, connect, lines_of, many, r
 from tests.support.daemon import Proxyd, is_alive
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import EXTERNAL_IP, NODE_IP, OUTSIDE_IP, Lab, routes_and_rules
+from tests.support.opens import Opens
 from tests.support.sockets import client_ports, held_by
 from tests.support.waiting import wait_for
 
@@ -40,32 +38,6 @@ def write_web(manifests: Path) -> None:
 def wait_serving(daemon: Proxyd) -> None:
     for ip, port in ((VIP, 80), (NODE_IP, 30080), (EXTERNAL_IP, 80)):
         daemon.wait_listener(ip, port)
-
-
-class Opens:
-    """The files of a folder that anybody has opened since this was made, by inotify."""
-
-    def __init__(self, folder: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        assert libc.inotify_add_watch(self._descriptor, os.fsencode(folder), 0x20) >= 0  # IN_OPEN
-        self._names: set[str] = set()
-
-    def names(self) -> set[str]:
-        """Their names so far."""
-        with suppress(BlockingIOError):
-            while data := os.read(self._descriptor, 1 << 16):
-                while data:
-                    length = struct.unpack_from("iIII", data)[3]
-                    self._names.add(data[16 : 16 + length].rstrip(b"\0").decode())
-                    data = data[16 + length :]
-        return self._names
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
 
 
 def test_killing_a_worker_breaks_only_its_relays(lab: Lab, manifests: Path, proxyd: Run) -> None:
@@ -259,15 +231,16 @@ def test_a_signal_while_manifests_are_first_read_ends_the_program_there(
         )
         (manifests / f"{file:02}.yaml").write_text(text)
     daemon = Proxyd(lab.node, folder, manifests)
+    opened: set[str] = set()
     with Opens(manifests) as opens:
         daemon.start(wait=False)
         try:
-            wait_for(lambda: "01.yaml" in opens.names(), "the second file to be opened", 60)
+            wait_for(lambda: opened.update(opens.take()) or "01.yaml" in opened, "a file to be opened", 60)
             daemon.signal(number)
             assert daemon.wait() == code
         finally:
             daemon.__exit__()
-        assert "59.yaml" not in opens.names()
+        assert "59.yaml" not in {*opened, *opens.take()}
     assert "Traceback" not in daemon.log()
     assert not daemon.socket.exists()
 

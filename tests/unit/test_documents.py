@@ -112,7 +112,7 @@ def test_keys_of_other_types_become_their_text() -> None:
     ]
     (document,) = read_documents(b"9000: {a: 1}\n")
     assert isinstance(document, Document)
-    assert document.position(("9000", "a")) == (1, 11)
+    assert document.positions([("9000", "a")]) == [(1, 11)]
 
 
 REFUSED: list[tuple[str, str]] = [
@@ -185,7 +185,7 @@ def test_encodings_and_line_ends(encoding: str, newline: str) -> None:
     assert (read[1].line, read[1].column) == (7, 1)
     assert isinstance(read[2], Document)
     assert read[2].value == {"d": 1}
-    assert read[2].position(("d",)) == (9, 4)
+    assert read[2].positions([("d",)]) == [(9, 4)]
 
 
 NOTHING = [
@@ -280,7 +280,7 @@ def test_depth_is_bounded(text: str) -> None:
 def test_a_hundred_levels_are_read_and_located() -> None:
     (document,) = read_documents(("[" * 100 + "x" + "]" * 100).encode())
     assert isinstance(document, Document)
-    assert document.position((0,) * 100) == (1, 101)
+    assert document.positions([(0,) * 100]) == [(1, 101)]
 
 
 POSITIONED = """\
@@ -322,9 +322,9 @@ merged:
 def test_position_in_yaml(path: tuple[str | int, ...], position: tuple[int, int]) -> None:
     first, second = read_documents(("a: 1\n---\n" + POSITIONED).encode())
     assert isinstance(first, Document)
-    assert first.position(("a",)) == (1, 4)
+    assert first.positions([("a",)]) == [(1, 4)]
     assert isinstance(second, Document)
-    assert second.position(path) == position
+    assert second.positions([path]) == [position]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_position_in_json(path: tuple[str | int, ...], position: tuple[int, int]
   "last" : null}"""
     _, document = read_documents(text.encode(), is_json=True)
     assert isinstance(document, Document)
-    assert document.position(path) == position
+    assert document.positions([path]) == [position]
 
 
 def test_tabs_and_long_keys_in_json_named_yaml() -> None:

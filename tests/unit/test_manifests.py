@@ -14,6 +14,7 @@ import pytest
 from proxyd.api.decode import Rules
 from proxyd.api.meta import ObjectName
 from proxyd.sources.manifests.source import ManifestSet, ManifestSource
+from tests.support.opens import Opens
 
 RULES = Rules(service_cidrs=("10.96.0.0/16",))
 
@@ -130,16 +131,18 @@ class TestReadingAgain:
             (site.root / f"{n}.yaml").write_text(service(f"s{n}"))
         site.scan()
         deadline = time.monotonic() + 60
-        while True:  # until no file is so young that it might change under the same stamp
-            read = site.source.files_read
-            first = site.scan()
-            if site.source.files_read == read:
-                break
-            assert time.monotonic() < deadline
-        assert site.scan() is first
-        site.write("77.yaml", service("s77", 81))
-        found = site.scan()
-        assert site.source.files_read == read + 1
+        with Opens(site.root) as opens:
+            while True:  # until no file is so young that it might change under the same stamp
+                opens.take()
+                first = site.scan()
+                if not opens.take():
+                    break
+                assert time.monotonic() < deadline
+            assert site.scan() is first
+            site.write("77.yaml", service("s77", 81))
+            opens.take()
+            found = site.scan()
+            assert opens.take() == ["77.yaml"]
         assert found is not first
         assert ports(found)["s77"] == 81
         assert len(found.services) == 5000

@@ -1,1 +1,1 @@
-"""Objects from files: finding, reading, watching and merging manifests."""
+"""Manifests on disk: finding, reading, watching and merging their files."""

@@ -1,6 +1,6 @@
-"""Which files and folders `--manifests PATH` stands for at this moment: names and stamps, without reading a file."""
+"""Lists the files and folders that `--manifests PATH` stands for, with their stamps, and reads no file."""
 
-# Thousands of names a scan: strings and os.path cost a tenth of pathlib, which also folds `a/..` away.
+# A scan handles thousands of names: pathlib takes ten times as long as os.path, and folds `a/..` away.
 # ruff: noqa: PTH116
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import msgspec
 
 SUFFIXES = (".yaml", ".yml", ".json")
-MAX_FILES = 100_000  # in all paths together; what comes after is not read, and said once
+MAX_FILES = 100_000  # in all paths together; further ones are not read, which is one problem
 MAX_FOLDERS = 20_000
 
 
 class Stamp(NamedTuple):
-    """What changes when a file's content does."""
+    """Figures of a file of which at least one changes when its content does."""
 
     device: int
     inode: int
@@ -28,12 +28,12 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, info: os.stat_result) -> Stamp:
-        """The stamp in a stat result."""
+        """The stamp of the file that a stat result is about."""
         return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
 class FileEntry(NamedTuple):
-    """One manifest file: its name as the user would write it, and its stamp."""
+    """A manifest file: its path as the user would write it, and its stamp."""
 
     path: str
     stamp: Stamp
@@ -49,9 +49,14 @@ class Complaint(NamedTuple):
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
     """What there is below the configured paths.
 
-    `files` is in order of path; a file that has two names is listed under the first. `unreadable` are paths (of a file,
-    folder or root) of which nothing can be said: what they defined before is neither confirmed nor gone.
-    `folders` are the real paths of the folders that are part of the tree, `shown` how the names of files in them begin.
+    Attributes:
+        files: in order of path. A file with two names is listed under the first one.
+        unreadable: files, folders and configured paths that cannot be read: whether what they defined before
+            is still there is not known.
+        remarks: what else the user should know of a path.
+        folders: the folders of the tree, by real path.
+        shown: how paths of files in a folder begin, by the folder's real path.
+        links: the visible symbolic links in the tree.
     """
 
     files: tuple[FileEntry, ...] = ()
@@ -59,7 +64,7 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
     remarks: tuple[Complaint, ...] = ()
     folders: Mapping[str, Stamp] = {}
     shown: Mapping[str, str] = {}
-    links: tuple[str, ...] = ()  # visible symbolic links in the tree
+    links: tuple[str, ...] = ()
 
 
 def display(path: str) -> str:
@@ -68,11 +73,11 @@ def display(path: str) -> str:
 
 
 def survey(paths: Sequence[str]) -> Survey:
-    """Lists the manifest files under `paths`.
+    """Lists the manifest files at and below `paths`.
 
-    A path that is a file is taken whatever its suffix; a folder is read recursively for `SUFFIXES`. Entries whose name
-    starts with a dot are skipped (so are the `..data` folders of a mounted ConfigMap: its files are found by their
-    visible names). Symbolic links are followed; each real folder is visited once.
+    A path that is a file is taken whatever its suffix; a folder is searched recursively for `SUFFIXES`.
+    Entries whose name starts with a dot are skipped, also the `..data` folders of a mounted ConfigMap, whose
+    files are found by their visible names. Symbolic links are followed. Each real folder is visited once.
     """
     return _Surveyor().run(paths)
 
@@ -87,7 +92,7 @@ class _Surveyor:
         self._links: list[str] = []
         self._visited: set[tuple[int, int]] = set()
         self._full = False
-        self._current = ""  # the configured path that is being read
+        self._current = ""  # the configured path that is being searched
 
     def run(self, paths: Sequence[str]) -> Survey:
         for path in dict.fromkeys(paths):
@@ -148,13 +153,13 @@ class _Surveyor:
             if link:
                 self._links.append(entry.path)
             elif not wanted and not entry.is_dir(follow_symlinks=False):
-                return  # most of what is not ours costs no stat
+                return  # without a stat: most entries that are no manifests end here
             info = entry.stat()
         except OSError as error:
             if wanted:
                 missing = isinstance(error, FileNotFoundError)
                 why = "the symbolic link leads nowhere" if missing else reason(error)
-                if not missing or link:  # else it was deleted meanwhile
+                if not missing or link:  # else it has been deleted meanwhile
                     self._unreadable.append(Complaint(entry.path, why))
             return
         if stat.S_ISDIR(info.st_mode):

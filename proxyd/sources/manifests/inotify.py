@@ -1,4 +1,4 @@
-"""inotify(7), by the three calls of the C library that it takes: no thread, and names of any bytes."""
+"""inotify(7), through the C library: without a thread, and for file names of any bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ CREATE = 0x100
 DELETE = 0x200
 DELETE_SELF = 0x400
 MOVE_SELF = 0x800
-UNMOUNT = 0x2000
 OVERFLOW = 0x4000  # events were lost
 IGNORED = 0x8000  # the watch has ended
 _ONLYDIR = 0x1000000
@@ -29,46 +28,46 @@ _BUFFER = 1 << 16
 
 
 class Event(NamedTuple):
-    """What happened to a name in a watched folder, or to the folder itself where `name` is ""."""
+    """What happened to an entry of a watched folder, or to the folder itself where `name` is ""."""
 
     folder: str
     name: str
     mask: int
-    cookie: int  # the same for the two ends of a rename
+    cookie: int  # equal for the two events of one rename
 
 
 class Inotify:
     """An inotify instance that watches folders.
 
     Raises:
-        OSError: EMFILE where the user has no instance left.
+        OSError: EMFILE if the user may have no more instances.
     """
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._fd = self._checked(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "")
-        self._folders: dict[int, str] = {}  # by watch number
+        self._folders: dict[int, str] = {}  # by watch descriptor
         self._numbers: dict[str, int] = {}
 
     def fileno(self) -> int:
-        """Its descriptor, readable where there are events."""
+        """The instance's descriptor; it is readable while there are events."""
         return self._fd
 
     def close(self) -> None:
-        """Stop watching."""
+        """Close the instance; more calls do nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def watch(self, folder: str) -> None:
-        """Watch the entries of a folder, from now on under this name.
+        """Watch the entries of a folder; events name it as it is named here.
 
         Raises:
-            OSError: ENOSPC where the user has no watch left; or the folder can't be read.
+            OSError: ENOSPC if the user may have no more watches; or the folder can't be read.
         """
         mask = _CHANGES | _ONLYDIR
         number = self._checked(self._libc.inotify_add_watch(self._fd, os.fsencode(folder), mask), folder)
-        # A folder that was moved keeps its number.
+        # A folder that was moved keeps its watch descriptor.
         earlier = self._folders.get(number)
         if earlier is not None and earlier != folder:
             self._numbers.pop(earlier, None)
@@ -76,7 +75,7 @@ class Inotify:
         self._numbers[folder] = number
 
     def unwatch(self, folder: str) -> None:
-        """Watch a folder no longer."""
+        """Stop watching a folder; one that is not watched is ignored."""
         number = self._numbers.pop(folder, None)
         if number is not None and self._folders.get(number) == folder:
             del self._folders[number]
@@ -88,7 +87,7 @@ class Inotify:
         return frozenset(self._numbers)
 
     def read(self) -> list[Event]:
-        """Some of the events that are there, oldest first; none where there are none."""
+        """The oldest events that wait, as many as fit in 64 KiB; none if there are none."""
         try:
             data = os.read(self._fd, _BUFFER)
         except BlockingIOError:
@@ -122,5 +121,5 @@ class Inotify:
 
 
 def exhausted(error: OSError) -> bool:
-    """Whether it was raised because the user has no more instances or watches."""
+    """Whether an error says that the user may have no more instances or watches."""
     return error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOSPC}

@@ -1,4 +1,4 @@
-"""Where in its file an object is, looked up when there is something to say of it: positions are not kept."""
+"""Finds the line and column of a problem by reading its file once more: positions are not kept."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _Subject: TypeAlias = tuple[str, str]  # kind and object of a problem
 
 
 def located(problems: Iterable[Problem], paths: Sequence[str]) -> list[Problem]:
-    """The problems, each with the line and column of what it is about, as far as that can be found.
+    """The problems, each with the line and column of its object's field, as far as that can be found.
 
-    A problem of an object as a whole is at its name. What has a line already, or names no object, stays as it is.
+    A problem of a whole object is at its name. One with a line, or without an object, stays as it is.
 
     Args:
         problems: as from a scan or from `assemble`.
@@ -49,7 +49,7 @@ def _locate(path: str, subjects: dict[_Subject, list[int]], problems: list[Probl
     try:
         data, _ = read_regular(path)
     except (OSError, ValueError):
-        return  # gone meanwhile
+        return  # it has been deleted meanwhile
     for document in read_documents(data, is_json=display(path).lower().endswith(".json")):
         if not isinstance(document, Document):
             continue
@@ -64,7 +64,7 @@ def _locate(path: str, subjects: dict[_Subject, list[int]], problems: list[Probl
                 ((kind, str(name)) for kind, name in decoded.rejected), decoded.rejected_places, strict=True
             ),
         ]
-        # Of an object that is there twice the first counts.
+        # Where a file has an object twice the first one counts.
         found: list[tuple[int, Path]] = []
         for subject, place in places:
             for index in subjects.pop(subject, ()):
@@ -77,5 +77,5 @@ def _locate(path: str, subjects: dict[_Subject, list[int]], problems: list[Probl
 
 
 def _steps(path: str) -> Path:
-    """The keys and indexes of a field path: `spec.ports[0].nodePort`."""
+    """The keys and indexes of a field path such as `spec.ports[0].nodePort`."""
     return tuple(name or (int(index) if index.isdecimal() else index) for index, name in _STEP.findall(path))

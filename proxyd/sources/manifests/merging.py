@@ -1,4 +1,4 @@
-"""All manifests as one set of objects: who has an object that several files define, and what is wrong."""
+"""Merges the objects of all files into one set, and decides which file's version of an object is in force."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ Key: TypeAlias = tuple[str, ObjectName]  # kind and name
 class ManifestSet(msgspec.Struct, frozen=True, kw_only=True):
     """Every object in force from manifests, and what is wrong with them.
 
-    `problems` are in order of file and line. `origins` says in which file an object was found. `rejected` are Services in
-    error that have no earlier good version in force. `missing` are configured paths that cannot be read at all.
-    `complete` is False while some file or folder could not be read in full: an object that is absent may be in there.
+    Attributes:
+        services, endpoints, slices, pods: the objects, by name.
+        origins: the file that each object comes from.
+        rejected: Services in error that have no earlier good version in force.
+        problems: in order of file and line.
+        missing: configured paths that cannot be read at all.
+        files: how many files there are.
+        complete: False while a file or folder cannot be read in full: it may define further objects.
     """
 
     services: Mapping[ObjectName, Service] = {}
@@ -41,44 +46,47 @@ class ManifestSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileState(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one file."""
+    """What was found in one file, and what stays in force of what it had before."""
 
     stamp: Stamp | None = None  # None: read it again at the next scan
-    digest: bytes = b""  # of its content when it was last read
-    objects: Mapping[Key, KubeObject] = {}  # as it defines them now
-    kept: Mapping[Key, KubeObject] = {}  # earlier versions of what it has in error
+    digest: bytes = b""  # of the content that was read last
+    objects: Mapping[Key, KubeObject] = {}  # those that it defines now
+    kept: Mapping[Key, KubeObject] = {}  # earlier versions of objects that are in error now
     rejected: frozenset[Key] = frozenset()
     problems: tuple[Problem, ...] = ()
     complete: bool = True
     known: Mapping[str, Decoded] = {}  # see ParsedFile
-    layout: Layout | None = None  # likewise
+    layout: Layout | None = None  # see ParsedFile
 
 
 class Merger:
-    """Puts the states of all files together, one time after the other.
+    """Merges the states of all files, each time they change.
 
     Args:
-        paths: as they were configured.
+        paths: the configured paths.
 
     Attributes:
-        last: what is in force.
+        last: the objects that are in force.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.last = ManifestSet()
         self._paths = paths
         self._owners: dict[Key, str] = {}  # path of the file whose version is in force
-        self._several: set[Key] = set()  # in more than one file, or in error in one
+        self._several: set[Key] = set()  # objects that several files define, or that are in error in one
 
     def patch(
         self, earlier: Mapping[str, FileState | None], found: Mapping[str, FileState | None], files: int
     ) -> bool:
-        """Change a copy of what is in force; False where more than these files and their objects has a say in it.
+        """Put the changes of some files in force, if no other file has a say in them.
 
         Args:
-            earlier: states of the files that changed, as they were; None: there was none.
-            found: and as they are.
-            files: how many there are now.
+            earlier: the states of these files before, by path; None: there was no such file.
+            found: their states now; None: the file is gone.
+            files: how many files there are now.
+
+        Returns:
+            Whether that was possible; if not, `merge` is needed.
         """
         gone: dict[Key, str] = {}
         new: dict[Key, tuple[str, KubeObject]] = {}
@@ -117,11 +125,11 @@ class Merger:
         return True
 
     def merge(self, states: Mapping[str, FileState], seen: Survey) -> None:
-        """Take all states anew.
+        """Decide anew which objects are in force.
 
         Args:
-            states: by path, in order.
-            seen: the survey that they are of.
+            states: of all files, by path, in order.
+            seen: the survey that lists these files.
         """
         owners: dict[Key, str] = {}
         several: set[Key] = set()
@@ -173,7 +181,7 @@ def key_of(item: KubeObject) -> Key:
 
 
 def _plain(state: FileState | None) -> bool:
-    """Whether there is nothing to say of a file but which objects it has."""
+    """Whether a file was read in full and has no problem (also: there is no such file)."""
     return state is None or (state.complete and not (state.kept or state.rejected or state.problems))
 
 

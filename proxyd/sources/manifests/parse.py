@@ -1,4 +1,4 @@
-"""From a file's bytes to objects, and to problems with their file, line and column."""
+"""Turns a file's bytes into objects, and into problems with file, line and column."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from proxyd.api.rules import Rules
 from proxyd.sources.manifests.edits import Layout, compare
 from proxyd.sources.text.documents import MAX_DOCUMENTS, Document, Unreadable, read_documents, text_of
 
-# Problems of one file that are told one by one, each with its place.
+# So many problems of one file are given one by one, each with its place.
 MAX_PROBLEMS = 10_000
 
-# Bytes of a file whose documents are remembered.
+# The documents of a file of this many bytes or more are remembered.
 LARGE = 64 << 10
 
 
 class ParsedFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file holds. Objects with an error are not among `objects`."""
+    """What a file holds. `objects` are those without an error."""
 
     objects: tuple[KubeObject, ...] = ()
     problems: tuple[Problem, ...] = ()  # by line and column
-    # Objects with an error, by kind and name: an earlier good version of one may stay in force.
+    # Kinds and names of objects with an error. An earlier good version of one may stay in force.
     rejected: tuple[tuple[str, ObjectName], ...] = ()
-    # False: a part could not be read, or not as whose object. Then objects that were in this file earlier, and are
-    # not among `objects`, may still be there, and should stay in force.
+    # False: a document could not be read, or does not tell whose it is. So objects that this file defined
+    # before, and that are not among `objects`, may still be in it, and should stay in force.
     complete: bool = True
-    # What a large file's documents held, by their text, for when the file is read again; those without problems.
+    # For reading a large file again: what its documents without problems hold, by their text.
     known: Mapping[str, Decoded] = {}
     layout: Layout | None = None  # of a large file without problems
-    # Where a layout was of use: the objects of it that are not there any more, and those that are there instead.
+    # If only some documents were read: the objects that they held before, and those that they hold now.
     swapped: tuple[Sequence[KubeObject], Sequence[KubeObject]] | None = None
 
 
@@ -51,9 +51,9 @@ def parse_file(
 
     Args:
         label: the file's name, for problems.
-        data: its content.
+        data: the file's content.
         rules: what is valid.
-        known: as this function said the last time, for the same rules: what has not changed is not read again.
+        known: that of the result for the same file and rules before: unchanged documents are not read again.
         layout: likewise.
     """
     if layout is not None and (edited := _edited(layout, data, rules, known or {})) is not None:
@@ -93,7 +93,7 @@ def parse_file(
 
 
 def _edited(layout: Layout, data: bytes, rules: Rules, known: Mapping[str, Decoded]) -> ParsedFile | None:
-    """What an edited file holds; None where there is more to it than documents with an object each."""
+    """What an edited file holds; None unless each document still holds one object, without problems."""
     try:
         text = text_of(data)
     except Unreadable:
@@ -136,7 +136,7 @@ def _key(thing: KubeObject) -> tuple[str, ObjectName]:
 
 
 class _Reading:
-    """What was read of a file so far."""
+    """Collects what the documents of a file hold."""
 
     __slots__ = ("complete", "label", "objects", "problems", "rejected", "seen", "unsaid")
 
@@ -150,7 +150,7 @@ class _Reading:
         self.seen: dict[tuple[str, ObjectName], tuple[Document, Path]] = {}
 
     def add(self, document: Document, decoded: Decoded) -> None:
-        """Take over what a document held, each object but once."""
+        """Take the objects and problems of a document. An object that came before is a problem."""
         if len(decoded.objects) == 1 and decoded.complete and not (decoded.problems or decoded.rejected):
             thing = decoded.objects[0]
             if self._first((type(thing).__name__, thing.metadata.key), document, decoded.object_places[0]):
@@ -183,7 +183,7 @@ class _Reading:
             self.problems.append(replace(problem, file=self.label, line=line, column=column))
 
     def unreadable(self, document: Unreadable) -> None:
-        """Take note of a document that cannot be read."""
+        """Make a problem of a document that cannot be read."""
         self.complete = False
         problem = Problem(
             file=self.label, line=document.line, column=document.column, message=document.message
@@ -191,10 +191,10 @@ class _Reading:
         (self.problems if len(self.problems) < MAX_PROBLEMS else self.unsaid).append(problem)
 
     def all_problems(self) -> tuple[Problem, ...]:
-        """What is wrong, in order, and how much more there is."""
+        """The problems in order, and at the end how many more there are."""
         problems = sorted(self.problems)
         if self.unsaid:
-            worst = min(problem.severity for problem in self.unsaid)  # "error" comes before "warning"
+            worst = min(problem.severity for problem in self.unsaid)  # "error" sorts before "warning"
             more = f"{len(self.unsaid)} more problems in this file, after the first {MAX_PROBLEMS}"
             problems.append(Problem(file=self.label, severity=worst, message=more))
         return tuple(problems)
@@ -204,7 +204,7 @@ class _Reading:
         return self.seen.setdefault(key, mine) is mine
 
     def _already(self, keys: list[tuple[str, ObjectName]], at_most: int) -> Iterator[Problem]:
-        """A problem for each object that was here before; the first of them say where."""
+        """Yields a problem for each object that came before; the first `at_most` say at which line."""
         firsts: dict[int, tuple[Document, list[Path]]] = {}
         for key in keys[:at_most]:
             document, place = self.seen[key]

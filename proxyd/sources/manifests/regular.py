@@ -1,4 +1,4 @@
-"""Reads one regular file, whatever else its name may stand for."""
+"""Reads a regular file, and refuses whatever else has its name."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import time
 from proxyd.sources.manifests.files import Stamp
 
 MAX_FILE_BYTES = 64 << 20
-# File systems stamp times in steps of a few milliseconds: a file read within this time of its last change may change
-# again under the same stamp, so it is read once more at the next scan.
+# File systems count time in steps of a few milliseconds. A file that is read this soon after its last change
+# may change again and keep its stamp, so the next scan reads it once more.
 _SETTLED_NS = 50_000_000
 
 
 def read_regular(path: str) -> tuple[bytes, Stamp | None]:
-    """Content and stamp of a file; no stamp where it may still be changing. Never blocks on a FIFO or device.
+    """Content and stamp of a file; None for the stamp of one that may still be changing.
+
+    It never blocks on a FIFO or device.
 
     Raises:
-        OSError: it cannot be opened or read.
+        OSError: the file cannot be opened or read.
         ValueError: it is not a regular file, or too large.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -38,19 +40,19 @@ def read_regular(path: str) -> tuple[bytes, Stamp | None]:
 
 
 def digest(data: bytes) -> bytes:
-    """What tells the contents of files apart."""
+    """A hash by which the contents of files are compared."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _content(descriptor: int, size: int) -> bytes:
-    """What can be read, but not much more than `MAX_FILE_BYTES`; `size` is what the file is said to have."""
+    """The content, up to a little more than `MAX_FILE_BYTES`; `size` is what stat says of it."""
     parts: list[bytes] = []
     room = MAX_FILE_BYTES + 1
     while room > 0 and (part := os.read(descriptor, min(size + 1, room))):
         parts.append(part)
         room -= len(part)
         if len(part) <= size:
-            # A regular file gives less than it was asked for at its end alone.
+            # A read from a regular file is short at the end of the file alone.
             break
         size = 1 << 16
     return b"".join(parts)

@@ -1,4 +1,4 @@
-"""The manifests source: reads what changed on disk, and merges all files into one set of objects."""
+"""The manifests source: reads the files that changed, and merges all files into one set of objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from proxyd.sources.manifests.watch import Change
 
 __all__ = ["ManifestSet", "ManifestSource"]
 
-# Of all files together; those that would pass it are not read.
+# All files together may have so many bytes; files that would exceed it are not read.
 MAX_TOTAL_BYTES = 512 << 20
 _NAMED_AT_MOST = 3
 
@@ -28,16 +28,12 @@ class ManifestSource:
     """Objects from files and folders.
 
     Args:
-        paths: files and folders; a folder is read recursively for *.yaml, *.yml and *.json, without entries whose name
-            starts with a dot.
-        rules: what to validate against.
-
-    Attributes:
-        files_read: how many times a file has been read so far.
+        paths: files and folders; a folder is searched recursively for *.yaml, *.yml and *.json. Entries whose
+            name starts with a dot are skipped.
+        rules: what is valid.
     """
 
     def __init__(self, paths: Sequence[str], rules: Rules) -> None:
-        self.files_read = 0
         self._paths = tuple(path.rstrip("/") or path for path in paths)
         self._rules = rules
         self._states: dict[str, FileState] = {}  # by path
@@ -48,17 +44,17 @@ class ManifestSource:
     def scan(self, change: Change | None = None) -> ManifestSet:
         """Reads the files that changed since the last scan, and returns all objects in force.
 
-        Returns the very same value as the last time if nothing changed, and the very same objects where they did not.
-        May be run in a thread, one scan at a time. It raises nothing: what cannot be read is a Problem, and what it
-        defined before stays in force.
+        If nothing changed it returns the same value as the last time, and each object that did not change is
+        the same Python object as before. It may run in a thread, one scan at a time. It raises nothing: a
+        file that cannot be read is a Problem, and what the file defined before stays in force.
 
-        An object found in two files: the file whose version is in force keeps it, else the first in order of path has it;
-        the other gets a Problem. An object in error keeps its earlier good version as long as its file has it. A file
-        that was emptied (0 bytes) is taken for one that is being written: what it defined stays until it has content or
-        is deleted.
+        Where two files define an object, the file whose version is in force keeps it, or else the first in
+        order of path has it; the other one gets a Problem. An object in error keeps its earlier good version
+        as long as its file has it. A file that was emptied (0 bytes) is taken for one that is being written:
+        what it defined stays in force until the file has content or is deleted.
 
         Args:
-            change: what `watch` said: the paths of files to look at, or what is there now. None: look at everything.
+            change: as `watch` yields it: the paths of files to look at, or a survey. None: all is looked at.
         """
         if isinstance(change, frozenset):
             found = self._named(change)
@@ -77,7 +73,7 @@ class ManifestSource:
         return self._merger.last
 
     def _look(self, files: Sequence[FileEntry], states: dict[str, FileState]) -> int:
-        """Add the states of these files; returns how many bytes they have together, without those over the limit."""
+        """Add the states of these files. Returns the bytes of those that the limit admits."""
         total = 0
         for entry in files:
             state = self._states.get(entry.path)
@@ -92,7 +88,7 @@ class ManifestSource:
         return total
 
     def _named(self, paths: Iterable[str]) -> dict[str, FileState | None] | None:
-        """New states of these files, None for one that is gone; None where it takes a survey to tell."""
+        """The new states of these files, None for one that is gone; None if it takes a survey to tell."""
         seen = self._seen
         if seen is None or seen.unreadable or len(self._states) + 1 >= MAX_FILES:
             return None
@@ -107,7 +103,7 @@ class ManifestSource:
                 continue
             except OSError:
                 return None
-            # A file may have two names, and a name may be reached in two ways.
+            # A survey decides under which path a file is listed that can be reached in two ways.
             unique = info.st_nlink == 1 and (known is not None or (len(self._paths) == 1 and not seen.links))
             if not stat.S_ISREG(info.st_mode) or not unique:
                 return None
@@ -116,13 +112,12 @@ class ManifestSource:
                 return None
             if known is None or known.stamp != entry.stamp:
                 found[path] = self._read(entry, known)
-                self._total += (
-                    entry.stamp.size
-                )  # too much until the next survey, where it was counted already
+                # A file that was counted before counts twice until the next survey.
+                self._total += entry.stamp.size
         return found
 
     def _put(self, found: Mapping[str, FileState | None]) -> ManifestSet:
-        """Put new states of some files in force."""
+        """Put the new states of some files in force. Returns all objects in force."""
         earlier = {path: self._states.get(path) for path in found}
         new_name = False
         for path, state in found.items():
@@ -139,7 +134,7 @@ class ManifestSource:
         return self._merger.last
 
     def _unseen(self, seen: Survey) -> dict[str, FileState]:
-        """States of files that the survey could not confirm: in folders that cannot be listed, and the like."""
+        """The states of paths that a survey could not read, and of earlier files below them."""
         reasons = dict(seen.unreadable)
         states = {}
         for path, why in reasons.items():
@@ -156,10 +151,9 @@ class ManifestSource:
         try:
             data, stamp = read_regular(entry.path)
         except FileNotFoundError:
-            return earlier or FileState()  # deleted just now: the next survey will not see it
+            return earlier or FileState()  # it has just been deleted: the next survey will not list it
         except (OSError, ValueError) as error:
             return _unread(entry.path, earlier, reason(error))
-        self.files_read += 1
         digest = digest_of(data)
         if earlier and earlier.digest == digest:
             return msgspec.structs.replace(earlier, stamp=stamp)
@@ -191,7 +185,7 @@ class ManifestSource:
             _take(objects, parsed.objects, in_force)
         else:
             old, new = parsed.swapped
-            # Keys stay the same objects in the same order, where nothing else has changed than what they stand for.
+            # Where the same objects are defined, keys stay in order, and the same Python objects.
             objects.update(in_force)
             for key in {*map(key_of, old)}.difference(map(key_of, new)):
                 del objects[key]
@@ -200,7 +194,7 @@ class ManifestSource:
         doubtful = rejected if parsed.complete else rejected | (in_force.keys() - objects.keys())
         kept = {}
         for key in sorted(doubtful):
-            # The object may have come from another file until now.
+            # Until now another file may have defined the object.
             version = in_force.get(key) or by_kind(self._merger.last, key[0]).get(key[1])
             if version is not None:
                 kept[key] = version
@@ -224,7 +218,7 @@ class ManifestSource:
 def _take(
     objects: dict[Key, KubeObject], items: Iterable[KubeObject], in_force: Mapping[Key, KubeObject]
 ) -> None:
-    """Add objects; one that is as it was is the very object of before."""
+    """Add objects. One that equals its earlier version is added as that very Python object."""
     for item in items:
         key = key_of(item)
         earlier = in_force.get(key)
@@ -232,7 +226,7 @@ def _take(
 
 
 def _unread(path: str, earlier: FileState | None, why: str, *, holds: bool = False) -> FileState:
-    """The state of a path that cannot be read now: what it defined before, and a Problem."""
+    """The state of a path that cannot be read: what it defined before, and a Problem."""
     state = earlier or FileState()
     if holds or state.objects or state.kept:
         why += ": what it defined stays in force"
@@ -251,7 +245,7 @@ def _below(path: str, folders: Collection[str]) -> bool:
 
 
 def _same_objects(new: Mapping[str, FileState], old: Mapping[str, FileState]) -> bool:
-    """Whether states say the same but for stamps."""
+    """Whether states differ in nothing but stamps."""
     return new.keys() == old.keys() and all(
         state is (known := old[path])
         or (

@@ -1,6 +1,6 @@
-"""Noticing that manifests changed, and which: inotify where there is some, comparing stamps as the safety net."""
+"""Watches manifests for changes: by inotify where there is one, and by comparing stamps as a safety net."""
 
-# Thousands of names a scan: strings and os.path cost a tenth of pathlib, which also folds `a/..` away.
+# A scan handles thousands of names: pathlib takes ten times as long as os.path, and folds `a/..` away.
 # ruff: noqa: PTH109, PTH114, PTH115, PTH116, PTH118, PTH120
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from typing import NamedTuple, TypeAlias
 from proxyd.sources.manifests import inotify
 from proxyd.sources.manifests.files import SUFFIXES, Survey, survey
 
-# A file that was written and closed, or renamed to its name, is reported at once. What may be half of something is
-# reported when nothing more came for so long: a write without a close, and a name that is gone (editors move the old
-# file away before they write the new one).
+# A file that was written and closed, or renamed to its name, is reported at once. A change that may be half
+# of one is reported when nothing more has come for this long: a write without a close, or a name that is gone
+# (editors move the old file away before they write the new one).
 SETTLE_SECONDS = 0.05
-# But not later than this after it began.
+# It is reported this long after it began at the latest.
 _SETTLE_AT_MOST = 0.1
-# Reports are at least so far apart. The first one comes at once.
+# Reports are at least this far apart. The first one comes at once.
 _APART_SECONDS = 0.02
 # More changed files than this are reported as a survey.
 _MAX_NAMED = 1000
-# Stamps are compared this often in case inotify missed something: network file systems, a moved grandparent folder.
+# Stamps are compared this often for what inotify misses: network file systems, a moved grandparent folder.
 SAFETY_SECONDS = 5.0
-# The same where there is no inotify.
+# Stamps are compared this often where there is no inotify.
 POLL_SECONDS = 1.0
-# Comparing stamps takes at most this share of one core, whatever was asked for.
+# Comparing stamps takes at most this share of one core: it is done less often where it takes long.
 _COMPARING_SHARE = 0.05
 _RETRY_INOTIFY_SECONDS = 60.0
-_MAX_LINKS = 40  # the kernel follows as many symbolic links in one path
+_MAX_LINKS = 40  # in one path; the kernel follows as many (path_resolution(7))
 
-# The files that may have changed, by path as a survey names them; or, where more may have changed, what is there now.
+# The paths of files that may have changed, as a survey has them; or a survey, if more may have changed.
 Change: TypeAlias = Survey | frozenset[str]
 
 
 class Watched(NamedTuple):
-    """One folder to watch: which one it is, and the names in it that matter."""
+    """A folder to watch, and the names in it that matter."""
 
     device: int
     inode: int
     whole: bool  # every name that does not start with a dot matters
-    names: frozenset[str]  # and so do these
+    names: frozenset[str]  # these matter in any case
 
 
 async def watch(
@@ -53,19 +53,19 @@ async def watch(
     safety_seconds: float = SAFETY_SECONDS,
     poll_seconds: float = POLL_SECONDS,
 ) -> AsyncIterator[Change]:
-    """Yields what may have changed of what `paths` stand for.
+    """Yields the changes of the files that `paths` stand for.
 
-    It first yields a survey when watching has begun: who reads everything then misses nothing. Changes that come while
-    the caller is busy are reported once, afterwards. Where inotify has no more watches or instances to give, `warn`
-    gets one line and the stamps of all files are compared every `poll_seconds` instead.
+    The first one is a survey, when watching has begun: a caller that reads everything then misses no change.
+    Changes that come while the caller is busy are yielded once, afterwards. Where inotify has no more watches
+    or instances to give, `warn` gets one line, and stamps are compared every `poll_seconds` instead.
 
-    Where the loop goes on after a `break`, close it (`contextlib.aclosing`).
+    A caller that leaves the loop early closes the generator (`contextlib.aclosing`).
 
     Args:
         paths: files and folders, as for `ManifestSource`; they need not exist yet.
         warn: takes one line for the operator.
-        safety_seconds: how often stamps are compared beside inotify.
-        poll_seconds: how often they are compared instead of it.
+        safety_seconds: how often stamps are compared where inotify works.
+        poll_seconds: how often stamps are compared where it does not.
     """
     watcher = _Watcher(tuple(paths), warn, safety_seconds, poll_seconds)
     following = asyncio.ensure_future(watcher.run())
@@ -84,7 +84,7 @@ async def watch(
 
 
 class _Watcher:
-    """Collects changes until they are taken."""
+    """Collects changes until they are taken. `news` is set while there are some."""
 
     def __init__(
         self, paths: tuple[str, ...], warn: Callable[[str], None], safety_seconds: float, poll_seconds: float
@@ -98,21 +98,21 @@ class _Watcher:
         self._warned = False
         self._seen = Survey()
         self._plan: dict[str, Watched] = {}
-        # What is to be reported: a survey, and files that changed after it.
+        # To be reported: a survey, and the files that changed after it.
         self._survey: Survey | None = None
         self._named: set[str] = set()
-        # What may not be complete yet, files or "" for the tree, and since when.
+        # Files whose change may not be complete, and when it began; "" stands for the tree.
         self._unsettled: dict[str, float] = {}
         self._settling: asyncio.TimerHandle | None = None
         self._events = 0
         self._last_event = 0.0
-        # The tree may have changed: it is to be surveyed, and changes of files wait for that, as a survey that is older
-        # than what was read would take it back.
+        # Set while the tree may have changed and has to be surveyed. Changes of files wait for that: a survey
+        # that is older than what was read of a file would undo it.
         self._asked = asyncio.Event()
         self._surveying = False
 
     def take(self) -> Iterator[Change]:
-        """What is to be reported now; it is then reported."""
+        """Yields what is to be reported, and forgets it."""
         self.news.clear()
         if self._survey is not None:
             found, self._survey = self._survey, None
@@ -122,18 +122,18 @@ class _Watcher:
             yield named
 
     async def run(self) -> None:
-        """Watches; does not return."""
+        """Watch until cancelled; does not return."""
         while True:
             try:
                 await self._by_inotify()
             except (FileNotFoundError, NotADirectoryError):
-                await asyncio.sleep(_APART_SECONDS)  # a folder vanished before it was watched: look again
+                await asyncio.sleep(_APART_SECONDS)  # a folder went away before it was watched: look again
             except OSError as error:
                 self._degrade(error)
                 await self._by_comparing(self._loop.time() + _RETRY_INOTIFY_SECONDS)
 
     async def _by_inotify(self) -> None:
-        """Raises OSError where inotify fails."""
+        """Watch by inotify until it fails, which raises OSError."""
         notify = inotify.Inotify()
         self._loop.add_reader(notify.fileno(), self._readable, notify)
         try:
@@ -154,7 +154,7 @@ class _Watcher:
             self._surveying = False
 
     async def _look(self, notify: inotify.Inotify) -> float:
-        """Survey the tree once, and watch what is in it. Returns how long it took."""
+        """Survey the tree, and watch its folders. Returns how many seconds that took."""
         began = self._loop.time()
         asked, events = self._asked.is_set(), self._events
         self._surveying = asked
@@ -162,24 +162,24 @@ class _Watcher:
         found = await asyncio.to_thread(survey, self._paths)
         plan = await asyncio.to_thread(watch_plan, self._paths, found)
         if self._follow(notify, plan):
-            # What happened in a folder before it was watched is found by looking once more.
+            # One more survey finds what happened in a folder before it was watched.
             self._asked.set()
         elif asked or (found != self._seen and events == self._events):
-            # Where files are changing just now, stamps are compared the next time.
+            # A survey that nobody asked for is dropped if files changed meanwhile: it may be older.
             self._survey = self._seen = found
             self._surveying = False
             self.news.set()
         return self._loop.time() - began
 
     def _follow(self, notify: inotify.Inotify, plan: dict[str, Watched]) -> bool:
-        """Watch the folders of a plan. Returns whether there is one that was not watched."""
+        """Watch the folders of a plan, and no others. Returns whether one was not watched before."""
         more = False
         watched = notify.folders
         for folder, entry in plan.items():
             known = self._plan.get(folder)
             if folder in watched and known is not None and known[:2] == entry[:2]:
                 continue
-            if os.access(folder, os.R_OK, effective_ids=True):  # else inotify does not take it
+            if os.access(folder, os.R_OK, effective_ids=True):  # else inotify refuses it
                 notify.watch(folder)
                 more = True
         for folder in watched.difference(plan):
@@ -188,7 +188,7 @@ class _Watcher:
         return more
 
     def _readable(self, notify: inotify.Inotify) -> None:
-        moved = (0, "")  # the cookie of a rename, and the file that it took away
+        moved = (0, "")  # the cookie of the last rename, and the file that it moved away
         for event in notify.read():
             self._events += 1
             if event.mask & inotify.OVERFLOW:
@@ -259,7 +259,7 @@ class _Watcher:
         self._report([name for name in names if name])
 
     async def _by_comparing(self, until: float) -> None:
-        """Compares stamps until a time of the loop."""
+        """Compare stamps until the loop's time is `until`."""
         took = 0.0
         reported = False
         while self._loop.time() < until:
@@ -288,11 +288,12 @@ def _is_link(event: inotify.Event) -> bool:
 
 
 def watch_plan(paths: Sequence[str], seen: Survey) -> dict[str, Watched]:
-    """The folders, by real path, whose entries decide what `survey(paths)` sees.
+    """The folders, by real path, whose entries decide what `survey(paths)` finds.
 
-    They are the folders of the tree, and for each configured path and each symbolic link in the tree: the folder of
-    every link on the way to its target (so that a `..data` swap is noticed), the folder of the target (so that rename-over
-    and re-creation are), and where the way ends early the folder in which the next name would appear.
+    They are the folders of the tree, and for each configured path and each symbolic link in the tree: the
+    folder of every link on the way to its target (so that the swap of a `..data` link is noticed), the folder
+    of the target (so that its replacement is noticed), and if the way ends early the folder in which the next
+    name would appear.
     """
     names: dict[str, set[str]] = {folder: set() for folder in seen.folders}
     real: dict[str, str] = {}
@@ -310,13 +311,13 @@ def watch_plan(paths: Sequence[str], seen: Survey) -> dict[str, Watched]:
         try:
             info = os.stat(folder)
         except OSError:
-            continue  # went away just now: the next survey sees it
+            continue  # it has just gone away: the next survey will tell
         plan[folder] = Watched(info.st_dev, info.st_ino, folder in seen.folders, frozenset(wanted))
     return plan
 
 
 def _way(folder: str, path: str) -> Iterator[tuple[str, str]]:
-    """The (real folder, name) pairs that decide where `path`, seen from the real `folder`, leads."""
+    """Yields the (real folder, name) pairs that decide where `path` leads from the real `folder`."""
     todo = _parts(path)
     links = 0
     while todo:
@@ -327,7 +328,7 @@ def _way(folder: str, path: str) -> Iterator[tuple[str, str]]:
         here = os.path.join(folder, name)
         try:
             target = os.readlink(here)
-        except OSError:  # not a link, or not there
+        except OSError:  # it is not a link, or does not exist
             exists = os.path.lexists(here)
             if not todo or not exists:
                 yield folder, name

@@ -1,4 +1,4 @@
-"""Reading a file's bytes as documents: YAML or JSON, each document by itself, with the positions of its fields."""
+"""Splits a file's bytes into YAML or JSON documents; each can tell the line and column of its fields."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from proxyd.sources.text.yaml_reader import Unreadable, line_and_column
 
 __all__ = ["MAX_BYTES", "Document", "Unreadable", "read_documents"]
 
-# The largest file that is read.
+# A larger file is not read.
 MAX_BYTES = 64 * 1024 * 1024
-# The most documents that are read of one file.
+# Documents of one file after this many are not read.
 MAX_DOCUMENTS = 100_000
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -23,7 +23,7 @@ class Document:
     """One document of a file: its value, and where things in it are.
 
     Attributes:
-        value: maps, lists and scalars. Parts may be shared (YAML aliases): do not change it.
+        value: maps, lists and scalars. YAML aliases share parts of it: do not change it.
     """
 
     __slots__ = ("_end", "_json", "_line", "_start", "_text", "value")
@@ -34,25 +34,24 @@ class Document:
 
     @property
     def all_text(self) -> str:
-        """That of the whole file."""
+        """The text of the whole file."""
         return self._text
 
     @property
     def start(self) -> int:
-        """Where it begins in the file's text."""
+        """Offset of the document in the file's text."""
         return self._start
 
     @property
     def text(self) -> str:
-        """What it was read from."""
+        """The document's own text."""
         return self._text[self._start : self._end]
 
-    def position(self, path: Path) -> tuple[int, int]:
-        """Line and column, from 1, of the value at `path`, or of the nearest value above it that is there."""
-        return self.positions((path,))[0]
-
     def positions(self, paths: Iterable[Path]) -> list[tuple[int, int]]:
-        """As `position`, for many at once: the text is read once more for that, as no positions are kept."""
+        """Line and column, from 1, of the value at each path, or of the nearest value above it that exists.
+
+        The text is read once more for that: positions are not kept.
+        """
         if self._json:
             return json_reader.positions(self._text, self._start, paths)
         return yaml_positions.positions(self._text[self._start : self._end], self._line, paths)
@@ -65,15 +64,16 @@ def read_documents(
     known: Container[str] = (),
     repeated: list[Unreadable] | None = None,
 ) -> Iterator[Document | Unreadable]:
-    """Each document of a file, in order. Empty ones are skipped; what cannot be read comes as an Unreadable.
+    """Yields each document of a file, in order, or an Unreadable in its place; nothing for an empty one.
 
-    YAML is that of version 1.2 (core schema), with merge keys. It is UTF-8, or UTF-16 with a byte order mark.
+    YAML is read by version 1.2 (core schema), with merge keys, in UTF-8, or in UTF-16 with a byte order mark.
 
     Args:
         data: the file's content, or its text as `text_of` gives it.
-        is_json: whether it is JSON.
-        known: texts of YAML documents whose value the caller has: they come with None for it.
-        repeated: given for lenient reading of YAML: the last of several equal keys counts, and this gets the others.
+        is_json: whether the file holds JSON.
+        known: texts of YAML documents whose value the caller has: they are yielded with the value None.
+        repeated: makes the reading of YAML lenient: of equal keys in a map the last one counts, and each of
+            the others is added to this list.
     """
     try:
         text = text_of(data) if isinstance(data, bytes) else data
@@ -109,10 +109,10 @@ def read_documents(
 
 
 def text_of(data: bytes) -> str:
-    """The text of a file, with line feeds only.
+    """The text of a file; its line ends become line feeds.
 
     Raises:
-        Unreadable: it is none, or too large.
+        Unreadable: the file is not text, or too large.
     """
     if len(data) > MAX_BYTES:
         raise Unreadable(f"the file has more than {MAX_BYTES >> 20} MiB: split it", 0, 0)

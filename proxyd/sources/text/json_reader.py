@@ -1,4 +1,4 @@
-"""JSON text to values: several in a row, duplicate keys refused, positions found when asked."""
+"""Reads JSON text: several values in a row, no duplicate keys, and the position of a value when asked."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from proxyd.sources.text.yaml_reader import Unreadable, line_and_column
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOKEN = re.compile(r'[{}\[\],:]|"[^"\\]*(?:\\.[^"\\]*)*"|[^\s{}\[\],:"]+')
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-# No number that a Kubernetes object has use for is longer; Python is slow on longer ones, or refuses them.
+# Kubernetes objects need no longer numbers, and Python is slow on them, or refuses them: they stay text.
 _MAX_DIGITS = 40
 
-# Values that are looked at for a position: a few seconds' worth.
+# A search for positions gives up after so many values, which take a few seconds.
 _MAX_WALKED = 2_000_000
 _CONSTANTS = ("NaN", "Infinity", "-Infinity")
 
 
 class _TwiceError(ValueError):
-    """An object has a key twice."""
+    """An object has the same key twice."""
 
 
 class _ConstantError(ValueError):
-    """A number that Python's reader knows and JSON does not."""
+    """NaN or Infinity, which Python's reader takes and JSON does not have."""
 
 
 def read_all(text: str) -> Iterator[tuple[object, int, int]]:
-    """Each value of a text, with its start and end offset.
+    """Yields each value of a text, with its start and end offset.
 
     Raises:
-        Unreadable: what follows is not JSON, or has something in it that is refused. Nothing can be read after it.
+        Unreadable: the next value is not JSON, or has something in it that is refused. The rest is not read.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
     offset = _skip(text, 0)
@@ -63,7 +63,7 @@ def read_all(text: str) -> Iterator[tuple[object, int, int]]:
 
 
 def positions(text: str, offset: int, paths: Iterable[Path]) -> list[tuple[int, int]]:
-    """Line and column (from 1) of the value at each path, or else of the nearest value above it that is there.
+    """Line and column, from 1, of the value at each path, or of the nearest value above it that exists.
 
     Args:
         text: the whole text; valid JSON from `offset` to the end of one value.
@@ -82,7 +82,7 @@ def positions(text: str, offset: int, paths: Iterable[Path]) -> list[tuple[int, 
     found = []
     for path in paths:
         while path not in places:
-            path = path[:-1]  # noqa: PLW2901  up, one by one; the root is always there
+            path = path[:-1]  # noqa: PLW2901  one level up at a time; the root has a place
         line = bisect_right(lines, places[path])
         found.append((line, places[path] - lines[line - 1] + 1))
     return found
@@ -129,7 +129,7 @@ def _constant_at(text: str, offset: int) -> Unreadable:
 
 
 def _walk(text: str, offset: int) -> Iterator[tuple[Path, int, int]]:
-    """Each value of a JSON text: its path, where it starts, and where its key does (where it has none, itself)."""
+    """Yields each value of a JSON text: its path, its offset, and that of its key (or again its own)."""
     stack: list[str | int] = []  # the key or index of each open object or array
     expects_key = False
     key_at = -1

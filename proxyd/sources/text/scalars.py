@@ -1,6 +1,6 @@
 """Plain YAML scalars, by the core schema of YAML 1.2 (section 10.3.2).
 
-Unlike YAML 1.1: `22:22`, `on`, `yes`, `2024-01-01` are strings, `017` is 17, and `true` is the only way to say true.
+They differ from those of YAML 1.1: `22:22`, `on`, `yes` and `2024-01-01` are strings, and `017` is 17.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _INTEGER = re.compile(r"[-+]?[0-9]+")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-# No number that a Kubernetes object has use for is longer; Python is slow on longer ones, or refuses them.
+# Kubernetes objects need no longer numbers, and Python is slow on them, or refuses them: they stay text.
 _MAX_DIGITS = 40
 
-# What a scalar begins with that is perhaps no string.
+# Each scalar that is not a string begins with one of these.
 SUSPECTS = frozenset("0123456789+-.~nNtTfF")
 
 

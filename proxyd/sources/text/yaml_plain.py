@@ -1,9 +1,9 @@
-"""The plain part of YAML, which most manifests are written in, read line by line: ten times as fast as libyaml's events.
+"""Reads plain YAML, as most manifests are, line by line: ten times as fast as by libyaml's events.
 
-One entry in each line: `key: value`, `key:`, `- value` or `- key: value`, in printable ASCII, where a value is a word or
-several, a text in quotes without escapes, `{}` or `[]`. Whatever else a document has in it (anchors, tags, block
-scalars, values of several lines, comments beside values, duplicate keys, any mistake), the whole of it is left to the
-full reader: what is returned here is what that one would return, and errors are its own to describe.
+A plain line holds one entry: `key: value`, `key:`, `- value` or `- key: value`, in printable ASCII. A value
+is one word or several, a text in quotes without escapes, `{}` or `[]`. A document with anything else in it
+(anchors, tags, block scalars, values of several lines, comments beside values, duplicate keys, any mistake)
+is left to the full reader. So this one returns what the full reader would, and describes no errors.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _NOTHING = re.compile(r"[ ]*(?:#[ -~]*)?")
 
 
 class _Line(NamedTuple):
-    """An entry: `column` is where a dash is, `inner` where what follows it begins (-1: there is no dash)."""
+    """An entry: `column` is where it begins, `inner` where the text after its dash does (-1: no dash)."""
 
     column: int
     inner: int
-    key: str  # "": a value alone
+    key: str  # "": it is a value without a key
     value: Any
 
 
-# Told apart by identity.
+# What a line is that holds no entry; compared by identity.
 _SKIP = _Line(0, -1, "", None)  # empty, or a comment
 _REFUSED = _Line(0, -1, "", [])
-# Stand-ins for values: nothing in this line; `{}` and `[]`, which must be new ones each time.
+# These stand for a value that begins in a later line, for `{}` and for `[]` (each entry needs its own).
 _OPEN, _EMPTY_MAP, _EMPTY_LIST = object(), object(), object()
 
 
@@ -78,7 +78,7 @@ def _line(text: str) -> _Line:
 
 
 def read(text: str) -> dict[str, Any] | None:
-    """The value of a document, if it is a map, and all of it plain; else None."""
+    """The value of a document; None if it is not a map, or not all of it is plain."""
     lines = text.split("\n")
     start = 1 if lines[0] == "---" else 0
     root: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def read(text: str) -> dict[str, Any] | None:
                 return None
             holder, at = opened, column
         elif column != at or (inner < 0) != (type(holder) is dict):
-            # The end of what is open, or a mistake.
+            # A map or list ends before this line, or the line is a mistake.
             if column > at:
                 return None
             while outer:

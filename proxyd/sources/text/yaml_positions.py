@@ -1,4 +1,4 @@
-"""Where things in a YAML document are: looked up when asked, as reading keeps no positions."""
+"""Finds the line and column of values in a YAML document, by reading it once more: positions are not kept."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from yaml._yaml import CParser  # libyaml's events; CSafeLoader would set up res
 from proxyd.api.findings import Path
 from proxyd.sources.text.yaml_reader import MAX_ALIASED
 
-# Larger documents are not put together as trees of nodes, which take 50 times the memory of their text.
+# Longer documents are not made into trees of nodes, which take 50 times the memory of the text.
 _LARGE = 1 << 18
 
 
 class _Composer(CParser):
-    """libyaml's own tree of nodes with marks, without resolving tags, which nobody looks at."""
+    """Makes libyaml's tree of nodes and marks, without resolving tags: nobody needs them here."""
 
     @staticmethod
     def resolve(*_: object) -> str:
@@ -34,17 +34,17 @@ class _Composer(CParser):
 
 
 def positions(text: str, line: int, paths: Iterable[Path]) -> list[tuple[int, int]]:
-    """Line and column (from 1) of the value at each path, or else of the nearest value above it that is there.
+    """Line and column, from 1, of the value at each path, or of the nearest value above it that exists.
 
     Args:
-        text: a document that `read` accepts (its depth is bounded: composing recurses).
+        text: a document that `read` accepts: composing recurses, and `read` bounds the depth.
         line: the line (from 0) it starts in.
         paths: keys and indexes from the root.
     """
     if len(text) > _LARGE:
         return _positions_of_large(text, line, paths)
     root: yaml.Node | None = None
-    # A name anchored twice, which is allowed, is too much for the composer.
+    # The composer refuses a document that defines an anchor twice, which YAML allows.
     with suppress(yaml.YAMLError):
         root = _Composer(text).get_single_node()
     found = []
@@ -55,7 +55,7 @@ def positions(text: str, line: int, paths: Iterable[Path]) -> list[tuple[int, in
 
 
 class _Wanted:
-    """A node of the tree of wanted paths, and where its value starts."""
+    """A node of the tree of wanted paths; `mark` is where its value starts."""
 
     __slots__ = ("below", "mark")
 
@@ -65,7 +65,7 @@ class _Wanted:
 
 
 def _positions_of_large(text: str, line: int, paths: Iterable[Path]) -> list[tuple[int, int]]:
-    """As `positions`, from events alone. What an alias or a merge brings is at the map that has it."""
+    """As `positions`, from events alone. What an alias or a merge brings is found at the map that has it."""
     paths = list(paths)
     root = _Wanted()
     missing: set[_Wanted] = set()
@@ -74,7 +74,7 @@ def _positions_of_large(text: str, line: int, paths: Iterable[Path]) -> list[tup
         for key in path:
             wanted = wanted.below.setdefault(key, _Wanted())
         missing.add(wanted)
-    # Of each open map or list: what is wanted in it, whether it is a map, and its key (None: to come) or index.
+    # Each open map or list: what is wanted in it, whether it is a map, its index or key (None: comes next).
     stack: list[tuple[_Wanted | None, bool, str | int | None]] = []
     parser = CParser(text)
     with suppress(yaml.YAMLError):

@@ -1,6 +1,6 @@
-"""YAML text to values: plain documents line by line, all others through libyaml's events.
+"""Reads YAML text into values: plain documents line by line, all others by libyaml's events.
 
-No recursion, bounded aliases, duplicate keys refused.
+It does not recurse, bounds what aliases stand for, and refuses duplicate keys.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from proxyd.api.findings import clip, shown
 from proxyd.sources.text import yaml_plain
 from proxyd.sources.text.scalars import CORE_TAG, SUSPECTS, plain, tagged
 
-# Kubernetes objects are about ten levels deep, those with templates and schemas in them forty.
+# Kubernetes objects are about ten levels deep; those with templates and schemas in them are forty.
 MAX_DEPTH = 100
-# Values that the aliases of one document may stand for, all told: against "a billion laughs".
+# All aliases of one document together may stand for so many values: a guard against "a billion laughs".
 MAX_ALIASED = 100_000
-# Values of one document: ten thousand Services as `kubectl get -o yaml` writes them. Reading that many takes seconds.
+# One document may have so many values: `kubectl get -o yaml` of ten thousand Services, read within seconds.
 MAX_VALUES = 1_000_000
 
 _SHORT = 16
 _MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
-# Comments and directives before the first marker, or after "...".
+# Text that is no document: comments and directives before the first marker, or after "...".
 _NOTHING = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n|%[^\n]*\n)*[ \t]*(?:#[^\n]*)?")
 _CONFLICT = re.compile(r"^<{7} ", re.MULTILINE)
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
-class Unreadable(Exception):  # noqa: N818  it reads as what it says: the document is unreadable
-    """A document that cannot be read: one line of text, and where (from 1)."""
+class Unreadable(Exception):  # noqa: N818  the name says what the document is
+    """A document that cannot be read: why, in one line, and at which line and column (from 1; 0: none)."""
 
     def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message)
@@ -42,13 +42,13 @@ class Unreadable(Exception):  # noqa: N818  it reads as what it says: the docume
 
 
 def split(text: str) -> Iterator[tuple[int, int, int]]:
-    """Split a stream at its `---` and `...` lines: start and end offset, and the line (from 0) it starts in.
+    """Yields the documents between `---` and `...` lines: start and end offset, and first line (from 0).
 
-    YAML allows such a line nowhere else, not even in quotes or block scalars, so an error in one document cannot
-    hide the next one.
+    YAML allows such a line nowhere else, not even in quotes or block scalars, so an error in one document
+    cannot hide the next one.
     """
     start = line = 0
-    bare = True  # no "---" before it: a document may begin here, or only directives and comments
+    bare = True  # no "---" came before: what follows is a document, or only directives and comments
     for marker in _MARKER.finditer(text):
         if not (bare and _NOTHING.fullmatch(text, start, marker.start())):
             yield start, marker.start(), line
@@ -64,20 +64,20 @@ def read(text: str, line: int) -> object:
 
     Args:
         text: the document, with line feeds only.
-        line: the line (from 0) it starts in.
+        line: the line (from 0) that it starts in.
 
     Raises:
         Unreadable: it is not YAML, or has something in it that is refused.
     """
     if len(text) < _SHORT and text.strip() in {"", "---"}:
         return None
-    # A line holds a value or two.
+    # A plain line holds two values at most: the limit is left to `read_fully`.
     value = yaml_plain.read(text) if text.count("\n") < MAX_VALUES // 2 else None
     return value if value is not None else read_fully(text, line)
 
 
 def read_fully(text: str, line: int, repeated: list[Unreadable] | None = None) -> object:
-    """As `read`, by libyaml alone. With `repeated` the last of several equal keys counts, and it gets the others."""
+    """As `read`, by libyaml alone. `repeated`, where given, gets an error for each key that comes again."""
     try:
         return _Builder(line, repeated).build(text)
     except ReaderError:
@@ -95,8 +95,8 @@ class _Frame:
         self.items = items
         self.anchor = anchor
         self.before = before  # values counted before it
-        self.key: object = None  # of a map: the key that waits for its value
-        self.merges: list[dict[str, object]] | None = None  # what its `<<` brought
+        self.key: object = None  # in a map: the key whose value comes next
+        self.merges: list[dict[str, object]] | None = None  # the maps that its `<<` named
 
 
 _MERGE = object()  # the key `<<`
@@ -112,7 +112,7 @@ class _Builder:
         self._line = line
         self._repeated = repeated
         self._frames: list[_Frame] = []
-        self._anchors: dict[str, tuple[object, int]] = {}  # value, and how many values it is made of
+        self._anchors: dict[str, tuple[object, int]] = {}  # each value, and of how many values it is made
         self._count = 0  # values so far, aliased ones included
         self._aliased = 0
         self._documents = 0
@@ -140,7 +140,7 @@ class _Builder:
                 return self._root
 
     def _document(self, event: Any) -> None:
-        # libyaml knows more line breaks than `split`.
+        # libyaml takes more characters for line breaks than `split` does.
         self._documents += 1
         if self._documents > 1:
             raise self._refused(event, "a second document starts here without a line of its own")
@@ -188,7 +188,7 @@ class _Builder:
         frame = self._frames.pop()
         items = frame.items
         if frame.merges and isinstance(items, dict):
-            # A map's own keys win, then the earlier of what is merged.
+            # A map's own keys win over merged ones, and of merged maps the earlier one wins.
             for merged in frame.merges:
                 for key, value in merged.items():
                     items.setdefault(key, value)
@@ -216,7 +216,7 @@ class _Builder:
         return frame.key is None and type(frame.items) is dict
 
     def _put(self, event: Any, value: object) -> None:
-        """Add a complete value to the map or list that is open."""
+        """Adds a complete value to the innermost open map or list."""
         if not self._frames:
             self._root = value
             return
@@ -232,10 +232,10 @@ class _Builder:
             if key is _MERGE:
                 frame.merges = self._merged(event, value)
             else:
-                items[key] = value  # type: ignore[call-overload, index]  # it is a dict: not a list, and has a key
+                items[key] = value  # type: ignore[call-overload, index]  # `items` is a dict here
 
     def _key(self, event: Any, value: object, frame: _Frame) -> object:
-        """The key of a map: text. Numbers, true and false become theirs, as in Kubernetes (sigs.k8s.io/yaml)."""
+        """A map's key as text. Numbers, true and false are turned into text, as sigs.k8s.io/yaml does."""
         if value is _MERGE:
             if frame.merges is not None:
                 raise self._refused(event, "the key << is given twice in this map: merge a list")
