@@ -255,20 +255,22 @@ COMMANDS = {
     ),
     "status": Command(_run("status", "status"), "show how the running daemon is doing", _add_status),
     "reload": Command(
-        _run("orders", "reload"),
+        _run("operations", "reload"),
         "have the daemon read its configuration and manifests again; exit code 3 on errors",
         _add_status,
     ),
     "drain": Command(
-        _run("orders", "drain"), "have the daemon stop accepting, finish its connections, and end", _add_drain
+        _run("operations", "drain"),
+        "have the daemon stop accepting, finish its connections, and end",
+        _add_drain,
     ),
     "upgrade": Command(
-        _run("orders", "upgrade"),
+        _run("operations", "upgrade"),
         "have the installed program take the place of the running one; no connection is refused or lost",
         _add_upgrade,
     ),
     "log-level": Command(
-        _run("orders", "log_level"), "show or set what the running daemon logs", _add_log_level
+        _run("operations", "log_level"), "show or set what the running daemon logs", _add_log_level
     ),
     "check": Command(
         _run("check", "check"), "check manifests without serving them; exit code 3 on errors", _add_check
@@ -276,7 +278,7 @@ COMMANDS = {
     "cleanup": Command(
         _run("cleanup", "cleanup"), "remove what a killed proxyd left on this node", _add_cleanup
     ),
-    "version": Command(_run("orders", "version"), "print the version", _add_version),
+    "version": Command(_run("operations", "version"), "print the version", _add_version),
     "completion": Command(
         _run("completion", "completion"), "print a completion script for a shell", _add_completion
     ),
