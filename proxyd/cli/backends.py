@@ -1,7 +1,7 @@
-"""The backends of the demo: `python -m proxyd.cli.backends NAME=IP:PORT ...`; each answers HTTP with its name.
+"""The demo's backends: `python -m proxyd.cli.backends NAME=IP:PORT ...` answers HTTP with each one's name.
 
-They print `ready` once all of them listen, or one line with what went wrong, and end when standard input does, and so
-with the process that started them.
+It prints `ready` once all of them listen, or one line about what went wrong. It ends when its standard input
+does, and so with the process that started it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ async def _serve(specs: Sequence[str]) -> int:
 def _answer(name: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = f"hello from {name}\n".encode()
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        head = (
+            "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
         with contextlib.suppress(OSError, EOFError, asyncio.LimitOverrunError, TimeoutError):
             async with asyncio.timeout(_TIMEOUT):
                 await reader.readuntil(b"\r\n\r\n")

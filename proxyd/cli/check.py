@@ -1,4 +1,4 @@
-"""`proxyd check`: reads manifests as the daemon would, binds nothing, and says what it found."""
+"""`proxyd check` reads manifests as the daemon would, binds nothing, and prints what is wrong with them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from proxyd.api.problems import Severity
 from proxyd.cli.env import INVALID, OK, Env
 from proxyd.cli.explain import explain
-from proxyd.cli.output import pretty
+from proxyd.cli.output import json_text
 from proxyd.cli.reading import Reading, read, settings_of_check
 from proxyd.cli.tables import clean, count
 
 
 def check(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd check PATH...`: problems and a summary on standard output; exit code 3 if there is an error.
+    """Print problems and a summary. Exit code 3 if there is an error.
 
-    Nothing is remembered from one check to the next: what is allocated here may be another number in the daemon.
+    A check remembers nothing: the daemon may allocate other addresses and NodePorts than it does.
+
+    Raises:
+        CommandError: a flag or the configuration file is wrong.
     """
     reading = read(args.paths, settings_of_check(args, env))
     if args.explain:
@@ -26,7 +29,7 @@ def check(args: argparse.Namespace, env: Env) -> int:
     shown = [p for p in reading.problems if p.severity is Severity.ERROR or not args.quiet]
     if args.output == "json":
         answer = {"problems": shown, "summary": _totals(reading, counts)}
-        env.stdout.write(pretty(answer))
+        env.stdout.write(json_text(answer))
     else:
         for problem in shown:
             env.stdout.write(clean(str(problem)) + "\n")

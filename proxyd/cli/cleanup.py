@@ -1,4 +1,4 @@
-"""`proxyd cleanup`: removes what a proxyd that was killed left on the node."""
+"""`proxyd cleanup` removes what a killed proxyd left on the node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from proxyd.host.kubeproxy import Mode, kube_proxy_leftovers
 
 
 def cleanup(args: argparse.Namespace, env: Env) -> int:
-    """Remove leftovers; what was removed goes to standard output, what could not be to standard error."""
+    """Remove leftovers. Exit code 1 if something could not be removed; standard error says why.
+
+    Raises:
+        CommandError: a daemon runs here, or netlink failed.
+    """
     try:
         pid = listening_pid(args.admin_socket)
     except OSError:

@@ -1,4 +1,4 @@
-"""Asks the daemon: HTTP over its Unix socket, with the standard library alone."""
+"""A client of the admin API: HTTP over the daemon's Unix socket, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from proxyd.control.admin.unix_socket import AdminError, check_folder
 
 _T = TypeVar("_T")
 _TIMEOUT = 10.0
-_MAX_BYTES = 256 << 20  # an answer about tens of thousands of services takes a few MiB
+_MAX_BYTES = 256 << 20  # an answer about 10,000 Services takes a few MiB
 
 
 class UnreachableError(CommandError):
-    """No daemon answers, or something else does: one line."""
+    """No daemon answers, or something answers that is not proxyd."""
 
     def __init__(self, why: str) -> None:
         super().__init__(why, code=UNREACHABLE)
 
 
 class Items(msgspec.Struct, Generic[_T]):
-    """A list, and the state of the daemon that it shows."""
+    """A list of the admin API, and the revision that it shows."""
 
     items: list[_T]
     revision: str = ""
@@ -54,7 +54,7 @@ class _Connection(http.client.HTTPConnection):
                 self.sock.connect(self._path)
                 return
             except BlockingIOError:
-                # Many others want to be heard too: unix(7), a full backlog.
+                # The backlog is full: unix(7).
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
@@ -64,22 +64,22 @@ class Client:
     """A client of the admin API.
 
     Args:
-        path: of the admin socket.
+        path: where the admin socket is.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
 
     def items(self, what: str, kind: type[_T], query: Mapping[str, str] | None = None) -> list[_T]:
-        """The items of one kind: `services`, `endpoints` or `listeners`.
+        """The items of one kind.
 
         Args:
-            what: the kind.
-            kind: what they are read as.
-            query: parameters of the API; empty ones are left out.
+            what: services, endpoints or listeners.
+            kind: the type that each is decoded as.
+            query: parameters of the request; empty ones are left out.
 
         Raises:
-            CommandError: as `get`.
+            CommandError: as of `get`.
         """
         found = self.changes(what, kind, query or {})
         return found.items if found else []
@@ -93,49 +93,52 @@ class Client:
         revision: str = "",
         wait: float = 0.0,
     ) -> Items[_T] | None:
-        """The items of one kind, as soon as the daemon shows another state than `revision`.
+        """The items of one kind, as soon as the daemon shows something else than it did at `revision`.
 
         Args:
-            what: the kind.
-            kind: what they are read as.
-            query: parameters of the API.
-            revision: "" answers at once.
-            wait: seconds; after them None, where nothing has changed.
+            what: services, endpoints or listeners.
+            kind: the type that each is decoded as.
+            query: parameters of the request.
+            revision: of an earlier answer; "" returns at once.
+            wait: seconds to wait for a change.
+
+        Returns:
+            None where nothing has changed meanwhile.
 
         Raises:
-            CommandError: as `get`.
+            CommandError: as of `get`.
         """
         if revision:
             query = {**query, "revision": revision, "wait": f"{wait:g}"}
-        body = self.ask("GET", target(f"/v1/{what}", query), seconds=_TIMEOUT + wait)
-        return self.decode(body, Items[kind]) if body else None  # type: ignore[valid-type]  # a type that is an argument
+        body = self.request("GET", with_query(f"/v1/{what}", query), seconds=_TIMEOUT + wait)
+        return self.decode(body, Items[kind]) if body else None  # type: ignore[valid-type]  # an argument
 
     def get(self, path: str, kind: type[_T], query: Mapping[str, str] | None = None) -> _T:
-        """What the daemon answers at a path.
+        """What the daemon answers to GET at a path, decoded as `kind`.
 
         Raises:
             UnreachableError: nobody answers at the socket, or something that is not proxyd.
-            CommandError: the daemon says why not.
+            CommandError: the daemon refuses, with its reason.
         """
-        return self.decode(self.ask("GET", target(path, query or {})), kind)
+        return self.decode(self.request("GET", with_query(path, query or {})), kind)
 
-    def order(
+    def send(
         self, method: str, path: str, kind: type[_T], query: Mapping[str, str] | None = None, body: Any = None
     ) -> _T:
-        """Have something done, and the answer to that.
+        """Have the daemon do something. Returns its answer, decoded as `kind`.
 
         Raises:
-            CommandError: as `get`.
+            CommandError: as of `get`.
         """
         data = b"" if body is None else msgspec.json.encode(body)
-        # A folder of thousands of files takes its time.
-        return self.decode(self.ask(method, target(path, query or {}), data, seconds=60.0), kind)
+        # Reading thousands of manifests takes a while.
+        return self.decode(self.request(method, with_query(path, query or {}), data, seconds=60.0), kind)
 
-    def ask(self, method: str, path: str, body: bytes = b"", *, seconds: float = _TIMEOUT) -> bytes:
-        """The body of an answer; empty for "not modified".
+    def request(self, method: str, path: str, body: bytes = b"", *, seconds: float = _TIMEOUT) -> bytes:
+        """The body of an answer; empty where the status is 304.
 
         Raises:
-            CommandError: as `get`.
+            CommandError: as of `get`.
         """
         connection = _Connection(self._path, seconds)
         try:
@@ -158,16 +161,17 @@ class Client:
         return answer if response.status != HTTPStatus.NOT_MODIFIED else b""
 
     def decode(self, body: bytes, kind: type[_T]) -> _T:
-        """An answer's body as a value.
+        """An answer's body, decoded as `kind`.
 
         Raises:
-            CommandError: the daemon is of a version that says something else.
+            UnreachableError: it does not fit, as the daemon is of another version.
         """
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as error:
             raise UnreachableError(
-                f"cannot read the answer of {self._path} ({error}); is the daemon of the same version as this command?"
+                f"cannot read the answer of {self._path} ({error}); "
+                "is the daemon of the same version as this command?"
             ) from None
 
     def _refused(self, status: int, reason: str, method: str, path: str, answer: bytes) -> CommandError:
@@ -176,9 +180,8 @@ class Client:
         except msgspec.DecodeError:
             return UnreachableError(f"{self._path} answered {status} {reason} to {method} {path}")
         if refusal.reason == NO_SUCH_PATH:
-            return UnreachableError(
-                f"the daemon at {self._path} has no {path.partition('?')[0]}; it is of another version"
-            )
+            asked = path.partition("?")[0]
+            return UnreachableError(f"the daemon at {self._path} has no {asked}; it is of another version")
         gone = status == HTTPStatus.SERVICE_UNAVAILABLE
         return CommandError(refusal.error, code=UNREACHABLE if gone else FAILED)
 
@@ -197,8 +200,8 @@ class Client:
         return f"cannot ask {path}: {error.strerror or error}"
 
 
-def target(path: str, query: Mapping[str, str]) -> str:
-    """A path with those parameters that are not empty."""
+def with_query(path: str, query: Mapping[str, str]) -> str:
+    """A path with its parameters, without the empty ones."""
     given = urlencode({key: value for key, value in query.items() if value})
     return f"{path}?{given}" if given else path
 

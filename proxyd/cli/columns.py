@@ -1,4 +1,4 @@
-"""The columns of what `proxyd get` shows: headings, and the cells of each item."""
+"""The resources that `proxyd get` shows: how each is read from the daemon, and its columns in a table."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from proxyd.control.config.durations import format_duration
 Cells = list[object]
 
 
-class Noun(NamedTuple):
-    """One kind of item: how it is read, told from others, named, and shown."""
+class Resource(NamedTuple):
+    """One kind of item that `proxyd get` shows."""
 
-    kind: type[Any]
-    singular: str
-    key: Callable[[Any], tuple[object, ...]]  # what stays the same as long as it is the same item
+    kind: type[Any]  # what an item is decoded as
+    singular: str  # for "NAME: not found"
+    key: Callable[[Any], tuple[object, ...]]  # identifies an item from one answer to the next
     name: Callable[[Any], str]  # for -o name
-    still: Callable[[Any], Any]  # without what changes all the time
-    headings: Callable[[Sequence[Any], bool], list[str]]
-    cells: Callable[[Any, list[str]], Cells]
+    without_counters: Callable[[Any], Any]  # the item without what traffic changes
+    headings: Callable[[Sequence[Any], bool], list[str]]  # given all items, and whether -o wide was given
+    cells: Callable[[Any, list[str]], Cells]  # of one item, under these headings
 
 
 def _services_headings(_items: Sequence[ServiceView], wide: bool) -> list[str]:
@@ -81,7 +81,7 @@ def _endpoint(item: EndpointView, headings: list[str]) -> Cells:
 
 
 def _listeners_headings(items: Sequence[ListenerView], wide: bool) -> list[str]:
-    # FOR is there where an address stands for another.
+    # The column FOR appears where an address is served in place of another.
     mapped = wide or any(item.mapped_from for item in items)
     return ["ADDRESS", "PORT", "PROTOCOL", "ROLE", *(["FOR"] if mapped else []), "SERVICE", "STATUS"]
 
@@ -94,7 +94,7 @@ def _listener(item: ListenerView, headings: list[str]) -> Cells:
 
 def _connections_headings(items: Sequence[ConnectionView], wide: bool) -> list[str]:
     headings = ["SERVICE", "CLIENT", "FRONTEND", "ENDPOINT", "PROTOCOL", "AGE", "IN", "OUT", "STATE"]
-    # What only SCTP has is there where there is SCTP.
+    # These columns appear where there is SCTP.
     streams = ["STREAMS", "PATHS"] if wide and any(item.protocol == "SCTP" for item in items) else []
     return [*headings, *streams, *(["WORKER"] if wide else [])]
 
@@ -120,14 +120,14 @@ def _streams(item: ConnectionView) -> str:
 
 
 def _paths(item: ConnectionView) -> str:
-    """The addresses in use at both ends."""
+    """The addresses that both ends use at the moment."""
     if not item.client_path:
         return NONE
     return f"{item.client_path},{item.endpoint_path or NONE}"
 
 
-NOUNS = {
-    "services": Noun(
+RESOURCES = {
+    "services": Resource(
         ServiceView,
         "service",
         lambda item: (item.namespace, item.name),
@@ -136,7 +136,7 @@ NOUNS = {
         _services_headings,
         _service,
     ),
-    "endpoints": Noun(
+    "endpoints": Resource(
         EndpointView,
         "endpoints of service",
         lambda item: (item.namespace, item.name, item.port, item.protocol, item.address),
@@ -145,7 +145,7 @@ NOUNS = {
         _endpoints_headings,
         _endpoint,
     ),
-    "listeners": Noun(
+    "listeners": Resource(
         ListenerView,
         "listeners of service",
         lambda item: (item.address, item.port, item.protocol, item.service),
@@ -154,7 +154,7 @@ NOUNS = {
         _listeners_headings,
         _listener,
     ),
-    "connections": Noun(
+    "connections": Resource(
         ConnectionView,
         "connections of service",
         lambda item: (item.protocol, item.client, item.frontend),
@@ -167,16 +167,16 @@ NOUNS = {
 
 
 def address(item: ListenerView) -> str:
-    """Address and port of a listener."""
+    """IP and port of a listener, an IPv6 address in brackets."""
     return f"[{item.address}]:{item.port}" if ":" in item.address else f"{item.address}:{item.port}"
 
 
 def port_text(port: PortView) -> str:
-    """A port of a Service, as `get services` shows it."""
+    """A port of a Service: 80/TCP, with its NodePort 80:30080/TCP."""
     node = f":{port.node_port}" if port.node_port else ""
     return f"{port.port}{node}/{port.protocol}"
 
 
 def yes(value: bool) -> str:
-    """Yes or no."""
+    """A truth value in a cell: yes or no."""
     return "yes" if value else "no"

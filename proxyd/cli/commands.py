@@ -14,13 +14,14 @@ from proxyd.cli.env import Env
 class Command(NamedTuple):
     """One subcommand."""
 
-    run: Callable[[argparse.Namespace, Env], int]
-    text: str  # for the help: one line
-    flags: Callable[[argparse.ArgumentParser, Mapping[str, str]], None]  # adds them; given the environment
+    run: Callable[[argparse.Namespace, Env], int]  # returns the exit code
+    text: str  # one line of the help
+    # Adds the flags to a parser; some defaults depend on the environment.
+    flags: Callable[[argparse.ArgumentParser, Mapping[str, str]], None]
 
 
 def _run(module: str, function: str) -> Callable[[argparse.Namespace, Env], int]:
-    """A command that is imported when it is run: each waits for its own libraries only."""
+    """A function of a module that is imported when it is called: a command loads what it alone needs."""
 
     def run(args: argparse.Namespace, env: Env) -> int:
         command: Callable[[argparse.Namespace, Env], int] = getattr(
@@ -53,7 +54,7 @@ def _add_settings(parser: argparse.ArgumentParser, *, only: Sequence[str] = ()) 
 def _add_run(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> None:
     from proxyd.control.config.kube_flags import ALIASES  # noqa: PLC0415 - as above
 
-    # For the help alone: `pflags` reads them.
+    # These make the help: `pflags` parses the command line.
     _add_settings(parser)
     more = parser.add_argument_group("as kube-proxy has them")
     for alias in ALIASES:
@@ -63,7 +64,8 @@ def _add_run(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> No
     more.add_argument(
         "--cleanup",
         action="store_true",
-        help="remove what a killed proxyd left and the chains of kube-proxy's userspace mode, and end (default: serve)",
+        help="remove what a killed proxyd left and the chains of kube-proxy's userspace mode, and end "
+        "(default: serve)",
     )
     more.add_argument(
         "--init-only",
@@ -117,8 +119,8 @@ def _add_get(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> Non
         "-l",
         "--selector",
         metavar="SELECTOR",
-        help="of Services with these labels: key=value, key!=value, key in (a,b), key notin (a,b), key, !key; "
-        "several with commas (default: all)",
+        help="of Services with these labels: key=value, key!=value, key in (a,b), key notin (a,b), key, "
+        "!key; several with commas (default: all)",
     )
     parser.add_argument(
         "-w",

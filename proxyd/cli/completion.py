@@ -1,10 +1,10 @@
 """`proxyd completion bash|zsh|fish`: completion scripts, made from the parser.
 
-Why not shtab, which makes such scripts of any parser: 1.13.0 was tried on this one. It completes names by asking the daemon,
-as is done here, but in zsh it completes only the first PATH of `proxyd check`, in zsh and fish it takes the word after a
-flag whose value may be left out (`--tcp-splice --manifests`) for that value, and in fish it completes no file after
-`--manifests=`. The first two can be mended only by editing the scripts it has made, and it would be one more library that
-every installation needs.
+Why not shtab, which makes such scripts of any argparse parser: 1.13.0 was tried on this one. It can ask the
+daemon for names too, but in zsh it completes only the first PATH of `proxyd check`; in zsh and fish it takes
+the word after a flag whose value may be left out (`--tcp-splice --manifests`) for its value; in fish it
+completes no file after `--manifests=`. The first two can be mended only by editing the scripts that it has
+made, and every installation would need one more library.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def fish(commands: list[Subcommand]) -> str:
         "# fish completion of proxyd; put it into ~/.config/fish/completions/proxyd.fish, or",
         "# proxyd completion fish | source",
         "complete -c proxyd -f",
-        "# Whether this is the command, and as many words are there which are no flags and no values of flags.",
+        "# Is this the command, and are there so many words that are neither flags nor their values?",
         "function __proxyd_at --argument-names command words",
         f"    set -l valued {' '.join(_valued(commands))}",
         "    set -l plain",

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from proxyd.cli.env import CommandError, Env
-from proxyd.cli.get import noun_table
-from proxyd.cli.run import given, serve, settings_of
+from proxyd.cli.get import resource_table
+from proxyd.cli.run import checked_settings, given_settings, serve
 from proxyd.control.admin import views
 from proxyd.control.admin.picture import Picture
 from proxyd.control.admin.unix_socket import AdminError, check_folder, listening_pid, make_folder
@@ -37,11 +37,11 @@ def demo(args: argparse.Namespace, env: Env) -> int:
     with _scratch() as scratch, _backends():
         default = default_admin_socket(Surroundings.here(env.environ))
         socket = args.admin_socket or (default if _usable(default) else f"{scratch}/admin.sock")
-        told = "" if socket == default else f" --admin-socket {socket}"
+        flags = "" if socket == default else f" --admin-socket {socket}"
         values: dict[str, Any] = {
-            **given(args),
+            **given_settings(args),
             "manifests": [str(manifests())],
-            # Everything is in 127.0.0.0/8 and at high ports: nothing on the node is changed, whoever runs it.
+            # 127.0.0.0/8 and high ports need no root, and change nothing on the node.
             "service_cluster_ip_range": "127.96.0.0/16",
             "vip_mode": "bind",
             "external_ip_mode": "none",
@@ -49,7 +49,7 @@ def demo(args: argparse.Namespace, env: Env) -> int:
             "allow_loopback_endpoints": "true",
             "drain_timeout": "0",
             "access_log": "-",
-            # Another proxy of this machine may have these ports.
+            # Another proxy of this machine may use these ports.
             "healthz_bind_address": "",
             "metrics_bind_address": "",
             "admin_socket": socket,
@@ -57,37 +57,37 @@ def demo(args: argparse.Namespace, env: Env) -> int:
         }
 
         def on_serving(picture: Picture) -> None:
-            called = _called(env.environ.get("PATH", ""))
-            env.stdout.write(welcome(picture, told, called, colour=env.colour, width=env.width))
+            program = _program(env.environ.get("PATH", ""))
+            env.stdout.write(welcome(picture, flags, program, colour=env.colour, width=env.width))
             env.stdout.flush()
 
-        return serve(settings_of(values, env), env, on_serving)
+        return serve(checked_settings(values, env), env, on_serving)
 
 
 def welcome(
     picture: Picture,
-    told: str = "",
-    called: str = "proxyd",
+    flags: str = "",
+    program: str = "proxyd",
     *,
     colour: bool = False,
     width: int | None = None,
 ) -> str:
-    """What the demo says once it serves: the table, what does not work, and what to try.
+    """What the demo prints once it serves: the table, what does not work, and what to try.
 
     Args:
-        picture: the daemon.
-        told: flags that other commands need to find it, with a space before them.
-        called: how this program is called in a shell.
+        picture: of the daemon.
+        flags: what other commands need to find the daemon, with a space before it.
+        program: what to type for this program in a shell.
         colour: whether escape sequences may be used.
-        width: of the terminal; None where there is none.
+        width: columns of the terminal; None where there is none.
     """
-    lines = ["", noun_table("services", views.services(picture), colour=colour, width=width)]
+    lines = ["", resource_table("services", views.services(picture), colour=colour, width=width)]
     bad = [s for s in picture.statuses if s.state not in {ListenerState.SERVING, ListenerState.NO_ENDPOINTS}]
     lines += [f"not serving: {status.service_port} {status.key}: {status}" for status in bad]
     lines += ["" for _ in bad[:1]]
     lines += [
         f"Try:   curl {_URL}        a few times: the backends take turns",
-        f"       {called} get endpoints{told}        in another terminal",
+        f"       {program} get endpoints{flags}        in another terminal",
         "Stop:  Ctrl-C",
         "",
         "Connections, as they end:",
@@ -96,8 +96,8 @@ def welcome(
     return "\n".join(lines)
 
 
-def _called(path: str) -> str:
-    """What to type for this program: its name where a shell finds it, else where it is, as after `make demo`."""
+def _program(path: str) -> str:
+    """What to type for this program: its name where a shell finds it in `path`, else where the file is."""
     own = Path(sys.argv[0])
     if own.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m proxyd"
@@ -111,10 +111,10 @@ def _called(path: str) -> str:
 
 
 def manifests() -> Path:
-    """The folder of the demo's manifests: of the installed package, or of the checkout.
+    """The folder of the demo's manifests, in the installed package or in the checkout.
 
     Raises:
-        CommandError: there is neither.
+        CommandError: it is in neither.
     """
     here = Path(__file__).parent
     for folder in (here / "demo_manifests", here.parents[1] / "config" / "demo"):
@@ -125,7 +125,7 @@ def manifests() -> Path:
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
-    """A folder for this demo. Those that killed demos left are removed: nobody holds their lock any more."""
+    """A folder for this demo. Folders that killed demos left are removed: nobody holds their locks."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             about = left.lstat()
@@ -162,7 +162,7 @@ def _backends() -> Iterator[None]:
         stdout=subprocess.PIPE,
         text=True,
         env=environ,
-        process_group=0,  # out of reach of Ctrl-C: they answer until the daemon has stopped
+        process_group=0,  # Ctrl-C does not reach them: they answer until the daemon has stopped
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -170,12 +170,11 @@ def _backends() -> Iterator[None]:
             readable, _, _ = select.select([process.stdout], [], [], _READY_SECONDS)
             answer = process.stdout.readline().strip() if readable else "they do not start"
             if answer != "ready":
-                raise CommandError(
-                    f"the demo's backends: {answer or 'they ended at once'}; stop what uses that address (another demo?)"
-                )
+                why = answer or "they ended at once"
+                raise CommandError(f"the demo's backends: {why}; stop what uses that address (another demo?)")
             yield
         finally:
-            # The end of its input is its end.
+            # It ends when its standard input does.
             process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=2)

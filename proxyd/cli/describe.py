@@ -1,4 +1,4 @@
-"""`proxyd describe service NAME`: everything about one Service."""
+"""`proxyd describe service NAME` shows everything about one Service."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from urllib.parse import quote
 from proxyd.cli.client import Client
 from proxyd.cli.columns import address, port_text, yes
 from proxyd.cli.env import FAILED, OK, CommandError, Env
-from proxyd.cli.get import place
-from proxyd.cli.output import pretty, yaml
+from proxyd.cli.get import split_name
+from proxyd.cli.output import json_text, yaml_text
 from proxyd.cli.tables import NONE, Status, clean, size, table
 from proxyd.control.admin.schema import EndpointView, ServiceDescription, ServiceView
 from proxyd.control.config.durations import format_duration
 
 
 def describe(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd describe service NAME`."""
+    """Print one Service.
+
+    Raises:
+        CommandError: there is none of that name, or several.
+    """
     client = Client(args.admin_socket)
-    namespace, name = place(args.name, args.namespace)
+    namespace, name = split_name(args.name, args.namespace)
     if not namespace:
         found = client.items("services", ServiceView, {"name": name})
         if len(found) > 1:
@@ -36,24 +40,26 @@ def describe(args: argparse.Namespace, env: Env) -> int:
     description = client.get(path, ServiceDescription)
     match args.output:
         case "json":
-            env.stdout.write(pretty(description))
+            env.stdout.write(json_text(description))
         case "yaml":
-            env.stdout.write(yaml(description))
+            env.stdout.write(yaml_text(description))
         case _:
-            env.stdout.write(text(description, now=time.time(), colour=env.colour, width=env.width))
+            env.stdout.write(
+                description_text(description, now=time.time(), colour=env.colour, width=env.width)
+            )
     return OK
 
 
-def text(
+def description_text(
     description: ServiceDescription, *, now: float, colour: bool = False, width: int | None = None
 ) -> str:
-    """The description for people.
+    """The description for people, in several lines.
 
     Args:
-        description: what the daemon says.
+        description: what the daemon answered.
         now: Unix time, for ages.
         colour: whether escape sequences may be used.
-        width: of the terminal; None where there is none.
+        width: columns of the terminal; None where there is none.
     """
     lines: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What a command may touch, so that a test can run every command in its own process; and exit codes."""
+"""The streams and environment that a command gets, so that a test can run it in process; and exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CommandError(Exception):
 
 
 class Env(NamedTuple):
-    """Standard streams and environment of a command. Data goes to `stdout`, messages to `stderr`."""
+    """Standard streams and environment of a command. Data goes to `stdout`, messages go to `stderr`."""
 
     stdout: TextIO
     stderr: TextIO
@@ -33,7 +33,7 @@ class Env(NamedTuple):
 
     @classmethod
     def here(cls) -> Env:
-        """Those of this process."""
+        """The streams and environment of this process."""
         return cls(stdout=sys.stdout, stderr=sys.stderr, environ=os.environ)
 
     @property

@@ -1,4 +1,4 @@
-"""`proxyd check --explain NAME`: what a Service would get, and why."""
+"""`proxyd check --explain NAME` shows what a Service would get, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proxyd.api.pod import Pod, PodPhase
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.service import Service, ServicePort, ServiceType, TrafficPolicy
 from proxyd.cli.env import INVALID, OK, CommandError, Env
-from proxyd.cli.output import pretty
+from proxyd.cli.output import json_text
 from proxyd.cli.reading import Reading
 from proxyd.cli.tables import Status, clean, table
 from proxyd.sources.standalone.endpoints import SKIP_MIRROR_LABEL
@@ -34,16 +34,16 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def explain(args: argparse.Namespace, env: Env, reading: Reading) -> int:
-    """Explain the Services of that name. Exit code 3 if one of them has an error.
+    """Print what the Services called `args.explain` would get. Exit code 3 if one of them has an error.
 
     Raises:
-        CommandError: there is none.
+        CommandError: there is none of that name.
     """
     names = _named(args.explain, reading)
     found = [_explanation(name, reading) for name in names]
     if args.output == "json":
         answer = {"services": [_as_json(one) for one in found]}
-        env.stdout.write(pretty(answer))
+        env.stdout.write(json_text(answer))
     else:
         env.stdout.write("\n".join(_text(one, env) for one in found))
     wrong = any(problem.severity is Severity.ERROR for one in found for problem in one.problems)
@@ -74,7 +74,7 @@ def _explanation(name: ObjectName, reading: Reading) -> Explanation:
         )
     slices = snapshot.slices.get(name, ())
     left_out = tuple(_pods(service, manifests.pods))
-    # A Pod that lacks a port is in a slice without that port too: said once.
+    # A Pod that lacks a port is also in a slice without that port: it is listed once.
     said = {(one.target, one.port) for one in left_out}
     endpoints = tuple(
         one
@@ -111,7 +111,7 @@ def _listener_order(status: ListenerStatus) -> tuple[int, str, str, int]:
 
 
 def _pods(service: Service, pods: Mapping[ObjectName, Pod]) -> Iterator[Considered]:
-    """Pods that the selector matches and that give no endpoint for some port."""
+    """Pods that match the selector but give no endpoint for some port."""
     selector = service.spec.selector
     if not selector or service.spec.type is ServiceType.EXTERNAL_NAME:
         return

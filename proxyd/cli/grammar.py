@@ -1,4 +1,4 @@
-"""The command line as data, read off the parser: for completion scripts and manual pages."""
+"""The command line as data, taken from the parser: completion scripts and manual pages are made of it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from proxyd.cli.commands import COMMANDS
 from proxyd.cli.env import Env
 from proxyd.cli.main import build_parser
 
-# Metavars of arguments that name files.
+# Arguments with these metavars name files.
 _FILES = frozenset({"PATH", "FILE"})
 
 
 class Argument(NamedTuple):
     """One flag or positional argument."""
 
-    flags: tuple[str, ...]  # () for a positional one
+    flags: tuple[str, ...]  # () of a positional argument
     metavar: str  # "" where a flag takes no value
-    help: str  # without the default of this machine
+    help: str  # the same on every machine
     choices: tuple[str, ...]
     repeatable: bool
     optional_value: bool
@@ -39,20 +39,21 @@ class Subcommand(NamedTuple):
 
     @property
     def flags(self) -> list[Argument]:
-        """Those that begin with a dash."""
+        """The arguments that begin with a dash."""
         return [argument for argument in self.arguments if argument.flags]
 
     @property
     def positionals(self) -> list[Argument]:
-        """All others."""
+        """The arguments that have no name."""
         return [argument for argument in self.arguments if not argument.flags]
 
 
 def subcommands() -> list[Subcommand]:
-    """Every subcommand, in the order of the help. Defaults are those of root, whoever asks."""
+    """Every subcommand, in the order of the help."""
     env = Env(stdout=io.StringIO(), stderr=io.StringIO())
     parser = build_parser(env)
-    (commands,) = (action for action in parser._actions if action.dest == "command")  # noqa: SLF001 - argparse has no public list
+    actions = parser._actions  # noqa: SLF001 - argparse has no public list
+    (commands,) = (action for action in actions if action.dest == "command")
     assert isinstance(commands.choices, dict)
     found = []
     for name, command in COMMANDS.items():
@@ -67,7 +68,8 @@ def _argument(action: argparse.Action) -> Argument:
     metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     if action.dest == "admin_socket" and action.default:
-        text = "Unix socket of the daemon (default: /run/proxyd/admin.sock as root, else $XDG_RUNTIME_DIR/proxyd/admin.sock)"
+        default = "/run/proxyd/admin.sock as root, else $XDG_RUNTIME_DIR/proxyd/admin.sock"
+        text = f"Unix socket of the daemon (default: {default})"
     return Argument(
         flags=tuple(action.option_strings),
         metavar="" if flag and action.nargs == 0 else metavar,

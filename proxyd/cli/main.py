@@ -1,4 +1,4 @@
-"""The `proxyd` command: its parser, and what every subcommand has in common."""
+"""The `proxyd` command: finds the subcommand, parses its flags, runs it, and prints errors in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proxyd.cli.env import FAILED, OK, USAGE, CommandError, Env
 
 _CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it
-KUBE_PROXY = "kube-proxy"  # the program that this can stand in for, by its name
+KUBE_PROXY = "kube-proxy"  # called by this name, proxyd takes that program's flags
 
 
 def main(argv: Sequence[str] | None = None, env: Env | None = None, program: str = "") -> int:
@@ -25,8 +25,9 @@ def main(argv: Sequence[str] | None = None, env: Env | None = None, program: str
 
     Args:
         argv: arguments without the program's name; those of this process by default.
-        env: what it may touch; this process's streams and environment by default.
-        program: the name that it was called by; this process's by default. `kube-proxy` has no commands: it runs.
+        env: streams and environment; those of this process by default.
+        program: the name that the user called; that of this process by default. `kube-proxy` has no
+            subcommands: it runs the daemon.
 
     Returns:
         The exit code: 0 ok, 1 failed, 2 usage, 3 invalid configuration, 4 daemon unreachable.
@@ -42,15 +43,15 @@ def main(argv: Sequence[str] | None = None, env: Env | None = None, program: str
             env.say(f"proxyd: error: {line}")
         return error.code
     except BrokenPipeError:
-        # The reader has what it wanted, as in `proxyd get services | head`.
+        # The reader has read enough, as in `proxyd get services | head`.
         if own:
-            _forget_output()
+            _discard_output()
         return OK
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
         if own:
-            _forget_output()
+            _discard_output()
         env.say(f"proxyd: error: cannot write the output: {(error.strerror or '').lower()}")
         return FAILED
     except KeyboardInterrupt:
@@ -58,14 +59,14 @@ def main(argv: Sequence[str] | None = None, env: Env | None = None, program: str
     return code
 
 
-def _forget_output() -> None:
-    """What is still buffered must go nowhere, or the interpreter complains at its end."""
+def _discard_output() -> None:
+    """Let what is still buffered go to /dev/null, or the interpreter prints an error when it ends."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str], env: Env, program: str) -> int:
-    # Flags without a command are those of `run`.
+    # Flags without a subcommand belong to `run`.
     flags_alone = argv[:1] and argv[0].startswith("-") and argv[0] not in {"-h", "--help", "--version"}
     if program == KUBE_PROXY or flags_alone:
         return _run_daemon(argv, env, program)
@@ -74,7 +75,7 @@ def _run(argv: list[str], env: Env, program: str) -> int:
     named = next((argument for argument in argv if not argument.startswith("-")), "")
     if named and named not in COMMANDS:
         raise CommandError(
-            f'unknown command "{named}"; {_nearest(named, COMMANDS) or "see `proxyd --help`"}', code=USAGE
+            f'unknown command "{named}"; {_suggestion(named, COMMANDS) or "see `proxyd --help`"}', code=USAGE
         )
     parser = build_parser(env, only=named or "none")
     try:
@@ -95,12 +96,12 @@ def _run_daemon(argv: list[str], env: Env, program: str) -> int:
 
     called = KUBE_PROXY if program == KUBE_PROXY else "proxyd run"
     given = parse(argv, called)
-    if given.ordered("help"):
+    if given.wants("help"):
         parser = build_parser(env, only="run", program=program)
         with contextlib.suppress(_Exit):
             parser.parse_args(["run", "--help"])
         return OK
-    if given.ordered("version"):
+    if given.wants("version"):
         env.stdout.write(f"proxyd {__version__}\n")
         return OK
     return COMMANDS["run"].run(argparse.Namespace(given=given, program=program), env)
@@ -126,7 +127,7 @@ class _Parser(argparse.ArgumentParser):
         raise _Exit(status)
 
     def _print_message(self, message: str, _file: object = None) -> None:
-        # What argparse prints by itself is the help.
+        # argparse itself prints the help and the version.
         self.env.stdout.write(message)
 
 
@@ -134,9 +135,9 @@ def build_parser(env: Env, only: str = "", program: str = "proxyd") -> argparse.
     """The parser of all commands and flags.
 
     Args:
-        env: where help goes, and what some defaults depend on.
-        only: the one command that needs its flags: the others are known by name alone, which is quicker.
-        program: the name that it was called by.
+        env: the streams that help goes to, and the environment that some defaults depend on.
+        only: the only subcommand that gets its flags, which is quicker; "" for all.
+        program: the name that the user called.
     """
 
     class Parser(_Parser):
@@ -177,7 +178,7 @@ def _formatter(env: Env) -> Callable[..., argparse.HelpFormatter]:
 
 
 def _dashes(argument: str) -> str:
-    """A flag with `_` written as `-`, as kube-proxy's flags may be."""
+    """A flag with `-` for each `_`: kube-proxy takes both."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -190,13 +191,14 @@ def _unknown(argument: str, args: argparse.Namespace, parser: argparse.ArgumentP
     if not argument.startswith("-"):
         return f'unexpected argument "{argument}"; {see}'
     name = argument.split("=", 1)[0]
-    known = [flag for action in used._actions for flag in action.option_strings]  # noqa: SLF001 - argparse has no public list
-    return f"unknown flag {name}; {_nearest(name, known) or see}"
+    actions = used._actions  # noqa: SLF001 - argparse has no public list
+    known = [flag for action in actions for flag in action.option_strings]
+    return f"unknown flag {name}; {_suggestion(name, known) or see}"
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """A question that names the known word most like this one; "" where none is."""
-    import difflib  # noqa: PLC0415 - only for a mistake
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    """The question whether a known word was meant, the one most like this word; "" where none is."""
+    import difflib  # noqa: PLC0415 - needed after a mistake alone
 
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else ""

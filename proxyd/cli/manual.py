@@ -1,9 +1,9 @@
-"""Manual pages made from the parser: `python -m proxyd.cli.manual FOLDER` writes proxyd.1 and one for each command.
+"""Manual pages made from the parser: `python -m proxyd.cli.manual FOLDER` writes proxyd.1 and one a command.
 
-Why not argparse-manpage: 4.8 was tried on this parser. It writes one page for all commands, 560 lines. Called for a single
-command it leaves the heading's program and the purpose in NAME out of order ("proxyd get" is two arguments of .TH, an error
-for mandoc). It knows nothing of kube-proxy's flags, which the parser does not have, and EXIT STATUS, FILES and SEE ALSO would
-have to be written in roff beside it.
+Why not argparse-manpage: 4.8 was tried on this parser. It writes one page of 560 lines for all commands.
+Called for one command's parser, it heads the page with a .TH line that mandoc refuses, as the name has a
+space, and NAME does not say what the command is for. It cannot know kube-proxy's flags, which the parser
+does not have. EXIT STATUS, FILES and SEE ALSO would have to be written beside it, in roff.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from pathlib import Path
 
 from proxyd import __version__
 from proxyd.cli.grammar import Argument, Subcommand, subcommands
-from proxyd.cli.pflags import ORDERS
+from proxyd.cli.pflags import ACTIONS
 from proxyd.control.config.flags import FLAGS
 from proxyd.control.config.kube_flags import ALIASES, FOREIGN
 
 _PURPOSE = "userspace service proxy for Linux nodes"
 _ABOUT = (
-    "proxyd reads Kubernetes Services and their endpoints, opens a listener for every address a client may use, and "
-    "forwards each connection to one of the service's endpoints."
+    "proxyd reads Kubernetes Services and their endpoints, opens a listener for every address a client may "
+    "use, and forwards each connection to one of the service's endpoints."
 )
 _KUBE_PROXY = (
-    "Called by the name kube-proxy, proxyd takes that program's flags and configuration file. With --config most of its "
-    "flags are ignored, as kube-proxy does; flags that only proxyd has count always. Flags may be written with _ for -."
+    "Called by the name kube-proxy, proxyd takes that program's flags and configuration file. With --config "
+    "most of its flags are ignored, as kube-proxy does; flags that only proxyd has count always. Flags may "
+    "be written with _ for -."
 )
 _EXIT = (
     ("0", "All is well."),
@@ -111,7 +112,7 @@ def _kube_proxy() -> str:
     """The page about kube-proxy's command line."""
     lines = [_heading("proxyd-kube-proxy", "kube-proxy's command line"), ".SH SYNOPSIS"]
     lines += [".B kube\\-proxy", r"[\fIFLAGS\fR]", ".SH DESCRIPTION", _roff(_KUBE_PROXY), ".SH OPTIONS"]
-    for name in ORDERS:
+    for name in ACTIONS:
         lines += [".TP", rf"\fB\-\-{_roff(name)}\fR", "As kube\\-proxy has it; see \\fBproxyd\\-run\\fR(1)."]
     texts = {flag.name: _sentence(flag.help) for flag in FLAGS if flag.kube}
     for alias in ALIASES:
@@ -135,7 +136,8 @@ def _heading(name: str, purpose: str) -> str:
     # As reproducible-builds.org has it; else of today.
     seconds = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     date = time.strftime("%Y-%m-%d", time.gmtime(seconds))
-    return f'.TH {upper} 1 {date} "proxyd {__version__}" "User Commands"\n.SH NAME\n{_roff(name)} \\- {_roff(purpose)}'
+    title = f'.TH {upper} 1 {date} "proxyd {__version__}" "User Commands"'
+    return f"{title}\n.SH NAME\n{_roff(name)} \\- {_roff(purpose)}"
 
 
 def _synopsis(command: Subcommand) -> str:

@@ -1,4 +1,4 @@
-"""`proxyd reload`, `drain`, `log-level` and `version`: what is ordered and asked in few words."""
+"""`proxyd reload`, `drain`, `upgrade`, `log-level` and `version`: what an operator has the daemon do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proxyd import __version__
 from proxyd.api.problems import Severity
 from proxyd.cli.client import Client, UnreachableError
 from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
-from proxyd.cli.output import pretty
+from proxyd.cli.output import json_text
 from proxyd.cli.tables import clean, count
 from proxyd.control.admin.schema import (
     DrainView,
@@ -22,19 +22,19 @@ from proxyd.control.admin.schema import (
 )
 from proxyd.control.config.durations import format_duration, parse_duration
 
+# All in seconds.
 _POLL = 0.2
-_SAY_EVERY = 5.0
-# What the daemon needs beyond the drain time to take everything back.
-_GRACE = 15.0
-_UPGRADE_SECONDS = 90.0
+_SAY_EVERY = 5.0  # between two lines about a drain that goes on
+_GRACE = 15.0  # the daemon may need so long after the drain to remove its routes and end
+_UPGRADE = 90.0  # the new program serves within this time
 
 
 def reload(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd reload`: waits until everything was read again; exit code 3 if that found errors."""
-    found = Client(args.admin_socket).order("POST", "/v1/reload", ReloadView)
+    """Have everything read again, and wait for it. Exit code 3 if there are errors."""
+    found = Client(args.admin_socket).send("POST", "/v1/reload", ReloadView)
     errors = sum(problem.severity is Severity.ERROR for problem in found.problems) + len(found.configuration)
     if args.output == "json":
-        env.stdout.write(pretty(found))
+        env.stdout.write(json_text(found))
         return INVALID if errors else OK
     for line in found.configuration:
         env.stdout.write(clean(line) + "\n")
@@ -51,7 +51,11 @@ def reload(args: argparse.Namespace, env: Env) -> int:
 
 
 def drain(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd drain`: the daemon stops accepting, finishes what it relays, and exits; waits for that."""
+    """Have the daemon stop accepting, finish its connections and end; wait for it, but with --no-wait.
+
+    Raises:
+        CommandError: --timeout is wrong, or the daemon has not ended in time.
+    """
     query = {}
     if args.timeout is not None:
         try:
@@ -60,7 +64,7 @@ def drain(args: argparse.Namespace, env: Env) -> int:
             raise CommandError(f"--timeout: {error}", code=USAGE) from None
     client = Client(args.admin_socket)
     pid = client.get("/v1/version", VersionView).pid
-    began = client.order("POST", "/v1/drain", DrainView, query)
+    began = client.send("POST", "/v1/drain", DrainView, query)
     limit = format_duration(began.timeout_seconds)
     env.stdout.write(f"draining {count(began.connections, 'connection')}, {limit} at most\n")
     env.stdout.flush()
@@ -88,15 +92,19 @@ def drain(args: argparse.Namespace, env: Env) -> int:
 
 
 def upgrade(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd upgrade`: the installed program takes the place of the running one; waits until it serves."""
+    """Have the installed program take the place of the running one, and wait until it serves.
+
+    Raises:
+        CommandError: the daemon refuses, or the new program does not serve in time.
+    """
     client = Client(args.admin_socket)
     began = time.monotonic()
-    before = client.order("POST", "/v1/upgrade", UpgradeView)
-    while time.monotonic() < began + _UPGRADE_SECONDS:
+    before = client.send("POST", "/v1/upgrade", UpgradeView)
+    while time.monotonic() < began + _UPGRADE:
         try:
             status = client.get("/v1/status", StatusView)
         except CommandError:
-            status = None  # one program makes way for the other
+            status = None  # no program answers while one replaces the other
         if status is not None and status.started != before.started and status.phase == "serving":
             break
         time.sleep(_POLL)
@@ -115,22 +123,22 @@ def upgrade(args: argparse.Namespace, env: Env) -> int:
 
 
 def log_level(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd log-level [LEVEL]`."""
+    """Print what the daemon logs, after setting it where LEVEL is given."""
     client = Client(args.admin_socket)
     if args.level is None:
         now = client.get("/v1/log-level", LogLevelView)
     else:
-        now = client.order("PUT", "/v1/log-level", LogLevelView, body=LogLevelView(level=args.level))
+        now = client.send("PUT", "/v1/log-level", LogLevelView, body=LogLevelView(level=args.level))
     env.stdout.write(now.level + "\n")
     return OK
 
 
 def version(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd version`: of this command, and with --daemon of the daemon that runs."""
+    """Print the version of this command; with --daemon that of the running daemon too."""
     own = {"version": __version__, "python": platform.python_version()}
     running = Client(args.admin_socket).get("/v1/version", VersionView) if args.daemon else None
     if args.output == "json":
-        env.stdout.write(pretty({**own, "daemon": running} if running else own))
+        env.stdout.write(json_text({**own, "daemon": running} if running else own))
         return OK
     env.stdout.write(f"proxyd {__version__}\n")
     if running:

@@ -7,17 +7,17 @@ from typing import Any
 import msgspec
 
 
-def pretty(value: Any) -> str:
-    """JSON for people and programs, indented, with a newline at the end."""
+def json_text(value: Any) -> str:
+    """JSON, indented by two spaces, with a newline at the end."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
 
 
-def line(value: Any) -> str:
+def json_line(value: Any) -> str:
     """JSON in one line."""
     return msgspec.json.encode(value).decode() + "\n"
 
 
-def yaml(value: Any) -> str:
+def yaml_text(value: Any) -> str:
     """YAML, in the order of the fields."""
     from yaml import CSafeDumper, dump  # noqa: PLC0415 - 20 ms that other outputs need not wait for
 

@@ -1,4 +1,4 @@
-"""The flags of `proxyd run`, read as kube-proxy's library reads them: `--v=2`, `--v 2`, `-v=2`, `-v2`, `--x`, `--x=false`."""
+"""Reads the flags of `proxyd run` as kube-proxy's library does: `--v=2`, `-v 2`, `-v2`, `--x=false`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from proxyd.control.config.flags import FLAGS
 from proxyd.control.config.kube_flags import ALIASES, FOREIGN
 from proxyd.control.config.values import boolean
 
-# Orders rather than settings; kube-proxy has them too.
-ORDERS: Mapping[str, Literal["value", "switch"]] = {
+# Flags that are no settings: each has the program do something else. kube-proxy has them too.
+ACTIONS: Mapping[str, Literal["value", "switch"]] = {
     "cleanup": "switch",
     "init-only": "switch",
     "write-config-to": "value",
@@ -27,42 +27,42 @@ class Given(msgspec.Struct, kw_only=True):
     """What a command line says.
 
     Attributes:
-        settings: texts by settings field; a list of texts where the flag is repeatable.
-        foreign: the texts of flags without effect, by flag name.
-        orders: texts by name, of ORDERS.
+        settings: the value of each flag by settings field, as text; a list of texts where it is repeatable.
+        foreign: the values of flags that proxyd accepts without effect, by flag name.
+        actions: the values of the flags in ACTIONS, by flag name.
     """
 
     settings: dict[str, Any] = {}
     foreign: dict[str, list[str]] = {}
-    orders: dict[str, str] = {}
+    actions: dict[str, str] = {}
 
-    def ordered(self, name: str) -> bool:
-        """Whether one of the orders that are switches is given."""
-        return self.orders.get(name, "false") != "false"
+    def wants(self, name: str) -> bool:
+        """Whether an action that is a switch is given, and not as `=false`."""
+        return self.actions.get(name, "false") != "false"
 
 
 class _Option(NamedTuple):
     name: str
     kind: str  # of Flag
-    field: str  # "" where it is no setting
+    field: str  # of the settings; "" where the flag is no setting
 
 
 def parse(argv: Sequence[str], program: str = "proxyd run") -> Given:
-    """Read flags.
+    """Read a command line.
 
     Args:
-        argv: arguments behind the command.
-        program: whose --help a wrong line refers to.
+        argv: the arguments after the command.
+        program: what an error advises to call with --help.
 
     Raises:
-        CommandError: a line that tells what is wrong.
+        CommandError: a flag or value is wrong.
     """
     options, shorts = _options()
     given = Given()
     aliases = {alias.name: alias for alias in ALIASES}
     for option, text in _pairs(list(argv), options, shorts, program):
-        if option.name in ORDERS:
-            given.orders[option.name] = _order(option, text)
+        if option.name in ACTIONS:
+            given.actions[option.name] = _action(option, text)
         elif not option.field:
             given.foreign.setdefault(option.name, []).append(text)
         elif option.kind == "repeat":
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str], program: str = "proxyd run") -> Given:
     return given
 
 
-def _order(option: _Option, text: str) -> str:
+def _action(option: _Option, text: str) -> str:
     if option.kind != "switch" or (option.name == "version" and text == "raw"):
         return text
     try:
@@ -90,7 +90,7 @@ def _options() -> tuple[dict[str, _Option], dict[str, _Option]]:
     options = {flag.name: _Option(flag.name, flag.kind, flag.field) for flag in FLAGS}
     options |= {alias.name: _Option(alias.name, alias.kind, alias.field) for alias in ALIASES}
     options |= {flag.name: _Option(flag.name, flag.kind, "") for flag in FOREIGN}
-    options |= {name: _Option(name, kind, "") for name, kind in ORDERS.items()}
+    options |= {name: _Option(name, kind, "") for name, kind in ACTIONS.items()}
     return options, {"v": options["v"], "h": options["help"]}
 
 
@@ -118,7 +118,7 @@ def _pairs(
         if equals:
             yield found, text
         elif found.kind in {"switch", "count"}:
-            # kube-proxy takes no second word here; one of these can mean nothing else.
+            # kube-proxy takes no second word here, but true and false can mean nothing else.
             taken = found.kind == "switch" and following in {"true", "false"}
             at += taken
             yield found, following if taken and following else "true" if found.kind == "switch" else "1"
@@ -138,7 +138,7 @@ def _short(
     options: Mapping[str, _Option],
     program: str,
 ) -> tuple[_Option, str, int]:
-    """The option and text of `-v2`, `-v=2`, `-v 2`, `-v`, `-vv` or `-h`, and how many further words it takes."""
+    """The option and value of `-v2`, `-v=2`, `-v 2`, `-v`, `-vv` or `-h`; how many more words are its own."""
     option = shorts.get(argument[1])
     rest = argument[2:].removeprefix("=")
     if option is None or (option.kind == "switch" and rest):
@@ -149,7 +149,7 @@ def _short(
         return option, rest, 0
     if not rest and "=" not in argument and following is not None and following.isdecimal():
         return option, following, 1
-    # proxyd's own: -v for debug.
+    # Of proxyd alone: each v is one level more.
     return options["verbosity"], str(1 + len(rest)), 0
 
 

@@ -1,4 +1,4 @@
-"""What `proxyd top` shows, as pure functions: rates from two samples of the counters."""
+"""The rates that `proxyd top` shows, computed from two samples of the daemon's counters."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from proxyd.control.admin.schema import Counters, EndpointView, ServiceView
 
 
 class Row(NamedTuple):
-    """One Service, or one endpoint of a service port. Rates are for a second."""
+    """One Service, or one endpoint of a service port."""
 
     name: str
     endpoint: str  # "" for a Service
     connections: int  # alive
-    rate: float  # connections begun
-    bytes_in: float
-    bytes_out: float
-    failed: float  # of an endpoint: attempts; of a Service: clients that got none, and such that were refused
-    failed_total: int
+    rate: float  # new connections a second
+    bytes_in: float  # a second
+    bytes_out: float  # a second
+    failed: float  # a second: clients of a Service without endpoint or refused, attempts of an endpoint
+    failed_total: int  # since the daemon started
     state: str = ""  # of a Service
     status: str = ""  # the same with the reason
 
@@ -35,7 +35,7 @@ SORTS: dict[str, Callable[[Row], tuple[object, ...]]] = {
 
 
 class Sample(NamedTuple):
-    """What the daemon said at one moment."""
+    """What the daemon answered at one moment."""
 
     time: float  # seconds, monotonic
     services: Sequence[ServiceView]
@@ -95,7 +95,7 @@ def _row(
     earlier = before or after
 
     def rate(now: int, then: int) -> float:
-        # What became less was counted anew.
+        # A counter that got smaller has started again at 0.
         return max(0, now - then) / seconds
 
     failed, failed_earlier = after.failed + after.refused, earlier.failed + earlier.refused

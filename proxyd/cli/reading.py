@@ -1,4 +1,4 @@
-"""What `proxyd check` knows of manifests: the objects, what the daemon would make of them here, every problem."""
+"""Reads manifests for `proxyd check`: the objects, what the daemon would do with them, and every problem."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.rules import Rules
 from proxyd.api.service import Service
-from proxyd.cli.env import INVALID, USAGE, CommandError, Env
-from proxyd.cli.run import given
-from proxyd.control.config.file import ConfigError, Configuration
+from proxyd.cli.env import Env
+from proxyd.cli.run import given_settings, load
+from proxyd.control.config.file import Configuration
 from proxyd.control.config.options import planning_options
-from proxyd.control.config.settings import Settings, SettingsError, Surroundings
+from proxyd.control.config.settings import Settings, Surroundings
 from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import occupied
 from proxyd.sources.manifests.locate import located
@@ -30,9 +30,16 @@ from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerStatus, Role
 
 
 class Reading(NamedTuple):
-    """What a check knows: the objects, what the daemon would make of them on this node, and every problem.
+    """What was read, and what the daemon would make of it on this node.
 
-    `held` are listeners whose port a process of this node has, with who that is ("" where unknown).
+    Attributes:
+        manifests: the objects as the files have them.
+        assembled: the objects as planning takes them.
+        node: this node.
+        options: what planning depends on beside the objects.
+        desired: the plan.
+        held: the process that uses a listener's port already, "" where it is unknown.
+        problems: all of them, in order of file and line.
     """
 
     manifests: ManifestSet
@@ -50,19 +57,20 @@ def settings_of_check(args: argparse.Namespace, env: Env) -> Settings:
     Raises:
         CommandError: with a line for each thing that is wrong.
     """
-    values = {**given(args), "manifests": args.paths}
-    try:
-        settings, warnings = Configuration(values, Surroundings.here(env.environ)).load()
-    except SettingsError as error:
-        code = INVALID if isinstance(error, ConfigError) else USAGE
-        raise CommandError(*error.problems, code=code) from None
+    values = {**given_settings(args), "manifests": args.paths}
+    settings, warnings = load(Configuration(values, Surroundings.here(env.environ)))
     for warning in warnings:
         env.say(str(warning))
     return settings
 
 
 def read(paths: list[str], settings: Settings) -> Reading:
-    """Read manifests, and plan what the daemon would do with them if it had every right."""
+    """Read manifests, and plan what the daemon would do with them if it had all privileges.
+
+    Args:
+        paths: files and folders.
+        settings: of the daemon.
+    """
     rules = Rules(
         node_port_range=settings.service_node_port_range,
         service_cidrs=settings.service_cluster_ip_range,
@@ -78,7 +86,7 @@ def read(paths: list[str], settings: Settings) -> Reading:
     node, options = _node(settings), planning_options(settings)
     desired = desired_state(assembled.snapshot, node, options)
     held: dict[ListenerKey, str] = {}
-    with contextlib.suppress(OSError):  # a sandbox: then nothing is known of other processes
+    with contextlib.suppress(OSError):  # a sandbox hides who uses a port
         held = occupied(desired.host.listeners)
     problems = located(
         {
@@ -102,7 +110,7 @@ def _node(settings: Settings) -> NodeView:
 
 
 def _conflicts(found: ManifestSet, statuses: Iterable[ListenerStatus]) -> Iterator[Problem]:
-    """A warning for every address that two Services want. NodePorts once, not for each address of the node."""
+    """A warning for every address that two Services want. The statuses of a NodePort give equal ones."""
     for status in statuses:
         if status.holder is not None:
             what = _what(status.key, status.role)
@@ -116,7 +124,7 @@ def _conflicts(found: ManifestSet, statuses: Iterable[ListenerStatus]) -> Iterat
 def _in_use(
     found: ManifestSet, listeners: Iterable[ListenerSpec], held: Mapping[ListenerKey, str]
 ) -> Iterator[Problem]:
-    """A warning for every address whose port a process of this node has."""
+    """A warning for every address whose port another process of this node uses."""
     for listener in listeners:
         who = held.get(listener.key)
         if who is not None:
@@ -129,7 +137,7 @@ def _what(key: ListenerKey, role: Role) -> str:
 
 
 def _warning(found: ManifestSet, listener: ListenerSpec | ListenerStatus, message: str) -> Problem:
-    """A warning about a listener, at the field that asks for it."""
+    """A warning about a listener, at the manifest's field that asks for it."""
     owner = ObjectName(listener.service_port.namespace, listener.service_port.name)
     service = found.services.get(owner)
     return Problem(

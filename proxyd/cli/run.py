@@ -1,4 +1,4 @@
-"""`proxyd run`, and kube-proxy's command line: settings from flags, logs, and then the daemon until a signal ends it."""
+"""`proxyd run`, and kube-proxy's command line: makes settings of the flags, and runs the daemon."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from proxyd.api.problems import Problem
 from proxyd.cli.env import INVALID, OK, USAGE, CommandError, Env
 from proxyd.cli.pflags import Given
 from proxyd.control.admin.picture import Picture
@@ -20,12 +21,15 @@ from proxyd.control.runtime import logs
 
 
 def run(args: argparse.Namespace, env: Env) -> int:
-    """Serve, or carry out the order that is given instead: --cleanup, --write-config-to, --init-only.
+    """Serve, or do what a flag says instead: --cleanup, --write-config-to, --init-only.
 
     Args:
-        args: `given`, the flags, and `program`, the name that this was called by. By the name kube-proxy --config makes
-            most of kube-proxy's flags void, as it does there; else flags win over the file.
+        args: `given`, the flags, and `program`, the name that the user called. Called kube-proxy, it ignores
+            most of kube-proxy's flags beside --config, as that does; else flags win over the file.
         env: streams and environment.
+
+    Raises:
+        CommandError: the flags or the configuration are wrong, or the daemon cannot start.
     """
     flags: Given = args.given
     like_kube_proxy = args.program == "kube-proxy"
@@ -35,13 +39,9 @@ def run(args: argparse.Namespace, env: Env) -> int:
     winning = WINNING if like_kube_proxy else None
     surroundings = Surroundings.here(env.environ)
     configuration = Configuration(flags.settings, surroundings, winning=winning)
-    if flags.ordered("cleanup"):
+    if flags.wants("cleanup"):
         return _cleanup(configuration, env)
-    try:
-        settings, told = configuration.load()
-    except SettingsError as error:
-        code = INVALID if isinstance(error, ConfigError) else USAGE
-        raise CommandError(*error.problems, code=code) from None
+    settings, file_warnings = load(configuration)
     void = void_beside_a_file(flags.settings) if like_kube_proxy else []
     if void:
         names = ", ".join(f"--{name}" for name in void)
@@ -49,31 +49,44 @@ def run(args: argparse.Namespace, env: Env) -> int:
     in_force = {f: text for f, text in flags.settings.items() if f.replace("_", "-") not in void}
     for line in (*warnings, *setting_warnings(in_force)):
         env.say(f"warning: {line}")
-    for warning in told:
+    for warning in file_warnings:
         env.say(str(warning))
-    configuration.told = tuple(map(str, told))
-    if path := flags.orders.get("write-config-to"):
+    configuration.told = tuple(map(str, file_warnings))
+    if path := flags.actions.get("write-config-to"):
         return _write(settings, path, env)
     missing = [path for path in settings.manifests if not os.path.lexists(path)]
     if missing:
         raise CommandError(
             *(f"--manifests: {path}: no such file or folder" for path in missing), code=INVALID
         )
-    if flags.ordered("init-only"):
+    if flags.wants("init-only"):
         return _initialise(settings, env)
     return serve(settings, env, configuration=configuration)
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings among the arguments, as texts by field name."""
+def load(configuration: Configuration) -> tuple[Settings, tuple[Problem, ...]]:
+    """Checked settings, and what is odd about the configuration file.
+
+    Raises:
+        CommandError: with a line for each flag or field that is wrong.
+    """
+    try:
+        return configuration.load()
+    except SettingsError as error:
+        code = INVALID if isinstance(error, ConfigError) else USAGE
+        raise CommandError(*error.problems, code=code) from None
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the flags that are settings, as texts by field; None where a flag is not given."""
     return {flag.field: getattr(args, flag.field, None) for flag in FLAGS}
 
 
-def settings_of(values: Mapping[str, Any], env: Env) -> Settings:
-    """Checked settings.
+def checked_settings(values: Mapping[str, Any], env: Env) -> Settings:
+    """Checked settings from texts by settings field, without a configuration file.
 
     Raises:
-        CommandError: with a line for each flag that is wrong.
+        CommandError: with a line for each value that is wrong.
     """
     try:
         return build(values, Surroundings.here(env.environ))
@@ -88,6 +101,12 @@ def serve(
     configuration: Configuration | None = None,
 ) -> int:
     """Run the daemon in the foreground. Returns its exit code.
+
+    Args:
+        settings: checked.
+        env: streams and environment.
+        on_serving: is called once, when every listener is open that can be.
+        configuration: what SIGHUP reads again; None: settings alone.
 
     Raises:
         CommandError: it cannot start.
@@ -118,7 +137,7 @@ def _configure_logs(settings: Settings, env: Env) -> None:
 
 
 def _cleanup(configuration: Configuration, env: Env) -> int:
-    """What `kube-proxy --cleanup` does here: proxyd's own state, and the userspace mode's chains."""
+    """Remove what a killed proxyd left, and the chains of kube-proxy's userspace mode."""
     from proxyd.cli.cleanup import cleanup  # noqa: PLC0415 - a daemon does not need it
 
     socket = configuration.admin_socket()
@@ -135,7 +154,7 @@ def _write(settings: Settings, path: str, env: Env) -> int:
 
 
 def _initialise(settings: Settings, env: Env) -> int:
-    """What needs more rights than serving does: kube-proxy's chains are removed, and that is all."""
+    """Remove kube-proxy's chains, which needs more rights than serving does."""
     _configure_logs(settings, env)
     from proxyd.control.kube.migration import look  # noqa: PLC0415 - as above
 

@@ -1,4 +1,4 @@
-"""`proxyd status`: how the daemon is doing."""
+"""`proxyd status` shows how the daemon is doing."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import time
 from proxyd.cli.client import Client
 from proxyd.cli.columns import address
 from proxyd.cli.env import OK, Env
-from proxyd.cli.output import pretty
+from proxyd.cli.output import json_text
 from proxyd.cli.tables import clean, count, size
 from proxyd.control.admin.schema import StatusView
 from proxyd.control.config.durations import format_duration
 
-_SAMPLE_SECONDS = 0.3  # between the two answers that the rates are made of
-_SHOWN_AT_MOST = 10
+_SAMPLE_SECONDS = 0.3  # between the two answers from which rates are computed
+_SHOWN_AT_MOST = 10  # failing listeners, and problems
 
 
 def status(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd status`."""
+    """Print the daemon's state, and the rates of a short while."""
     client = Client(args.admin_socket)
     first = client.get("/v1/status", StatusView)
     if args.output == "json":
-        env.stdout.write(pretty(first))
+        env.stdout.write(json_text(first))
         return OK
     began = time.monotonic()
     time.sleep(_SAMPLE_SECONDS)
@@ -32,10 +32,18 @@ def status(args: argparse.Namespace, env: Env) -> int:
 
 
 def status_text(first: StatusView, second: StatusView, seconds: float, *, now: float) -> str:
-    """The text of `proxyd status`, from two answers that were given `seconds` apart."""
+    """The text of `proxyd status`.
+
+    Args:
+        first: the earlier answer of the daemon.
+        second: the later one, which is shown.
+        seconds: between the two.
+        now: Unix time, for ages.
+    """
     workers = sum(worker.state != "dead" for worker in second.workers)
+    up = format_duration(second.uptime)
     lines = [
-        f"proxyd {second.version}  {second.phase}  up {format_duration(second.uptime)}  pid {second.pid}  workers {workers}"
+        f"proxyd {second.version}  {second.phase}  up {up}  pid {second.pid}  workers {workers}",
     ]
 
     def add(label: str, text: str) -> None:
@@ -58,7 +66,8 @@ def status_text(first: StatusView, second: StatusView, seconds: float, *, now: f
     note = f" ({', '.join(off)})" if off else ""
     add(
         "state",
-        f"{count(second.services, 'service')}  {count(wanted, 'listener')}{note}  {count(second.endpoints, 'endpoint')}",
+        f"{count(second.services, 'service')}  {count(wanted, 'listener')}{note}  "
+        f"{count(second.endpoints, 'endpoint')}",
     )
     into = max(0, second.counters.bytes_in - first.counters.bytes_in) / max(seconds, 0.001)
     out = max(0, second.counters.bytes_out - first.counters.bytes_out) / max(seconds, 0.001)

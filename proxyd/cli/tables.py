@@ -1,4 +1,4 @@
-"""Tables for people: columns aligned, two spaces apart, no lines; shortened where a terminal is narrow."""
+"""Tables for people: aligned columns, two spaces apart, no lines. On a narrow terminal they get narrower."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _CODES = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
 _PLAIN = "\033[0m"
 NONE = "<none>"
 _CUT = "…"
-# A column is not made narrower than this, or its heading, or its widest cell.
+# No column is made narrower than this, its heading or its widest cell.
 _NARROWEST = 8
-# Columns that a narrow terminal does without, the first one first. All others stay.
-_SPARE = (
-    "EXTERNAL-IP", "ROLE", "TERMINATING", "WORKER", "TYPE", "CONNS", "TOTAL", "SERVING", "IN", "OUT", "FRONTEND",
-    "PROTOCOL", "FAILED", "PORT(S)", "AGE", "CLUSTER-IP", "FOR", "ENDPOINTS", "READY", "NAMESPACE", "PORT",
+# A narrow terminal does without these columns: the first one goes first. All others stay.
+_DISPENSABLE = (
+    "EXTERNAL-IP", "ROLE", "TERMINATING", "WORKER", "TYPE", "CONNS", "TOTAL", "SERVING", "IN", "OUT",
+    "FRONTEND", "PROTOCOL", "FAILED", "PORT(S)", "AGE", "CLUSTER-IP", "FOR", "ENDPOINTS", "READY",
+    "NAMESPACE", "PORT",
 )  # fmt: skip
 
 
@@ -39,12 +40,12 @@ class Status(NamedTuple):
 
 
 class Table:
-    """Draws rows under the same headings, with widths chosen from the first rows.
+    """Draws rows under the same headings. The first rows decide how wide the columns are.
 
     Args:
-        headings: of the columns.
+        headings: one for each column.
         colour: whether escape sequences may be used.
-        width: characters of a line that must not be exceeded; None: as wide as need be.
+        width: a line has at most so many characters; None: no limit.
     """
 
     def __init__(self, headings: Sequence[str], *, colour: bool = False, width: int | None = None) -> None:
@@ -55,7 +56,7 @@ class Table:
         self._widths: list[int] = []
 
     def draw(self, rows: Sequence[Sequence[object]]) -> str:
-        """Rows as text that ends with a newline; the first time with the headings above them."""
+        """Rows as text that ends with a newline. The first call puts the headings above them."""
         cells = list(zip(*rows, strict=True)) or [() for _ in self._headings]
         columns = [_texts(column) for column in cells]
         first = not self._columns
@@ -75,25 +76,25 @@ class Table:
         return "".join("  ".join(line).rstrip() + "\n" for line in zip(*drawn, strict=True))
 
     def _justified(self, column: list[str], number: int) -> list[str]:
-        """A column's texts, all of its width; those of the last one end where they end."""
+        """A column's texts, all of the same width but in the last column."""
         width, last = self._widths[number], number == self._columns[-1]
         if "".join(column).isascii():
             if self._width is not None:
-                column = [text if len(text) <= width else cut(text, width) for text in column]
+                column = [text if len(text) <= width else truncated(text, width) for text in column]
             return column if last else [text.ljust(width) for text in column]
         if self._width is not None:
-            column = [cut(text, width) for text in column]
-        return column if last else [text + " " * (width - length(text)) for text in column]
+            column = [truncated(text, width) for text in column]
+        return column if last else [text + " " * (width - display_width(text)) for text in column]
 
     def _fit(self, texts: Sequence[Sequence[str]]) -> None:
         widths = [_widest(column) for column in texts]
         columns = list(range(len(widths)))
         if self._width is not None:
             least = [
-                min(width, max(length(heading), _NARROWEST))
+                min(width, max(display_width(heading), _NARROWEST))
                 for width, heading in zip(widths, self._headings, strict=True)
             ]
-            for spare in _SPARE:
+            for spare in _DISPENSABLE:
                 if _total(least, columns) <= self._width:
                     break
                 columns = [column for column in columns if self._headings[column] != spare]
@@ -101,7 +102,7 @@ class Table:
                 widest = max(columns, key=lambda column: widths[column] - least[column])
                 if widths[widest] <= least[widest]:
                     break
-                # The widest gives up what sets it apart from the next, but not more than is needed.
+                # The widest column gets as narrow as the second widest, but no narrower than needed.
                 others = [widths[c] for c in columns if c != widest and widths[c] < widths[widest]]
                 step = widths[widest] - max(others, default=0)
                 widths[widest] = max(least[widest], widths[widest] - max(1, min(excess, step)))
@@ -115,29 +116,29 @@ def table(
     colour: bool = False,
     width: int | None = None,
 ) -> str:
-    """A table as text that ends with a newline; see `Table`.
+    """A table as text that ends with a newline.
 
     Args:
-        headings: of the columns.
-        rows: cells; as many in each as there are headings.
-        colour: whether escape sequences may be used.
-        width: characters of a line that must not be exceeded; None: as wide as need be.
+        headings: one for each column.
+        rows: one cell for each heading.
+        colour: as of `Table`.
+        width: as of `Table`.
     """
     return Table(headings, colour=colour, width=width).draw(rows)
 
 
 def clean(text: str) -> str:
-    """A text without control characters: what a manifest says must not steer the reader's terminal."""
+    """A text whose control characters are escaped, as a manifest must not control the reader's terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def cut(text: str, width: int) -> str:
-    """A text that is at most so wide; what was cut off is shown by an ellipsis."""
-    if length(text) <= width:
+def truncated(text: str, width: int) -> str:
+    """A text of at most so many columns. It ends in an ellipsis where something was cut off."""
+    if display_width(text) <= width:
         return text
-    while text and length(text) > width - 1:
+    while text and display_width(text) > width - 1:
         text = text[:-1]
     return text + _CUT
 
@@ -149,7 +150,7 @@ def count(number: int, noun: str) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes as a person would say them, in powers of ten: `84 MB`."""
+    """A number of bytes in powers of ten: `84 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"
@@ -157,8 +158,8 @@ def size(number: float) -> str:
     return f"{number:,.1f} TB"
 
 
-def length(text: str) -> int:
-    """Columns that a text takes on a terminal."""
+def display_width(text: str) -> int:
+    """How many columns a text takes on a terminal."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
@@ -171,7 +172,7 @@ def _paint(text: str, cell: object) -> str:
 
 
 def _texts(column: Sequence[object]) -> list[str]:
-    """The cells of a column as they are shown."""
+    """The cells of a column as text: cleaned, and never empty."""
     texts = list(map(str, column))
     if not "".join(texts).isprintable():
         texts = list(map(clean, texts))
@@ -179,7 +180,7 @@ def _texts(column: Sequence[object]) -> list[str]:
 
 
 def _widest(column: Sequence[str]) -> int:
-    return max(map(len if "".join(column).isascii() else length, column))
+    return max(map(len if "".join(column).isascii() else display_width, column))
 
 
 def _total(widths: Sequence[int], columns: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""`proxyd top`: rates of services and endpoints, live on a terminal, one sample elsewhere."""
+"""`proxyd top` shows rates of services and endpoints: live on a terminal, once elsewhere."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-_FIRST_SECONDS = 1.0  # between the two samples of the first picture
+_FIRST_SECONDS = 1.0  # at most, between the two samples that are shown first
 _KEYS = {"r": "rate", "c": "connections", "i": "in", "o": "out", "f": "failures", "n": "name"}
 
 
 def top(args: argparse.Namespace, env: Env) -> int:
-    """`proxyd top`."""
+    """Show rates until q or Ctrl-C; with --once, or without a terminal, print them once.
+
+    Raises:
+        CommandError: --interval is wrong, or the daemon does not answer.
+    """
     try:
         interval = parse_duration(args.interval)
     except ValueError as error:
@@ -38,20 +42,20 @@ def top(args: argparse.Namespace, env: Env) -> int:
         raise CommandError(
             f'--interval: expected a duration from 100ms to 1h, got "{args.interval}"', code=USAGE
         )
-    asking = _Asking(Client(args.admin_socket), args.namespace or "")
+    sampler = _Sampler(Client(args.admin_socket), args.namespace or "")
     if args.once or not env.stdout.isatty():
-        before = asking.sample()
+        before = sampler.sample()
         time.sleep(min(interval, _FIRST_SECONDS))
-        env.stdout.write(once(before, asking.sample(), args.sort, width=env.width))
+        env.stdout.write(once(before, sampler.sample(), args.sort, width=env.width))
         return OK
     try:
-        return _live(asking, args.sort, interval, env)
+        return _live(sampler, args.sort, interval, env)
     except KeyboardInterrupt:
         return OK
 
 
 def once(before: Sample, after: Sample, sort: str, *, width: int | None = None) -> str:
-    """One picture as plain text: the tables of services and endpoints."""
+    """The tables of services and endpoints as plain text."""
     services = [[clean(row.name), *cells(row), row.status] for row in service_rows(before, after, sort)]
     endpoints = [[row.name, row.endpoint, *cells(row)] for row in endpoint_rows(before, after, sort)]
     return (
@@ -61,8 +65,8 @@ def once(before: Sample, after: Sample, sort: str, *, width: int | None = None) 
     )
 
 
-class _Asking:
-    """Asks the daemon for samples."""
+class _Sampler:
+    """Takes samples of the daemon's counters."""
 
     def __init__(self, client: Client, namespace: str) -> None:
         self._client = client
@@ -77,17 +81,17 @@ class _Asking:
         return self._client.get("/v1/status", StatusView)
 
 
-def _live(asking: _Asking, sort: str, interval: float, env: Env) -> int:
+def _live(sampler: _Sampler, sort: str, interval: float, env: Env) -> int:
     from rich.console import Console  # noqa: PLC0415 - 100 ms that no other command waits for
     from rich.live import Live  # noqa: PLC0415 - as above
 
     console = Console(file=env.stdout, no_color=bool(env.environ.get("NO_COLOR")), highlight=False)
-    before = asking.sample()
+    before = sampler.sample()
     wait = min(interval, _FIRST_SECONDS)
     after = before
     with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(_screen(console, asking.status(), before, after, sort), refresh=True)
+            live.update(_screen(console, sampler.status(), before, after, sort), refresh=True)
             due = time.monotonic() + wait
             while (left := due - time.monotonic()) > 0:
                 key = keys(left)
@@ -95,14 +99,14 @@ def _live(asking: _Asking, sort: str, interval: float, env: Env) -> int:
                     return OK
                 if key in _KEYS:
                     sort = _KEYS[key]
-                    live.update(_screen(console, asking.status(), before, after, sort), refresh=True)
-            before, after = after, asking.sample()
+                    live.update(_screen(console, sampler.status(), before, after, sort), refresh=True)
+            before, after = after, sampler.sample()
             wait = interval
 
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Gives a function that waits some seconds for a key; "" where none was pressed."""
+    """Gives a function that waits some seconds for a key. It returns "" where none was pressed."""
     if not sys.stdin.isatty():
         yield _no_key
         return
@@ -114,7 +118,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
         if not readable:
             return ""
         pressed = os.read(descriptor, 32).decode("utf-8", "replace")
-        # Nobody is at the terminal any more; anything longer is an arrow or something pasted.
+        # Nothing can be read once the terminal is gone. Several characters are an arrow key or were pasted.
         return "q" if not pressed else pressed if len(pressed) == 1 else ""
 
     try:
@@ -134,7 +138,7 @@ def _screen(console: Console, status: StatusView, before: Sample, after: Sample,
     from rich.text import Text  # noqa: PLC0415 - as above
 
     services, endpoints = service_rows(before, after, sort), endpoint_rows(before, after, sort)
-    # Beside the rows: two lines at the top, headings and a line between, the keys.
+    # Lines that are no rows: two of the head, two empty ones, two of headings, the keys; one stays free.
     room = max(2, console.height - 8)
     shown = min(len(services), max(room // 2, room - len(endpoints)))
     shown_endpoints = min(len(endpoints), max(0, room - shown))

@@ -22,10 +22,10 @@ import pytest
 
 from proxyd.cli import completion, manual
 from proxyd.cli.commands import COMMANDS
-from proxyd.cli.get import noun_table
+from proxyd.cli.get import resource_table
 from proxyd.cli.grammar import subcommands
 from proxyd.cli.rates import Sample, endpoint_rows, service_rows
-from proxyd.cli.tables import Table, cut, length, table
+from proxyd.cli.tables import Table, display_width, table, truncated
 from proxyd.control.admin import views
 from proxyd.control.admin.history import MAX_EVENTS, MAX_FAILURES, MAX_SERVICES, History
 from proxyd.control.admin.schema import Counters
@@ -46,9 +46,9 @@ from tests.support.pictures import Shown, picture
 @pytest.mark.parametrize("what", ["services", "endpoints", "listeners"])
 def test_a_table_fits_the_terminal_and_keeps_what_matters(what, width):
     items = getattr(views, what)(picture())
-    lines = noun_table(what, items, width=width).splitlines()
+    lines = resource_table(what, items, width=width).splitlines()
     assert len(lines) == len(items) + 1
-    assert max(map(length, lines)) <= width
+    assert max(map(display_width, lines)) <= width
     headings = lines[0].split()
     for needed in {"services": ("NAME", "STATUS"), "endpoints": ("NAME", "ENDPOINT")}.get(
         what, ("ADDRESS", "STATUS")
@@ -58,15 +58,17 @@ def test_a_table_fits_the_terminal_and_keeps_what_matters(what, width):
 
 def test_without_a_terminal_nothing_is_left_out():
     items = views.services(picture())
-    whole = noun_table("services", items)
+    whole = resource_table("services", items)
     assert "Conflict: 10.0.0.10:80/TCP is held by prod/web" in whole
-    assert noun_table("services", items, width=40, wide=True) == noun_table("services", items, wide=True)
+    assert resource_table("services", items, width=40, wide=True) == resource_table(
+        "services", items, wide=True
+    )
 
 
 def test_texts_are_cut_by_what_they_take_on_a_terminal():
-    assert cut("abcdef", 6) == "abcdef"
-    assert cut("abcdef", 4) == "abc…"
-    assert cut("日本語", 4) == "日…"
+    assert truncated("abcdef", 6) == "abcdef"
+    assert truncated("abcdef", 4) == "abc…"
+    assert truncated("日本語", 4) == "日…"
     assert table(["A", "STATUS"], [["x" * 30, "Serving"]], width=20).splitlines()[1] == "xxxxxxxxxx…  Serving"
 
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from proxyd.api.service import ServicePort
-from proxyd.cli.get import noun_table
+from proxyd.cli.get import resource_table
 from proxyd.cli.status import status_text
 from proxyd.cli.tables import Status, table
 from proxyd.control.admin import views
@@ -17,7 +17,7 @@ from tests.support.pictures import LATE, READY, TCP, WEB, key, listener, picture
 
 
 def test_the_services_table_reads_as_promised():
-    assert noun_table("services", views.services(picture())).splitlines() == [
+    assert resource_table("services", views.services(picture())).splitlines() == [
         "NAMESPACE  NAME  TYPE          CLUSTER-IP  EXTERNAL-IP              PORT(S)        ENDPOINTS  CONNS  STATUS",
         "prod       db    ClusterIP     None        <none>                   <none>         1/1        0      Headless",
         "prod       dns   ClusterIP     10.0.0.53   <none>                   53/UDP,53/TCP  0/2        0      NoEndpoints",
@@ -81,7 +81,7 @@ def test_a_service_survives_the_way_to_the_client():
 
 
 def test_endpoints_in_order_with_their_conditions_and_counters():
-    lines = noun_table("endpoints", views.endpoints(picture(), namespace="prod"), wide=True).splitlines()
+    lines = resource_table("endpoints", views.endpoints(picture(), namespace="prod"), wide=True).splitlines()
     assert lines[0].split() == [
         "NAMESPACE",
         "NAME",
@@ -113,7 +113,7 @@ def test_endpoints_in_order_with_their_conditions_and_counters():
 
 
 def test_listeners_in_order_of_address():
-    lines = noun_table("listeners", views.listeners(picture())).splitlines()
+    lines = resource_table("listeners", views.listeners(picture())).splitlines()
     assert lines[0].split() == ["ADDRESS", "PORT", "PROTOCOL", "ROLE", "SERVICE", "STATUS"]
     assert [" ".join(line.split()) for line in lines[1:3]] == [
         "10.0.0.10 80 TCP ClusterIP prod/web Serving",
@@ -126,7 +126,7 @@ def test_listeners_in_order_of_address():
 
 def test_a_mapped_address_says_what_it_stands_for():
     mapped = (listener("127.96.0.10:80", WEB, ListenerState.SERVING, mapped_from="10.96.0.10"),)
-    heading, line = noun_table("listeners", views.listeners(picture(statuses=mapped))).splitlines()
+    heading, line = resource_table("listeners", views.listeners(picture(statuses=mapped))).splitlines()
     assert "FOR" in heading.split()
     assert line.split() == ["127.96.0.10", "80", "TCP", "ClusterIP", "10.96.0.10", "prod/web", "Serving"]
 
