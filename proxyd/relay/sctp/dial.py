@@ -7,8 +7,8 @@ import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from typing import TYPE_CHECKING
 
-from proxyd.relay.sctp.side import SO_RCVBUFFORCE, SO_SNDBUFFORCE
-from proxyd.relay.tcp.dialler import SHORTAGES
+from proxyd.relay.engine.dialling import SHORTAGES
+from proxyd.relay.sctp.shared import SO_RCVBUFFORCE, SO_SNDBUFFORCE
 from proxyd.state.sctpsocket import (
     CONNECTX,
     EVENTS,
@@ -27,7 +27,7 @@ from proxyd.state.sctpsocket import (
 
 if TYPE_CHECKING:
     from proxyd.relay.engine.balancer import Endpoint
-    from proxyd.relay.sctp.side import Shared
+    from proxyd.relay.sctp.shared import Shared
 
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 _INITMSG_BYTES = 8

@@ -8,9 +8,16 @@ import socket
 import time
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from proxyd.relay.engine.balancer import Endpoint
+from proxyd.relay.engine.dialling import (
+    DIAL_TIMEOUTS,
+    MAX_ATTEMPTS,
+    MAX_SHORTAGES,
+    SHORTAGES,
+    Owner,
+    close_with_reset,
+)
 from proxyd.relay.engine.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.engine.poller import ERR, events_now
 from proxyd.relay.ipc.messages import Connection, LiveConnection
@@ -28,12 +35,9 @@ from proxyd.relay.ipc.slots import (
     OPENED,
 )
 from proxyd.relay.sctp.dial import NoRoomError, connect, streams_of
+from proxyd.relay.sctp.shared import Shared
 from proxyd.relay.sctp.side import EDGES, Side
-from proxyd.relay.tcp.dialler import DIAL_TIMEOUTS, MAX_ATTEMPTS, MAX_SHORTAGES, SHORTAGES, close_with_reset
 from proxyd.state.sctpsocket import SOL_SCTP, STATUS, STATUS_BYTES, Status, status
-
-if TYPE_CHECKING:
-    from proxyd.relay.sctp.listener import SctpListener
 
 # For what is queued to be taken and the shutdown to be answered; by then the kernel has given up by itself
 # (its guard timer: five times the largest RTO, 300 s).
@@ -49,11 +53,12 @@ class SctpRelay:
         listener: that accepted it.
         sock: the client's association; owned from now on.
         address: of the client.
+        shared: by the relays of the worker.
     """
 
     __slots__ = (
         "_address", "_alternate", "_balancer", "_connected", "_counted", "_deadline", "_dial_started", "_endpoint",
-        "_refused", "_shortages", "_socket", "_started", "_streams", "_timed_out", "attempts", "client", "done",
+        "_refused", "_shared", "_shortages", "_socket", "_started", "_streams", "_timed_out", "attempts", "client", "done",
         "listener", "plane", "upstream",
     )  # fmt: skip
 
@@ -61,7 +66,7 @@ class SctpRelay:
     _endpoint: Endpoint | None  # chosen at present
     _socket: Socket | None  # while dialling
 
-    def __init__(self, listener: SctpListener, sock: Socket, address: tuple[str, int]) -> None:
+    def __init__(self, listener: Owner, sock: Socket, address: tuple[str, int], shared: Shared) -> None:
         self.listener = listener
         self.attempts = 0
         self.done = False
@@ -78,8 +83,9 @@ class SctpRelay:
         self._deadline = 0.0  # of the shutdown
         self._counted = (0, 0, 0, 0)
         self._started = self._dial_started = monotonic()
+        self._shared = shared
         self._streams: Streams = streams_of(sock)
-        self.client = Side(self, sock, listener.shared, held=True)
+        self.client = Side(self, sock, shared, held=True)
 
     def start(self) -> None:
         """Dial. The caller calls `crash` if this raises."""
@@ -107,7 +113,7 @@ class SctpRelay:
             self.plane.counters[endpoint.row + ATTEMPTS] += 1
             self.plane.counters[self._balancer.row + ATTEMPTS] += 1
             try:
-                sock = connect(endpoint, self._first_address(endpoint), self._streams, self.listener.shared)
+                sock = connect(endpoint, self._first_address(endpoint), self._streams, self._shared)
             except NoRoomError as error:
                 self._wait_for_resources(error.code)
                 return
@@ -166,7 +172,7 @@ class SctpRelay:
         self._socket = None
         self._connected = True
         client = self.client
-        side = self.upstream = Side(self, sock, self.listener.shared, held=False)
+        side = self.upstream = Side(self, sock, self._shared, held=False)
         side.peer = client
         client.peer = side
         plane.poller.handlers[sock.fileno()] = side.ready
@@ -282,7 +288,7 @@ class SctpRelay:
         """A message from `side` is longer than those that are relayed."""
         self.count_dropped(side.peer)
         self._trouble(
-            f"the {self._name(side)} sent a message of more than {self.listener.shared.max_message} bytes: "
+            f"the {self._name(side)} sent a message of more than {self._shared.max_message} bytes: "
             "association aborted; --sctp-max-message says how long they may be"
         )
         self.abort("message too long")

@@ -14,14 +14,14 @@ SCTP knows no half-close. A side that has *ended* sends nothing more (its SHUTDO
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from proxyd.relay.engine.plane import TURN_BYTES, Plane
 from proxyd.relay.engine.poller import ERR, IN, OUT, RDHUP
+from proxyd.relay.sctp.shared import Control, Shared
 from proxyd.state.sctpsocket import (
     ASSOC_CHANGE,
     COMM_LOST,
@@ -33,78 +33,49 @@ from proxyd.state.sctpsocket import (
     SHUTDOWN_EVENT,
     message_key,
     notification,
-    send_control,
     sent_on,
 )
-
-if TYPE_CHECKING:
-    from proxyd.relay.sctp.relay import SctpRelay
 
 EDGES = IN | RDHUP | 1 << 31  # EPOLLET
 _WITH_ROOM = EDGES | OUT
 # Messages that one side moves in a turn, before the others have theirs.
 TURN_MESSAGES = 64
-# Streams, flags and identifiers whose control message is remembered. Peers use a few; one that makes up others for each
-# message must not fill the memory.
-MAX_CONTROLS = 4096
-# Bytes. What the kernel gives without privileges (net.core.wmem_max) is enough for 256 KiB messages, as it doubles that.
-MIN_BUFFER = 1024 * 1024
 _NOWAIT = socket.MSG_DONTWAIT
-SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 _EOR = socket.MSG_EOR
 
-Control = list[tuple[int, int, bytes]]
 
+class SideOwner(Protocol):
+    """The relay of two sides, as they see it."""
 
-class Shared:
-    """What the SCTP relays of one worker share.
+    plane: Plane
 
-    Args:
-        max_message: bytes of the largest message that is relayed.
-    """
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
 
-    def __init__(self, max_message: int) -> None:
-        self.max_message = max_message
-        self.buffer = max(4 * max_message, MIN_BUFFER)  # asked for in each direction of a socket
-        # One byte more shows that a message is too long. Notifications must fit too.
-        self.view = memoryview(bytearray(max(max_message + 1, 4096)))
-        self.buffers = [self.view]
-        self.controls: dict[tuple[int, int, int], Control] = {}
-        self.may_force = True  # buffers beyond the system's limit
+    def closing(self) -> None:
+        """One direction has ended."""
 
-    def measure(self) -> int:
-        """Find out how large buffers may be. Returns the size of the largest message that can be sent."""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.buffer)
-            except PermissionError:
-                self.may_force = False
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer)
-            return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        return self.max_message
+    def side_over(self) -> None:
+        """One association has come to its end."""
 
-    def control(self, key: tuple[int, int, int]) -> Control:
-        """What makes a message like another: see `message_key`."""
-        found = self.controls.get(key)
-        if found is None:
-            if len(self.controls) >= MAX_CONTROLS:
-                self.controls.clear()
-            found = self.controls[key] = send_control(key)
-        return found
+    def reset_by(self, side: Side, /) -> None:
+        """`side` was aborted by its other end, or its path is lost: the relay is over."""
 
+    def restarted(self, side: Side, /) -> None:
+        """`side` was set up anew by its other end: the relay is over."""
 
-def shared(plane: Plane) -> Shared:
-    """That of a worker, made with its first SCTP listener."""
-    found = plane.extensions.get("SCTP")
-    if not isinstance(found, Shared):
-        found = plane.extensions["SCTP"] = Shared(plane.options.sctp_max_message)
-        room = found.measure()
-        if room < found.max_message:
-            plane.reporter.trouble(
-                f"the kernel lets this process send SCTP messages of {room} bytes at most, not "
-                f"{found.max_message} (--sctp-max-message): set net.core.wmem_max to {found.max_message // 2}"
-            )
-    return found
+    def send_failed(self, side: Side, error: OSError, stream: int, size: int, /) -> bool:
+        """A message of `size` bytes could not be sent to `side`; whether the relay goes on without it."""
+
+    def too_long(self, side: Side, /) -> None:
+        """`side` sent a message longer than those that are relayed: the relay is over."""
+
+    def count_dropped(self, side: Side, /) -> None:
+        """Count a message that could not be sent on to `side`."""
+
+    def crash(self) -> None:
+        """End after an internal error."""
 
 
 class Side:
@@ -117,7 +88,7 @@ class Side:
 
     peer: Side
 
-    def __init__(self, relay: SctpRelay, sock: Socket, shared: Shared, held: bool) -> None:
+    def __init__(self, relay: SideOwner, sock: Socket, shared: Shared, held: bool) -> None:
         self.relay = relay
         self.sock = sock
         self.plane = relay.plane

@@ -5,27 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from abc import abstractmethod
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from proxyd.relay.engine.balancer import Balancer, Endpoint
+from proxyd.relay.engine.dialling import (
+    DIAL_TIMEOUTS,
+    MAX_ATTEMPTS,
+    MAX_SHORTAGES,
+    SHORTAGES,
+    Owner,
+    close_with_reset,
+)
 from proxyd.relay.engine.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.engine.poller import ERR, HUP, events_now
 from proxyd.relay.ipc.slots import ATTEMPTS, CONNECT_US, FAILED, OPENED
-
-if TYPE_CHECKING:
-    from proxyd.relay.tcp.listener import TcpListener
-
-# Seconds given to each attempt that is not answered (kubernetes pkg/proxy/userspace, EndpointDialTimeouts).
-DIAL_TIMEOUTS = (0.25, 0.5, 1.0, 2.0)
-# Refusals cost no time but do cost work: a service of thousands of dead endpoints must not eat the worker.
-MAX_ATTEMPTS = 64
-# How often a relay waits for a descriptor, memory or port of our own, PAUSE_SECONDS each.
-MAX_SHORTAGES = 20
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 # Looked up once; `socket` has some as members of an enumeration.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -33,15 +28,6 @@ _TCP = socket.IPPROTO_TCP
 _NODELAY = socket.TCP_NODELAY
 _IN_PROGRESS = errno.EINPROGRESS
 _FAILED_EVENTS = ERR | HUP
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-
-
-def close_with_reset(plane: Plane, sock: Socket) -> None:
-    """Close so that the other end sees a reset."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    finally:
-        plane.poller.close(sock)
 
 
 class Dialler:
@@ -60,7 +46,7 @@ class Dialler:
     _endpoint: Endpoint | None  # chosen at present
     _socket: Socket | None  # while dialling
 
-    def __init__(self, listener: TcpListener, address: tuple[str, int]) -> None:
+    def __init__(self, listener: Owner, address: tuple[str, int]) -> None:
         self.listener = listener
         self.attempts = 0
         self._plane: Plane = listener.plane

@@ -2,175 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
-from ipaddress import ip_network
 
-from proxyd.relay.engine.balancer import Balancer
-from proxyd.relay.engine.plane import PAUSE_SECONDS, Plane
-from proxyd.relay.engine.poller import IN
-from proxyd.relay.ipc.messages import ListenerConfig
-from proxyd.relay.ipc.slots import REFUSED
-from proxyd.relay.tcp.dialler import SHORTAGES, close_with_reset
+from proxyd.relay.engine.accepting import Acceptor
 from proxyd.relay.tcp.relay import Relay
 
-# A listener that is ready turn after turn accepts more at a time; one that is not does not pay for a failing accept.
-MAX_BATCH = 16
-# The socket is not, or no longer, one to accept from.
-_UNUSABLE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
-_MAPPED = "::ffff:"
+_STREAM = int(socket.SOCK_STREAM)
 
 
-class SourceRanges:
-    """The client addresses that may connect.
+class TcpListener(Acceptor):
+    """Accepts TCP connections."""
 
-    Args:
-        ranges: CIDRs; one that can't be read admits nobody.
-    """
-
-    __slots__ = ("_networks", "unreadable")
-
-    def __init__(self, ranges: list[str]) -> None:
-        self._networks: list[tuple[int, int, int]] = []  # family, network, mask
-        self.unreadable: list[str] = []
-        for text in ranges:
-            try:
-                network = ip_network(text.strip(), strict=False)
-            except ValueError:
-                self.unreadable.append(text)
-                continue
-            family = socket.AF_INET if network.version == 4 else socket.AF_INET6
-            self._networks.append((family, int(network.network_address), int(network.netmask)))
-
-    def admit(self, ip: str) -> bool:
-        """Whether this client address, as `accept` gives it, may connect."""
-        if ip.startswith(_MAPPED) and "." in ip:
-            ip = ip[len(_MAPPED) :]
-        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-        address = int.from_bytes(socket.inet_pton(family, ip.partition("%")[0]), "big")
-        return any(family == f and address & mask == network for f, network, mask in self._networks)
-
-
-class TcpListener:
-    """Accepts TCP connections from one listening socket, which other workers may hold too.
-
-    Args:
-        config: what control said.
-        fd: the socket; owned by the listener from now on.
-        balancer: of new connections.
-        plane: shared by all relays.
-
-    Raises:
-        OSError: not a socket, or no room to watch it.
-    """
-
-    def __init__(self, config: ListenerConfig, fd: int, balancer: Balancer, plane: Plane) -> None:
-        self.id = config.id
-        self.address = config.address
-        self.balancer = balancer
-        self.plane = plane
-        self.open_relays = 0
-        self.closed = False
-        self._ranges = SourceRanges(config.source_ranges) if config.source_ranges else None
-        if self._ranges is not None and self._ranges.unreadable:
-            plane.reporter.trouble(
-                f"listener {self.address}: source range {self._ranges.unreadable[0]!r} is not a CIDR: it admits nobody"
-            )
-        self._batch = 1
-        self._resting = False
-        self._last_turn = 0
-        self._socket = Socket(fileno=fd)
-        self._family = self._socket.family
-        self._accept = self._socket._accept  # type: ignore[attr-defined]  # noqa: SLF001 accept() is the Python layer; not in typeshed
-        try:
-            self._socket.setblocking(False)
-            plane.poller.add(fd, self._ready, IN)
-        except OSError:
-            self._socket.close()
-            raise
-
-    def close(self) -> None:
-        """Stop accepting. Relays go on; a `drained` is reported when the last has ended."""
-        if not self.closed:
-            self.closed = True
-            self.plane.poller.close_shared(self._socket)
-            if not self.open_relays:
-                self.plane.reporter.drained(self.id)
-
-    def relay_ended(self) -> None:
-        """Count a relay out."""
-        self.open_relays -= 1
-        if self.closed and not self.open_relays:
-            self.plane.reporter.drained(self.id)
-
-    def rest(self) -> None:
-        """Accept nothing for a moment. Clients wait in the backlog."""
-        if not self._resting and self._socket.fileno() >= 0:
-            self._resting = True
-            # It is level-triggered: it would be reported again and again.
-            self.plane.poller.modify(self._socket.fileno(), 0)
-            self.plane.loop.call_later(PAUSE_SECONDS, self.resume)
-
-    def resume(self) -> None:
-        """Accept again after a pause."""
-        self._resting = False
-        if self._socket.fileno() >= 0:
-            self.plane.poller.modify(self._socket.fileno(), IN)
-
-    def _ready(self, _events: int) -> None:
-        """Accept a batch."""
-        plane = self.plane
-        turn = plane.poller.turns
-        self._batch = min(self._batch * 2, MAX_BATCH) if turn == self._last_turn + 1 else 1
-        self._last_turn = turn
-        share = plane.share()
-        for _ in range(self._batch):
-            if plane.accepting_paused or not plane.may_accept():
-                # Level-triggered: it would be reported again and again.
-                plane.poller.modify(self._socket.fileno(), 0)
-                plane.rest(self)
-                return
-            if self.open_relays >= share:
-                # Such as a Service that has itself as endpoint: each connection makes another.
-                plane.reporter.trouble(
-                    f"listener {self.address} has nine tenths of what descriptors allow: accepting paused for it"
-                )
-                self.rest()
-                return
-            try:
-                fd, address = self._accept()
-            except BlockingIOError:
-                self._last_turn = 0
-                return
-            except OSError as error:
-                self._accept_failed(error)
-                return
-            self._accepted(Socket(self._family, socket.SOCK_STREAM, 0, fd), address)
-
-    def _accepted(self, sock: Socket, address: tuple[str, int]) -> None:
-        balancer = self.balancer
-        if not balancer.endpoints or (self._ranges is not None and not self._ranges.admit(address[0])):
-            self.plane.counters[balancer.row + REFUSED] += 1
-            close_with_reset(self.plane, sock)
-            return
-        self.open_relays += 1
-        relay = Relay(self, sock, address)
-        try:
-            relay.start()
-        except Exception:
-            relay.crash()
-            raise
-
-    def _accept_failed(self, error: OSError) -> None:
-        if error.errno in SHORTAGES:
-            self.plane.pause(f"{os.strerror(error.errno or 0)}: accepting paused")
-        elif error.errno in _UNUSABLE:
-            if error.errno != errno.EINVAL:  # control has shut it down, and will say that it is closed
-                self.plane.reporter.trouble(
-                    f"listener {self.address}: can't accept any more: {error.strerror}"
-                )
-            # Muting is not enough: a hang-up is reported always.
-            self.plane.poller.close_shared(self._socket)
-        # Anything else is the fate of the one connection (accept(2), "Error handling").
+    def accepted(self, fd: int, address: tuple[str, int]) -> Relay:
+        """The relay of a connection."""
+        return Relay(self, Socket(self.family, _STREAM, 0, fd), address)

@@ -23,14 +23,11 @@ import socket
 import sys
 import termios
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from proxyd.relay.engine.pipes import Pipe
 from proxyd.relay.engine.plane import READ_BYTES, TURN_BYTES, Plane
 from proxyd.relay.engine.poller import ERR, HUP, IN, OUT, PRI, RDHUP
-
-if TYPE_CHECKING:
-    from proxyd.relay.tcp.relay import Relay
 
 _IN_OUT = IN | OUT
 _ENDING = RDHUP | HUP | ERR | PRI
@@ -46,6 +43,26 @@ BULK_BYTES = 1024 * 1024
 _NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 
+class PumpOwner(Protocol):
+    """The relay of two sides, as they see it. Each call but `done` may end it."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def reset_by(self, side: Side, /) -> None:
+        """`side` was reset by its other end."""
+
+    def write_failed(self, side: Side, /) -> None:
+        """A write to `side` failed."""
+
+    def finish(self, reason: str, /) -> None:
+        """Both directions have come to their end."""
+
+    def crash(self) -> None:
+        """End after an internal error."""
+
+
 class Side:
     """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
 
@@ -56,7 +73,7 @@ class Side:
 
     peer: Side
 
-    def __init__(self, relay: Relay, sock: Socket, plane: Plane, held: bool) -> None:
+    def __init__(self, relay: PumpOwner, sock: Socket, plane: Plane, held: bool) -> None:
         self.relay = relay
         self.sock = sock
         self.plane = plane

@@ -7,17 +7,14 @@ import socket
 import time
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from time import monotonic
-from typing import TYPE_CHECKING
 
+from proxyd.relay.engine.dialling import Owner, close_with_reset
 from proxyd.relay.engine.pipes import Pipe
 from proxyd.relay.engine.poller import IN, RDHUP
 from proxyd.relay.ipc.messages import Connection, LiveConnection
 from proxyd.relay.ipc.slots import BYTES_IN, BYTES_OUT, CLOSED, OPENED
-from proxyd.relay.tcp.dialler import Dialler, close_with_reset
+from proxyd.relay.tcp.dialler import Dialler
 from proxyd.relay.tcp.pump import Side
-
-if TYPE_CHECKING:
-    from proxyd.relay.tcp.listener import TcpListener
 
 _NOWAIT = int(socket.MSG_DONTWAIT)
 _DATA_EVENTS = IN | RDHUP
@@ -48,7 +45,7 @@ class Relay(Dialler):
     client: Side
     upstream: Side  # once connected
 
-    def __init__(self, listener: TcpListener, sock: Socket, address: tuple[str, int]) -> None:
+    def __init__(self, listener: Owner, sock: Socket, address: tuple[str, int]) -> None:
         super().__init__(listener, address)
         self.done = False
         self._connected = False

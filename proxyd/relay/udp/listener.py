@@ -13,12 +13,12 @@ from _socket import socket as Socket  # noqa: N812 a class; without the Python l
 from collections import deque
 from time import monotonic
 
+from proxyd.relay.engine.accepting import SourceRanges
 from proxyd.relay.engine.balancer import Balancer
 from proxyd.relay.engine.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.engine.poller import IN
 from proxyd.relay.ipc.messages import ListenerConfig
 from proxyd.relay.ipc.slots import DROPPED, DROPPED_OVERRUN, OPENED, REFUSED
-from proxyd.relay.tcp.listener import SourceRanges
 from proxyd.relay.udp import gso
 from proxyd.relay.udp.figures import overruns
 from proxyd.relay.udp.flow import Flow
@@ -57,11 +57,7 @@ class UdpListener:
         self.fd = fd
         self.table = table = flow_table(plane)
         self._balancer = balancer
-        self._ranges = SourceRanges(config.source_ranges) if config.source_ranges else None
-        if self._ranges is not None and self._ranges.unreadable:
-            plane.reporter.trouble(
-                f"listener {self.address}: source range {self._ranges.unreadable[0]!r} is not a CIDR: it admits nobody"
-            )
+        self._ranges = SourceRanges.of(config, plane.reporter)
         self._until: float | None = None  # while only replies under way are waited for
         self.victims: deque[Victim] = deque()  # of its flows those that make room for others next
         self.postponed = Postponed(plane.poller, self._later)
