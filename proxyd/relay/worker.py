@@ -10,14 +10,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvloop
 
 from proxyd.relay.engine.balancer import Balancer, Endpoint
 from proxyd.relay.engine.listing import Listings
-from proxyd.relay.engine.plane import Plane, SharedRelay
+from proxyd.relay.engine.plane import Plane
 from proxyd.relay.engine.reporter import Reporter
 from proxyd.relay.ipc.channel import Channel, ChannelError, close_all
 from proxyd.relay.ipc.messages import (
@@ -34,9 +33,6 @@ from proxyd.relay.ipc.options import Options
 from proxyd.relay.ipc.slots import MAX_SLOTS, Slots
 from proxyd.relay.privileges import drop_privileges
 from proxyd.relay.registry import Listener, load
-
-if TYPE_CHECKING:
-    from proxyd.relay.udp.flow import Flow
 
 __all__ = ["Options", "Worker", "main"]
 
@@ -223,7 +219,7 @@ class Worker:
             self._closed[closing.id] = listener
             if closing.drain is not None:
                 # Said again, as after an upgrade of control, it gives no more time.
-                until = monotonic() + closing.drain
+                until = self._plane.now() + closing.drain
                 self._drain_until[listener] = min(until, self._drain_until.get(listener, until))
                 self._set_drain_timer()
 
@@ -241,13 +237,13 @@ class Worker:
             self._drain_timer.cancel()
             self._drain_timer = None
         if self._drain_until:
-            delay = max(min(self._drain_until.values()) - monotonic(), 0.0)
+            delay = max(min(self._drain_until.values()) - self._plane.now(), 0.0)
             self._drain_timer = self._loop.call_later(delay, self._drain_due)
 
     def _drain_due(self) -> None:
         """End the relays of closed listeners whose time is over; one pass over all relays for all of them."""
         self._drain_timer = None
-        limit = monotonic() + 0.01  # the loop's timers are in milliseconds
+        limit = self._plane.now() + 0.01  # the loop's timers are in milliseconds
         due = {listener for listener, until in self._drain_until.items() if until <= limit}
         for listener in due:
             del self._drain_until[listener]
@@ -275,15 +271,15 @@ class Worker:
 
 
 class _Alive:
-    """Every relay and flow of a worker."""
+    """Every relay of a worker."""
 
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
 
-    def __iter__(self) -> Iterator[SharedRelay | Flow]:
+    def __iter__(self) -> Iterator[object]:
         yield from self._plane.relays
-        if self._plane.flow_table is not None:
-            yield from self._plane.flow_table.flows()
+        for extension in self._plane.extensions.values():
+            yield from extension
 
 
 def main(arguments: list[str] | None = None) -> int:

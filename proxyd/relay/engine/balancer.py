@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Collection, Iterable, MutableSequence
 
+from proxyd.relay.ipc.messages import address_text
+
 MAX_CLIENTS = 65_536  # remembered by one balancer's affinity table; the longest unused go first
 SUSPECT_SECONDS = 1.0  # an endpoint that just failed is passed over for so long, where there is another
 MAX_PASSED = (
@@ -35,8 +37,7 @@ class Endpoint:
         self.ephemeral = port >= _EPHEMERAL
 
     def __str__(self) -> str:
-        ip, port = self.address
-        return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        return address_text(*self.address)
 
 
 class _Client:

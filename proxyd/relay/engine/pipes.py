@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from _socket import socket as Socket  # noqa: N812 as in `pump`
+from collections.abc import Callable
 from time import monotonic
 
 # fs.pipe-max-size, as it is by default. 256 KiB take 15 % more processor time for each byte, 64 KiB 90 %.
@@ -76,10 +77,12 @@ class Pipes:
 
     Args:
         most: how many there may be; 0: nobody gets one.
+        now: monotonic seconds.
     """
 
-    def __init__(self, most: int = MAX_PIPES) -> None:
+    def __init__(self, most: int = MAX_PIPES, now: Callable[[], float] = monotonic) -> None:
         self.most = most
+        self._now = now
         self.made = 0
         self._not_before = 0.0  # the user had used up what there is
         self._free: list[Pipe] = []
@@ -88,7 +91,7 @@ class Pipes:
         """An empty pipe; None where there is none to be had."""
         if self._free:
             return self._free.pop()
-        if self.made >= self.most or monotonic() < self._not_before:
+        if self.made >= self.most or self._now() < self._not_before:
             return None
         try:
             pipe = Pipe()
@@ -96,7 +99,7 @@ class Pipes:
             return None
         if not pipe.grow():
             pipe.close()
-            self._not_before = monotonic() + _PAUSE_SECONDS
+            self._not_before = self._now() + _PAUSE_SECONDS
             return None
         self.made += 1
         return pipe

@@ -10,19 +10,16 @@ import asyncio
 import os
 import resource
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from proxyd.relay.engine.pipes import MAX_PIPES, Pipe, Pipes
 from proxyd.relay.engine.poller import Handler, Poller
 from proxyd.relay.engine.reporter import Reporter
 from proxyd.relay.ipc.options import Options
 from proxyd.relay.ipc.slots import Slots
-
-if TYPE_CHECKING:
-    from proxyd.relay.udp.table import FlowTable
 
 # One read, and so the most that is kept for one direction. 256 KiB were about 10 % slower in bulk: they do not stay in
 # the processor's cache. While PENDING_LIMIT bytes are kept in all, reads are tight.
@@ -65,6 +62,16 @@ class Pausable(Protocol):
         """Accept again."""
 
 
+class Extension(Protocol):
+    """What the listeners of one protocol share, where they share more than the plane."""
+
+    def shut(self) -> None:
+        """Stop its timers. Relays and listeners have been closed before."""
+
+    def __iter__(self) -> Iterator[object]:
+        """The relays that are alive and not in `Plane.relays`, such as UDP flows, which have no timers of the plane."""
+
+
 class Plane:
     """Shared by the relays of one worker.
 
@@ -74,11 +81,20 @@ class Plane:
         slots: counters and positions.
         index: of the worker: whose counters to write.
         options: of the worker.
+        now: monotonic seconds, for all relays and listeners.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, reporter: Reporter, slots: Slots, index: int, options: Options
+        self,
+        loop: asyncio.AbstractEventLoop,
+        reporter: Reporter,
+        slots: Slots,
+        index: int,
+        options: Options,
+        *,
+        now: Callable[[], float] = monotonic,
     ) -> None:
+        self.now = now
         self.loop = loop
         self.reporter = reporter
         self.slots = slots
@@ -86,7 +102,7 @@ class Plane:
         self.counters = slots.view
         self.poller = Poller(loop, self._handler_failed, alone=options.alone)
         self.options = options
-        self.extensions: dict[str, object] = {}  # what the listeners of one protocol share, by its name
+        self.extensions: dict[str, Extension] = {}  # by protocol
         self.records = options.records
         self.idle_seconds = options.tcp_idle_timeout
         self.relays: set[SharedRelay] = set()
@@ -95,14 +111,11 @@ class Plane:
         self.accepting_paused = False
         self._paused: list[Pausable] = []
         self.max_relays = self._fixed_limit = options.max_relays
-        self.udp_idle_seconds = options.udp_timeout
-        self.workers = options.workers
-        self.flow_table: FlowTable | None = None
         self.flows = 0  # of UDP, each with one descriptor
         self._buffer = memoryview(bytearray(READ_BYTES))
         self.view = self._buffer  # what to read into
         self._pending = 0
-        self.pipes = Pipes(_most_pipes(options.workers) if options.tcp_splice else 0)
+        self.pipes = Pipes(_most_pipes(options.workers) if options.tcp_splice else 0, now)
         self._scan_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._pause_timer: asyncio.TimerHandle | None = None
@@ -130,7 +143,7 @@ class Plane:
 
     def _scan(self) -> None:
         self._scan_timer = None
-        now = monotonic()
+        now = self.now()
         for relay in [relay for relay, deadline in self.dialling.items() if deadline <= now]:
             self._guarded(relay, relay.dial_due, now)
         if self.dialling and self._scan_timer is None:
@@ -138,7 +151,7 @@ class Plane:
 
     def _tick(self) -> None:
         self._tick_timer = None
-        now = monotonic()
+        now = self.now()
         for relay in list(self.relays):
             self._guarded(relay, relay.tick, now)
         if self.relays and self._tick_timer is None:
@@ -233,8 +246,8 @@ class Plane:
         for timer in (self._scan_timer, self._tick_timer, self._pause_timer):
             if timer is not None:
                 timer.cancel()
-        if self.flow_table is not None:
-            self.flow_table.shut()
+        for extension in self.extensions.values():
+            extension.shut()
         self.pipes.shut()
         self.poller.shut()
 

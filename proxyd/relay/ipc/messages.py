@@ -13,6 +13,11 @@ MAX_DESCRIPTORS = 200
 MAX_BYTES = 128 * 1024
 
 
+def address_text(ip: str, port: int) -> str:
+    """An address as messages have it: ip:port, [ip]:port of IPv6."""
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
 class BalancerConfig(msgspec.Struct, frozen=True, array_like=True):
     """One balancer: `id` is its round-robin slot and its counter slot."""
 

@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
-from time import monotonic
 
 from proxyd.relay.engine.balancer import Endpoint
 from proxyd.relay.engine.dialling import (
@@ -20,7 +19,7 @@ from proxyd.relay.engine.dialling import (
 )
 from proxyd.relay.engine.plane import PAUSE_SECONDS, Plane
 from proxyd.relay.engine.poller import ERR, events_now
-from proxyd.relay.ipc.messages import Connection, LiveConnection
+from proxyd.relay.ipc.messages import Connection, LiveConnection, address_text
 from proxyd.relay.ipc.slots import (
     ATTEMPTS,
     BYTES_IN,
@@ -82,7 +81,7 @@ class SctpRelay:
         self._shortages = 0
         self._deadline = 0.0  # of the shutdown
         self._counted = (0, 0, 0, 0)
-        self._started = self._dial_started = monotonic()
+        self._started = self._dial_started = listener.plane.now()
         self._shared = shared
         self._streams: Streams = streams_of(sock)
         self.client = Side(self, sock, shared, held=True)
@@ -158,12 +157,12 @@ class SctpRelay:
             self._socket = None
             close_with_reset(plane, sock)
             self._attempt_failed(code)
-            self._dial_started = monotonic()
+            self._dial_started = self.plane.now()
             self._dial()
             return
         counters = plane.counters
         del plane.dialling[self]
-        micros = int((monotonic() - self._dial_started) * 1e6)
+        micros = int((plane.now() - self._dial_started) * 1e6)
         counters[endpoint.row + OPENED] += 1
         counters[endpoint.row + CONNECT_US] += micros
         counters[self._balancer.row + CONNECT_US] += micros
@@ -239,7 +238,7 @@ class SctpRelay:
         if self._shortages > MAX_SHORTAGES:
             self._give_up()
         else:
-            self.plane.dial_until(self, monotonic() + PAUSE_SECONDS)
+            self.plane.dial_until(self, self.plane.now() + PAUSE_SECONDS)
 
     def _give_up(self) -> None:
         self.plane.counters[self._balancer.row + FAILED] += 1
@@ -299,7 +298,7 @@ class SctpRelay:
     def closing(self) -> None:
         """One direction has ended: the rest must follow within SHUTDOWN_SECONDS."""
         if not self._deadline:
-            self._deadline = monotonic() + SHUTDOWN_SECONDS
+            self._deadline = self.plane.now() + SHUTDOWN_SECONDS
 
     def side_over(self) -> None:
         """One association has come to its end."""
@@ -358,7 +357,7 @@ class SctpRelay:
     def _forget_endpoint(self) -> None:
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None and self._balancer.affinity_seconds:
-            self._balancer.ended(self._address[0], endpoint, monotonic())
+            self._balancer.ended(self._address[0], endpoint, self.plane.now())
 
     # -- figures --------------------------------------------------------------------------------------------------
 
@@ -408,7 +407,7 @@ class SctpRelay:
             endpoint_path = _primary(self.upstream.sock)
             moved = (self.client.bytes, self.upstream.bytes, self.client.messages, self.upstream.messages)
         return LiveConnection(
-            client=_text(self._address),
+            client=address_text(*self._address),
             frontend=self.listener.address,
             service=self._balancer.name,
             endpoint=str(self._endpoint or ""),
@@ -423,14 +422,14 @@ class SctpRelay:
 
     def _record(self, reason: str) -> None:
         record = Connection(
-            client=_text(self._address),
+            client=address_text(*self._address),
             frontend=self.listener.address,
             service=self._balancer.name,
             endpoint=str(self._endpoint or ""),
             attempts=self.attempts,
             bytes_in=self._counted[0],
             bytes_out=self._counted[1],
-            seconds=monotonic() - self._started,
+            seconds=self.plane.now() - self._started,
             reason=reason,
             finished=time.time(),
             protocol="SCTP",
@@ -441,11 +440,6 @@ class SctpRelay:
 
 
 _MOVED = (BYTES_IN, BYTES_OUT, DATAGRAMS_IN, DATAGRAMS_OUT)
-
-
-def _text(address: tuple[str, int]) -> str:
-    ip, port = address
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
 def association_status(sock: Socket) -> Status | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterator
 
 from proxyd.relay.engine.plane import Plane
 from proxyd.state.sctpsocket import send_control
@@ -44,6 +45,13 @@ class Shared:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer)
             return probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         return self.max_message
+
+    def shut(self) -> None:
+        """Nothing of it runs by itself."""
+
+    def __iter__(self) -> Iterator[object]:
+        """Nothing: every SCTP relay is in `Plane.relays`."""
+        return iter(())
 
     def control(self, key: tuple[int, int, int]) -> Control:
         """What makes a message like another: see `message_key`."""

@@ -7,7 +7,6 @@ import os
 import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from abc import abstractmethod
-from time import monotonic
 
 from proxyd.relay.engine.balancer import Balancer, Endpoint
 from proxyd.relay.engine.dialling import (
@@ -57,7 +56,7 @@ class Dialler:
         self._refused: tuple[Endpoint, ...] = ()
         self._timed_out: tuple[Endpoint, ...] = ()
         self._shortages = 0
-        self._dial_started = monotonic()
+        self._dial_started = listener.plane.now()
 
     @abstractmethod
     def connected(self, sock: Socket, events: int) -> None:
@@ -152,13 +151,13 @@ class Dialler:
             self._socket = None
             close_with_reset(self._plane, sock)
             self._attempt_failed(code)
-            self._dial_started = monotonic()
+            self._dial_started = self._plane.now()
             self._dial()
             return
         plane = self._plane
         counters = plane.counters
         del plane.dialling[self]
-        micros = int((monotonic() - self._dial_started) * 1e6)
+        micros = int((plane.now() - self._dial_started) * 1e6)
         balancer = self._balancer
         row = endpoint.row
         counters[row + OPENED] += 1
@@ -218,7 +217,7 @@ class Dialler:
         if self._shortages > MAX_SHORTAGES:
             self._give_up()
         else:
-            self._plane.dial_until(self, monotonic() + PAUSE_SECONDS)
+            self._plane.dial_until(self, self._plane.now() + PAUSE_SECONDS)
 
     def _give_up(self) -> None:
         self._plane.counters[self._balancer.row + FAILED] += 1
@@ -229,4 +228,4 @@ class Dialler:
     def _forget_endpoint(self) -> None:
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None and self._balancer.affinity_seconds:
-            self._balancer.ended(self._address[0], endpoint, monotonic())
+            self._balancer.ended(self._address[0], endpoint, self._plane.now())

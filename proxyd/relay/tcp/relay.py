@@ -6,12 +6,11 @@ import os
 import socket
 import time
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
-from time import monotonic
 
 from proxyd.relay.engine.dialling import Owner, close_with_reset
 from proxyd.relay.engine.pipes import Pipe
 from proxyd.relay.engine.poller import IN, RDHUP
-from proxyd.relay.ipc.messages import Connection, LiveConnection
+from proxyd.relay.ipc.messages import Connection, LiveConnection, address_text
 from proxyd.relay.ipc.slots import BYTES_IN, BYTES_OUT, CLOSED, OPENED
 from proxyd.relay.tcp.dialler import Dialler
 from proxyd.relay.tcp.pump import Side
@@ -198,12 +197,11 @@ class Relay(Dialler):
 
     def live(self, now: float) -> LiveConnection:
         """What it is and does at this moment."""
-        ip, port = self._address[:2]
         state = "connecting"
         if self._connected:
             state = "half-closed" if self.client.eof or self.upstream.eof else "established"
         return LiveConnection(
-            client=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}",
+            client=address_text(*self._address[:2]),
             frontend=self.listener.address,
             service=self._balancer.name,
             endpoint=str(self._endpoint or ""),
@@ -215,16 +213,15 @@ class Relay(Dialler):
         )
 
     def _record(self, reason: str) -> None:
-        ip, port = self._address[:2]
         record = Connection(
-            client=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}",
+            client=address_text(*self._address[:2]),
             frontend=self.listener.address,
             service=self._balancer.name,
             endpoint=str(self._endpoint or ""),
             attempts=self.attempts,
             bytes_in=self._counted_in,
             bytes_out=self._counted_out,
-            seconds=monotonic() - self._started,
+            seconds=self._plane.now() - self._started,
             reason=reason,
             finished=time.time(),
         )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import socket
-from time import monotonic
-from typing import TYPE_CHECKING
+import time
 
-from proxyd.relay.ipc.messages import LiveConnection
+from proxyd.relay.ipc.messages import Connection, LiveConnection, address_text
 from proxyd.relay.ipc.slots import CLOSED
 from proxyd.relay.udp import gso
-from proxyd.relay.udp.figures import final_record, live_record
-from proxyd.relay.udp.mmsg import NAME6_BYTES, NAME_BYTES, SLOTS, client_name
-from proxyd.relay.udp.upstream import ANSWERED, KEPT_BYTES, LEAVING, TALKING, WAITING, Upstream
-
-if TYPE_CHECKING:
-    from proxyd.relay.udp.listener import UdpListener
+from proxyd.relay.udp.mmsg import NAME6_BYTES, NAME_BYTES, SLOTS, client_address, client_name
+from proxyd.relay.udp.upstream import (
+    ANSWERED,
+    KEPT_BYTES,
+    LEAVING,
+    TALKING,
+    WAITING,
+    FlowOwner,
+    Table,
+    Upstream,
+)
 
 # The receive buffer of a flow that has become a conversation.
 TALKING_BUFFER = 1024 * 1024
@@ -28,6 +32,9 @@ class Flow(Upstream):
     """One client of one listener. The client's path is in `UdpListener`, the endpoint's is `ready`."""
 
     __slots__ = ()
+
+    listener: FlowOwner[Flow]
+    _table: Table[Flow]
 
     # -- client to endpoint ---------------------------------------------------------------------------------------
 
@@ -197,13 +204,13 @@ class Flow(Upstream):
             self.listener.flows.pop(self.key, None)
             self._unname()
             self.stage = LEAVING
-            self._table.leaving[self] = monotonic()
+            self._table.leaving[self] = self._table.plane.now()
 
     def _unname(self) -> None:
         if self.name is not None:
             self.listener.named.pop(self.name, None)
 
-    def adopted(self, listener: UdpListener) -> None:
+    def adopted(self, listener: FlowOwner[Flow]) -> None:
         """Go on at a listener with the same address and balancer."""
         self.listener = listener
         self._fd = listener.fd
@@ -226,11 +233,39 @@ class Flow(Upstream):
         endpoint = self.endpoint
         table.counters[self.balancer.row + CLOSED] += 1
         if endpoint is not None and self.balancer.affinity_seconds:
-            self.balancer.ended(self.client_ip, endpoint, monotonic())
+            self.balancer.ended(self.client_ip, endpoint, table.plane.now())
         table.closed(self)
         if table.plane.records:
-            table.plane.reporter.record(final_record(self, reason))
+            self._record(reason)
+
+    # -- figures --------------------------------------------------------------------------------------------------
 
     def live(self, now: float) -> LiveConnection:
         """What it is and does at this moment."""
-        return live_record(self, now)
+        return LiveConnection(
+            client=address_text(*client_address(self.key)),
+            frontend=self.listener.address,
+            service=self.balancer.name,
+            endpoint=str(self.endpoint or ""),
+            protocol="UDP",
+            seconds=now - self.started,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            state="answered" if self.datagrams_out else "unanswered",
+        )
+
+    def _record(self, reason: str) -> None:
+        record = Connection(
+            client=address_text(*client_address(self.key)),
+            frontend=self.listener.address,
+            service=self.balancer.name,
+            endpoint=str(self.endpoint or ""),
+            attempts=self.attempts,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            seconds=self._table.plane.now() - self.started,
+            reason=reason,
+            finished=time.time(),
+            protocol="UDP",
+        )
+        self._table.plane.reporter.record(record)

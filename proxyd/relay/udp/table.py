@@ -11,17 +11,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from pathlib import Path
-from time import monotonic
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from proxyd.relay.engine.plane import Plane
 from proxyd.relay.ipc.slots import DROPPED_TO_CLIENT, EVICTED
 from proxyd.relay.udp.flow import Flow
 from proxyd.relay.udp.mmsg import Vector
-from proxyd.relay.udp.upstream import ANSWERED, TALKING, WAITING
-
-if TYPE_CHECKING:
-    from proxyd.relay.udp.listener import UdpListener
+from proxyd.relay.udp.upstream import ANSWERED, TALKING, WAITING, FlowOwner
 
 TICK_SECONDS = 0.5
 # For timeouts below 2 s a pass each quarter of them, but no more often than this.
@@ -55,24 +51,32 @@ _PAUSE_SECONDS = 0.005
 Victim = tuple[Flow, float, int]
 
 
+class Listener(FlowOwner[Flow], Protocol):
+    """A UDP listener, as the table sees it."""
+
+    victims: deque[Victim]  # of its flows those that make room for others next
+    overruns: int  # of its socket, as counted so far
+
+    def count(self) -> None:
+        """Bring the counter of datagrams that found the receive buffer full up to date."""
+
+
 class FlowTable:
     """Shared by the UDP listeners of one worker.
 
     Args:
         plane: of the worker.
-        idle_seconds: after which a flow is ended, where its Service says nothing else.
-        workers: that share the node's local ports.
     """
 
-    def __init__(self, plane: Plane, idle_seconds: float, workers: int) -> None:
+    def __init__(self, plane: Plane) -> None:
         self.plane = plane
         self.poller = plane.poller
         self.counters = plane.counters
-        self.clock = monotonic()  # of the last pass
-        self.listeners: dict[str, UdpListener] = {}  # by address
+        self.clock = plane.now()  # of the last pass
+        self.listeners: dict[str, Listener] = {}  # by address
         self.leaving: dict[Flow, float] = {}  # since when
-        self._idle_seconds = idle_seconds
-        self._ports = int(_local_ports() * _PORT_SHARE / max(workers, 1))
+        self._idle_seconds = plane.options.udp_timeout
+        self._ports = int(_local_ports() * _PORT_SHARE / max(plane.options.workers, 1))
         self._receivers: dict[int, Vector] = {}
         self._senders: dict[int, Vector] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -106,7 +110,7 @@ class FlowTable:
         """Count a flow in."""
         self.plane.flows += 1
         if self._timer is None:
-            self.clock = monotonic()
+            self.clock = self.plane.now()
             self._timer = self.plane.loop.call_later(TICK_SECONDS, self._tick)
 
     def closed(self, flow: Flow) -> None:
@@ -114,12 +118,12 @@ class FlowTable:
         self.plane.flows -= 1
         flow.listener.flow_ended()
 
-    def flows(self) -> Iterator[Flow]:
-        """Every flow."""
+    def __iter__(self) -> Iterator[Flow]:
+        """Every flow that is in a listener's table."""
         for listener in self.listeners.values():
             yield from listener.flows.values()
 
-    def make_room(self, listener: UdpListener) -> None:
+    def make_room(self, listener: Listener) -> None:
         """End a flow where there is none left for one more, of this listener or of all."""
         if self.plane.max_relays != self._measured:
             self._measure()
@@ -138,7 +142,7 @@ class FlowTable:
         self.limit = min(self._measured, MAX_FLOWS, self._ports)
         self._listener_limit = max(int(self.limit * _LISTENER_SHARE), 1)
 
-    def _evict(self, victims: deque[Victim], listeners: Iterable[UdpListener]) -> None:
+    def _evict(self, victims: deque[Victim], listeners: Iterable[Listener]) -> None:
         """End the next of the victims that has not been used since it was chosen.
 
         Flows that only wait for a last reply go first where they are most of what there is.
@@ -157,7 +161,7 @@ class FlowTable:
                     return
             victims.extend(self._choose(listeners))
 
-    def _choose(self, listeners: Iterable[UdpListener]) -> list[Victim]:
+    def _choose(self, listeners: Iterable[Listener]) -> list[Victim]:
         """The longest idle of what fills the table: unanswered flows, or single exchanges if these are more.
 
         Either is what a flood of one-packet clients leaves; the fewer of the two are the real ones. Conversations go
@@ -178,7 +182,7 @@ class FlowTable:
 
     def _tick(self) -> None:
         self._timer = None
-        self.clock = now = monotonic()
+        self.clock = now = self.plane.now()
         self._measure()
         hurried = self.plane.flows > self.limit * _HURRIED_SHARE
         collect = not self._due  # else those of an earlier pass are still gone through
@@ -201,7 +205,7 @@ class FlowTable:
         if self.plane.flows and self._timer is None:
             self._timer = self.plane.loop.call_later(self._tick_seconds, self._tick)
 
-    def _sweep(self, listener: UdpListener, seconds: tuple[float, float, float]) -> None:
+    def _sweep(self, listener: Listener, seconds: tuple[float, float, float]) -> None:
         """Collect what moved since the last pass, and what has been idle for longer than its stage allows."""
         swept = self._swept
         # `used` may be a tick older than the flow's last datagram.
@@ -249,10 +253,18 @@ class FlowTable:
                 )
 
     def shut(self) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         for timer in (self._timer, self._due_timer):
             if timer is not None:
                 timer.cancel()
+
+
+def flow_table(plane: Plane) -> FlowTable:
+    """That of a worker, made with its first UDP listener."""
+    found = plane.extensions.get("UDP")
+    if not isinstance(found, FlowTable):
+        found = plane.extensions["UDP"] = FlowTable(plane)
+    return found
 
 
 _used = attrgetter("used")

@@ -12,11 +12,12 @@ import os
 import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
 from abc import abstractmethod
-from time import monotonic
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
-from proxyd.relay.engine.balancer import Endpoint
-from proxyd.relay.engine.poller import IN
+from proxyd.relay.engine.balancer import Balancer, Endpoint
+from proxyd.relay.engine.plane import Plane
+from proxyd.relay.engine.poller import IN, Poller
 from proxyd.relay.ipc.slots import (
     ATTEMPTS,
     BYTES_IN,
@@ -30,11 +31,8 @@ from proxyd.relay.ipc.slots import (
     FAILED,
     OPENED,
 )
-from proxyd.relay.udp.figures import overruns
-from proxyd.relay.udp.mmsg import ClientKey, ClientName, client_address
-
-if TYPE_CHECKING:
-    from proxyd.relay.udp.listener import UdpListener
+from proxyd.relay.udp.mmsg import ClientKey, ClientName, Vector, client_address, overruns
+from proxyd.relay.udp.postponed import Postponed
 
 WAITING, ANSWERED, TALKING, LEAVING = range(4)
 
@@ -47,6 +45,50 @@ _U32 = (1 << 32) - 1
 _DGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
 
+F = TypeVar("F")  # the class of flows
+
+
+class Table(Protocol[F]):
+    """The flow table, as a flow sees it."""
+
+    plane: Plane
+    poller: Poller
+    counters: memoryview
+    clock: float  # coarse: of the table's last pass
+    leaving: dict[F, float]  # flows that only wait for a last reply, and since when
+
+    def short(self) -> None:
+        """End some flows: something has run out."""
+
+    def closed(self, flow: F, /) -> None:
+        """Count a flow out."""
+
+
+class FlowOwner(Protocol[F]):
+    """The listener of a flow, as the flow sees it."""
+
+    address: str  # ip:port
+    balancer: Balancer  # of new flows
+    fd: int
+    flows: dict[ClientKey, F]
+    named: dict[ClientName, F]  # of them the conversations
+    sender: Vector  # replies wait in it for the end of the batch
+    postponed: Postponed
+    sendto: Callable[..., int]  # socket.sendto
+
+    @property
+    def table(self) -> Table[F]:
+        """That of the worker."""
+
+    def first(self, key: ClientKey, data: memoryview | bytes, /) -> None:
+        """Begin a flow with a client's datagram."""
+
+    def send_train(self, train: memoryview, segment: int, name: ClientName, /) -> int:
+        """Send a train to a client; how many of its datagrams the kernel did not take."""
+
+    def flow_ended(self) -> None:
+        """A flow of the listener has ended."""
+
 
 class Upstream:
     """A flow, as far as its endpoint is concerned. `Flow` adds how datagrams move, and how it ends."""
@@ -57,7 +99,7 @@ class Upstream:
         "key", "listener", "name", "send", "stage", "started", "used",
     )  # fmt: skip
 
-    def __init__(self, listener: UdpListener, key: ClientKey) -> None:
+    def __init__(self, listener: FlowOwner[Any], key: ClientKey) -> None:
         self.listener = listener
         self.key = key
         self.name: ClientName | None = None  # of a conversation: its name in the listener's `named`
@@ -76,7 +118,7 @@ class Upstream:
         self.attempts = 0
         self._counted = (0, 0, 0, 0)
         self._last_turn = self._streak = self._overruns = 0
-        self.started = monotonic()
+        self.started = table.plane.now()
 
     @property
     def done(self) -> bool:
@@ -109,7 +151,7 @@ class Upstream:
         table = self._table
         ip = self.client_ip if balancer.affinity_seconds else ""
         while self.attempts < MAX_ATTEMPTS:
-            endpoint = balancer.pick(ip, monotonic() if self.attempts else self.started, self._tried)
+            endpoint = balancer.pick(ip, table.plane.now() if self.attempts else self.started, self._tried)
             if endpoint is None:
                 break
             self.endpoint = endpoint
@@ -220,7 +262,7 @@ class Upstream:
         self._close()
         self._table.counters[endpoint.row + FAILED] += 1
         ip = self.client_ip if self.balancer.affinity_seconds else ""
-        self.balancer.failed(ip, endpoint, monotonic())
+        self.balancer.failed(ip, endpoint, self._table.plane.now())
         why = os.strerror(error.errno or 0)
         self._table.plane.reporter.trouble(f"endpoint {endpoint} of {self.balancer.name}: {why}")
 

@@ -1,0 +1,216 @@
+"""The client's side of a UDP listener: its socket is read, and each datagram goes to the flow of its client.
+
+Datagrams are taken singly while they come singly, in batches where there have been some lately, and in trains where one
+client fills the batches.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
+from abc import ABC, abstractmethod
+
+from proxyd.relay.engine.plane import PAUSE_SECONDS, Plane
+from proxyd.relay.engine.poller import IN
+from proxyd.relay.udp import gso
+from proxyd.relay.udp.flow import Flow
+from proxyd.relay.udp.mmsg import SLOTS, ClientKey, ClientName, client_key
+from proxyd.relay.udp.table import FlowTable
+from proxyd.relay.udp.upstream import TALKING
+
+# Batches of a single datagram after which datagrams are taken singly, which costs less as long as they come singly.
+PATIENCE = 4
+_NOTHING = frozenset({errno.EAGAIN, errno.EINTR})
+
+
+class Receiver(ABC):
+    """Reads one socket. `UdpListener` decides which clients get a flow.
+
+    Args:
+        address: of the socket, ip:port, for messages.
+        fd: the socket; owned by the listener from now on.
+        table: of the worker.
+
+    Raises:
+        OSError: not a socket, or no room to watch it.
+    """
+
+    def __init__(self, address: str, fd: int, table: FlowTable) -> None:
+        self.address = address
+        self.fd = fd
+        self.table = table
+        self.plane: Plane = table.plane
+        self.flows: dict[ClientKey, Flow] = {}
+        self.named: dict[ClientName, Flow] = {}  # of them the conversations
+        self._poller = table.poller
+        self._last_turn = 0
+        self._batches = 0  # to be tried yet, of which none has had two datagrams
+        self._socket = Socket(fileno=fd)
+        self.sendto = self._socket.sendto
+        self._receive = self._socket.recvfrom_into
+        try:
+            self._socket.setblocking(False)
+            self._vector = table.receiver(self._socket.family)
+            self._view = self._vector.views[0]
+            self.sender = table.sender(self._socket.family)
+            self._poller.add(fd, self._ready_for_trains if gso.started(self._socket) else self._ready, IN)
+        except OSError:
+            self._socket.close()
+            raise
+
+    @abstractmethod
+    def first(self, key: ClientKey, data: memoryview | bytes) -> None:
+        """Begin a flow with a client's datagram."""
+
+    @abstractmethod
+    def receives(self) -> bool:
+        """Whether it takes datagrams at present."""
+
+    def _ready(self, _events: int) -> None:
+        """Send on a datagram, or a batch of them where there have been some lately.
+
+        Level-triggered: what is left is reported again, after everybody else had a turn.
+        """
+        if self._batches:
+            self._batch()
+            return
+        turn = self._poller.turns
+        if turn == self._last_turn + 1:
+            self._batches = PATIENCE
+        self._last_turn = turn
+        try:
+            size, name = self._receive(self._view)
+        except OSError as error:
+            self._receive_failed(error)
+            return
+        data = self._view[:size]
+        flow = self.named.get(name)
+        if flow is None:
+            self._unnamed(name, data)
+            return
+        flow.used = self.table.clock
+        send = flow.send  # an attribute, not a method: so the interpreter finds it faster
+        try:
+            send(data)
+        except OSError as error:
+            flow.send_failed(error, data)
+            return
+        flow.bytes_in += size
+        flow.datagrams_in += 1
+
+    def _unnamed(self, name: ClientName, data: memoryview) -> None:
+        """Send on a single datagram of a client that has no conversation."""
+        key = client_key(name)
+        flow = self.flows.get(key)
+        if flow is None:
+            self.first(key, data)
+        else:
+            flow.forward(data)
+
+    def _batch(self) -> None:
+        """Send on a batch."""
+        vector = self._vector
+        try:
+            sizes = vector.receive(self.fd)
+        except OSError as error:
+            self._receive_failed(error)
+            return
+        if len(sizes) > 1:
+            self._batches = PATIENCE
+            if len(sizes) >= gso.LENGTH and sizes[0] == sizes[1] >= gso.BULK_BYTES:
+                self._bulk(len(sizes))
+        else:
+            self._batches -= 1
+        find = self.flows.get
+        views = vector.views
+        words = vector.words
+        clock = self.table.clock
+        v6 = vector.v6
+        slot = 0
+        for size in sizes:
+            key = vector.key(slot) if v6 else words[slot * 4]
+            data = views[slot][:size]
+            slot += 1
+            flow = find(key)
+            if flow is None:
+                self.first(key, data)
+                continue
+            if flow.stage != TALKING:
+                flow.early(data)
+            flow.used = clock
+            send = flow.send
+            try:
+                send(data)
+            except OSError as error:
+                flow.send_failed(error, data)
+                continue
+            flow.bytes_in += size
+            flow.datagrams_in += 1
+
+    def _bulk(self, count: int) -> None:
+        """Receive trains from now on if the batch is one client's."""
+        key = self._vector.key
+        if key(0) == key(count // 2) == key(count - 1) and gso.start(self._socket):
+            self._poller.handlers[self.fd] = self._ready_for_trains
+
+    def _ready_for_trains(self, _events: int) -> None:
+        """Send on a datagram, or some if it has been ready turn after turn; each may be a train."""
+        turn = self._poller.turns
+        more = turn == self._last_turn + 1
+        self._last_turn = turn
+        taken = 0
+        for _ in range(SLOTS if more else 1):
+            try:
+                size, control, _flags, name = self._socket.recvmsg_into([self._view], gso.CONTROL_BYTES)
+            except OSError as error:
+                self._last_turn = 0
+                self._receive_failed(error)
+                return
+            data = self._view[:size]
+            segment = gso.segment_of(control) if control else 0
+            if 0 < segment < size:
+                flow = self.named.get(name)
+                if flow is None or not flow.forward_train(data, segment):
+                    for part in gso.parts(data, segment):
+                        self._one(name, part)
+                taken += size
+                if taken > gso.TURN_BYTES:
+                    return
+            else:
+                self._one(name, data)
+
+    def _one(self, name: ClientName, data: memoryview) -> None:
+        flow = self.named.get(name)
+        if flow is None:
+            self._unnamed(name, data)
+        else:
+            flow.forward(data)
+
+    def send_train(self, train: memoryview, segment: int, name: ClientName) -> int:
+        """Send a train to a client; how many of its datagrams the kernel did not take."""
+        try:
+            self._socket.sendmsg([train], gso.control_for(segment), 0, name)
+        except OSError:
+            lost = 0
+            for part in gso.parts(train, segment):
+                try:
+                    self.sendto(part, name)
+                except OSError:
+                    lost += 1
+            return lost
+        return 0
+
+    def _receive_failed(self, error: OSError) -> None:
+        if error.errno in _NOTHING:
+            return
+        self.plane.reporter.trouble(
+            f"listener {self.address}: can't receive: {os.strerror(error.errno or 0)}"
+        )
+        self._poller.modify(self.fd, 0)
+        self.plane.loop.call_later(PAUSE_SECONDS, self._resume)
+
+    def _resume(self) -> None:
+        """Receive again after a pause."""
+        if self.receives():
+            self._poller.modify(self.fd, IN)
