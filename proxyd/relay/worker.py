@@ -171,7 +171,7 @@ class Worker:
             try:
                 socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip)
             except OSError:
-                self._reporter.trouble(f"endpoint {ip} of {config.name} is not an IP address: left out")
+                self._reporter.endpoint_trouble(config.name, ip, "not an IP address: left out")
                 continue
             own = number if 0 <= number < MAX_SLOTS else 0
             endpoints.append(Endpoint(ip, port, own, row(self._index, own)))

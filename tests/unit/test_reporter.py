@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from proxyd.relay.engine import reporter as module
@@ -176,13 +177,41 @@ def test_trouble_that_is_not_due_waits_when_something_else_is_told(lab: Lab) -> 
 def test_trouble_of_too_many_kinds_is_one_kind_more(lab: Lab) -> None:
     long = "\N{FIRE}" * MAX_TEXT * 2  # the most bytes that a text can have
     for number in range(MAX_TEXTS + 5):
-        lab.reporter.trouble(f"{number:03}{long}")
-    lab.reporter.trouble(f"000{long}")
+        lab.reporter.trouble(f"{number:03}{long}", f"kind {number:03}{long}")
+    lab.reporter.trouble(f"000{long}", f"kind 000{long}")
     lab.loop.advance(TROUBLE_SECONDS)
-    (message,) = lab.heard()
+    counts: dict[str, int] = {}
+    kinds: dict[str, str] = {}
+    for message in lab.heard():
+        assert not counts.keys() & message.counts.keys()
+        counts |= message.counts
+        kinds |= message.kinds
     expected = {f"{number:03}{long}"[:MAX_TEXT]: 1 for number in range(MAX_TEXTS)}
     expected[f"000{long}"[:MAX_TEXT]] = 2
-    assert message.counts == {**expected, OTHER_TROUBLE: 5}
+    assert counts == {**expected, OTHER_TROUBLE: 5}
+    assert kinds == {text: f"kind {text}"[:MAX_TEXT] for text in expected}
+
+
+def test_trouble_at_endpoints_of_a_service_is_of_one_kind(lab: Lab) -> None:
+    lab.reporter.endpoint_trouble("prod/web", "10.1.0.1:80", "Connection refused")
+    lab.reporter.endpoint_trouble("prod/web", "10.1.0.2:80", "Connection refused")
+    lab.reporter.trouble("accepting paused")
+    lab.loop.advance(TROUBLE_SECONDS)
+    one, two = (f"endpoint 10.1.0.{number}:80 of prod/web: Connection refused" for number in (1, 2))
+    kind = "prod/web: Connection refused"
+    assert lab.heard() == [Trouble({one: 1, two: 1, "accepting paused": 1}, {one: kind, two: kind})]
+    lab.reporter.trouble(one)
+    lab.loop.advance(TROUBLE_SECONDS)
+    assert lab.heard() == [Trouble({one: 1})]
+
+
+def test_workers_and_control_of_which_one_knows_no_kinds_of_trouble_understand_each_other() -> None:
+    class Old(msgspec.Struct, frozen=True, tag="trouble"):
+        counts: dict[str, int]
+
+    encode = msgspec.msgpack.encode
+    assert msgspec.msgpack.decode(encode(Old({"one": 2})), type=Trouble) == Trouble({"one": 2})
+    assert msgspec.msgpack.decode(encode(Trouble({"one": 2}, {"one": "kind"})), type=Old) == Old({"one": 2})
 
 
 def test_failures_are_counted_by_service_endpoint_and_reason(lab: Lab) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 from proxyd.control.core import Core
 from proxyd.control.observe.health import Health
 from proxyd.control.observe.metrics import Facts, Metrics, WorkerState
 from proxyd.control.runtime.logs import Summariser
+from proxyd.relay.ipc.messages import Trouble
 from proxyd.state.snapshot import Snapshot
 
 
@@ -59,11 +59,11 @@ class Telemetry:
         self.health.acknowledged(generation)
         self.metrics.programming.acknowledged(generation)
 
-    def trouble(self, worker: int, counts: dict[str, int]) -> None:
-        """A worker met with trouble, so often by text. The number of an old worker is negative."""
-        for text, count in counts.items():
-            # One line for each Service and reason, however many endpoints it has.
-            kind = re.sub(r"^endpoint \S+ of ", "", text)
+    def trouble(self, worker: int, message: Trouble) -> None:
+        """A worker met with trouble. The number of an old worker is negative."""
+        for text, count in message.counts.items():
+            # One line for each kind: for a Service and a reason, however many endpoints it has.
+            kind = message.kinds.get(text, text)
             self._summariser.warning(kind, text, count=count, worker=abs(worker))
             self.metrics.trouble(text, count)
 

@@ -80,7 +80,7 @@ class Events:
     connections: Callable[
         [list[Connection], int], None
     ]  # finished ones, and how many more were lost on the way
-    trouble: Callable[[int, dict[str, int]], None]  # worker, how often by text
+    trouble: Callable[[int, Trouble], None]  # worker
     failures: Callable[[list[Failure]], None]
 
 
@@ -349,8 +349,8 @@ class Supervisor:
                 self.live_query.answered(number, message)
             case Failures():
                 self._events.failures(message.records)
-            case Trouble(counts=counts):
-                self._events.trouble(number, counts)
+            case Trouble():
+                self._events.trouble(number, message)
             case Ready() | Acknowledged():
                 pass  # of what an earlier program told it
             case _:

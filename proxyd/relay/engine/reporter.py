@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import (
@@ -21,14 +22,15 @@ from proxyd.relay.ipc.messages import (
 MAX_RECORDS = 1000  # kept for control; further ones are counted as dropped
 RECORDS_SECONDS = 0.1
 TROUBLE_SECONDS = 1.0
-MAX_TEXTS = 100  # distinct texts of trouble in one message
-MAX_TEXT = 300  # characters
+MAX_TEXTS = 100  # distinct texts of trouble kept for control
+MAX_TEXT = 300  # characters, of a text and of its kind
 MAX_FAILURES = 200  # kinds of failure in one message: service port, endpoint and reason
 OTHER_TROUBLE = "other trouble: too many different kinds to list"
 
 # In one datagram: a record is well below 600 bytes.
 _RECORDS_AT_ONCE = 200
 _DRAINED_AT_ONCE = 5000
+_TEXTS_AT_ONCE = 30  # of trouble; each twice, its kind beside it, of at most 4 bytes a character
 # Control sends an update only a few times a second; more than this many unread answers mean it is stuck.
 _MAX_ANSWERS = 10_000
 
@@ -49,6 +51,7 @@ class Reporter:
         self._records: list[Connection] = []
         self._dropped = 0
         self._trouble: dict[str, int] = {}
+        self._kinds: dict[str, str] = {}  # of texts in `_trouble`
         self._failures: dict[tuple[str, str, str], int] = {}
         self._failures_dropped = 0
         self._due: set[Callable[[], None]] = set()
@@ -74,13 +77,19 @@ class Reporter:
         self._records.append(connection)
         self._schedule(RECORDS_SECONDS, self._send)
 
-    def trouble(self, text: str) -> None:
-        """Report trouble, at most once a second."""
+    def trouble(self, text: str, kind: str = "") -> None:
+        """Report trouble, at most once a second. Texts of one `kind` are summed up as one; "": of no other's kind."""
         text = text[:MAX_TEXT]
         if text not in self._trouble and len(self._trouble) >= MAX_TEXTS:
-            text = OTHER_TROUBLE
+            text, kind = OTHER_TROUBLE, ""
         self._trouble[text] = self._trouble.get(text, 0) + 1
+        if kind:
+            self._kinds[text] = kind[:MAX_TEXT]
         self._schedule(TROUBLE_SECONDS, self._ripen)
+
+    def endpoint_trouble(self, service: str, endpoint: str, why: str) -> None:
+        """Report what was met at an endpoint: of one kind with the same at other endpoints of the service port."""
+        self.trouble(f"endpoint {endpoint} of {service}: {why}", f"{service}: {why}")
 
     def failure(self, service: str, endpoint: str, why: str) -> None:
         """Report a failure of a service port, at most once a second; of all endpoints where `endpoint` is ""."""
@@ -164,10 +173,14 @@ class Reporter:
                 self._failures_dropped = 0
                 self._trouble_ripe = bool(self._trouble)
             elif self._trouble_ripe and self._trouble:
-                if not self._channel.send(Trouble(self._trouble)):
+                counts = dict(islice(self._trouble.items(), _TEXTS_AT_ONCE))
+                kinds = {text: self._kinds[text] for text in counts if text in self._kinds}
+                if not self._channel.send(Trouble(counts, kinds)):
                     return False
-                self._trouble = {}
-                self._trouble_ripe = False
+                for text in counts:
+                    del self._trouble[text]
+                    self._kinds.pop(text, None)
+                self._trouble_ripe = bool(self._trouble)
         except OSError:
             # Control is gone; the worker's own reader of the channel sees that too.
             self._gone = True

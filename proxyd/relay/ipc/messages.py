@@ -120,9 +120,14 @@ class Connections(msgspec.Struct, frozen=True, tag="connections"):
 
 
 class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
-    """Something an operator should know, counted since the last message: one text for each kind."""
+    """What an operator should know, each text with how often it was met since the last message.
 
-    counts: dict[str, int]
+    A text whose kind is not the text itself is in `kinds`: of one kind are those that tell of the same thing at different
+    endpoints of a Service.
+    """
+
+    counts: dict[str, int]  # by text
+    kinds: dict[str, str] = {}  # by text
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):

@@ -220,7 +220,7 @@ class SctpRelay:
     def _trouble(self, why: str) -> None:
         """Tell of something that the endpoint is to blame for."""
         name, reporter = self._balancer.name, self.plane.reporter
-        reporter.trouble(f"endpoint {self._endpoint} of {name}: {why}")
+        reporter.endpoint_trouble(name, str(self._endpoint), why)
         reporter.failure(name, str(self._endpoint or ""), why)
 
     def _wait_for_resources(self, code: int) -> None:

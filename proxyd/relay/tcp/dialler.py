@@ -198,7 +198,7 @@ class Dialler:
         assert endpoint is not None
         self._plane.counters[endpoint.row + FAILED] += 1
         self._balancer.failed(self._address[0], endpoint, self._dial_started)
-        self._plane.reporter.trouble(f"endpoint {endpoint} of {self._balancer.name}: {why}")
+        self._plane.reporter.endpoint_trouble(self._balancer.name, str(endpoint), why)
         self._plane.reporter.failure(self._balancer.name, str(endpoint), why)
 
     def _wait_for_resources(self, code: int) -> None:

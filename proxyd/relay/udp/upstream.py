@@ -264,7 +264,7 @@ class Upstream:
         ip = self.client_ip if self.balancer.affinity_seconds else ""
         self.balancer.failed(ip, endpoint, self._table.plane.now())
         why = os.strerror(error.errno or 0)
-        self._table.plane.reporter.trouble(f"endpoint {endpoint} of {self.balancer.name}: {why}")
+        self._table.plane.reporter.endpoint_trouble(self.balancer.name, str(endpoint), why)
 
     def _drop(self, error: OSError, reason: int) -> None:
         """Count a datagram that could not be sent; `reason`: one of the counters of dropped ones."""
