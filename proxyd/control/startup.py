@@ -18,12 +18,13 @@ from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.control.workers.handover import Handover
 from proxyd.control.workers.old_workers import DrainingWorkers
 from proxyd.control.workers.publication import Publication
-from proxyd.control.workers.supervisor import Supervisor, WorkerOptions
+from proxyd.control.workers.supervisor import Supervisor
 from proxyd.host import limits
 from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
+from proxyd.relay.ipc.options import Options as WorkerOptions
 from proxyd.relay.ipc.slots import Slots
 from proxyd.state.snapshot import NodeView, Options, Snapshot
 from proxyd.state.spec import SctpOptions, ServicePortName
@@ -90,13 +91,7 @@ def make_core(
         settings.workers,
         slots,
         publication,
-        WorkerOptions(
-            settings.tcp_idle_timeout,
-            settings.udp_timeout,
-            records=bool(settings.access_log),
-            sctp_max_message=settings.sctp_max_message,
-            tcp_splice=settings.tcp_splice,
-        ),
+        WorkerOptions.of(settings, records=bool(settings.access_log)),
         summariser=summariser,
     )
     old_workers = DrainingWorkers(

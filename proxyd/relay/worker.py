@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import uvloop
 
 from proxyd.relay.engine.balancer import Balancer, Endpoint
@@ -34,8 +35,6 @@ from proxyd.relay.ipc.slots import MAX_SLOTS, Slots
 from proxyd.relay.privileges import drop_privileges
 from proxyd.relay.registry import Listener, load
 
-__all__ = ["Options", "Worker", "main"]
-
 # Messages taken in one turn of the loop, so that a long update does not hold up the relays.
 _MESSAGES_AT_ONCE = 8
 
@@ -49,6 +48,7 @@ class Worker:
         slots: shared positions and counters.
         index: of the worker: whose counters it writes.
         options: settings.
+        alone: the process is its own.
         on_stopped: called once, with an exit code: 0 after a Shutdown, 1 when control is gone. Everything is closed.
     """
 
@@ -60,6 +60,7 @@ class Worker:
         index: int,
         options: Options,
         *,
+        alone: bool = False,
         on_stopped: Callable[[int], None] = lambda _code: None,
     ) -> None:
         self._loop = loop
@@ -68,7 +69,7 @@ class Worker:
         self._index = index
         self._on_stopped = on_stopped
         self._reporter = Reporter(loop, channel)
-        self._plane = Plane(loop, self._reporter, slots, index, options)
+        self._plane = Plane(loop, self._reporter, slots, index, options, alone=alone)
         self._listings = Listings(loop, channel, _Alive(self._plane))
         self._balancers: dict[int, Balancer] = {}
         self._listeners: dict[int, Listener] = {}
@@ -290,34 +291,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--channel-fd", type=int, required=True, help="Unix SOCK_SEQPACKET socket to control")
     parser.add_argument("--slots-fd", type=int, required=True, help="shared counters")
     parser.add_argument("--index", type=int, required=True, help="whose counters to write")
-    parser.add_argument("--tcp-idle-timeout", type=float, default=0.0, metavar="SECONDS")
-    parser.add_argument("--no-tcp-splice", action="store_true", help="copy bulk")
-    parser.add_argument("--udp-timeout", type=float, default=Options().udp_timeout, metavar="SECONDS")
-    parser.add_argument("--sctp-max-message", type=int, default=Options().sctp_max_message, metavar="BYTES")
-    parser.add_argument("--workers", type=int, default=1, help="that share the node's local ports")
-    parser.add_argument("--max-relays", type=int, default=0, help="at once; 0: as descriptors allow")
-    parser.add_argument("--records", action="store_true", help="report every relay that ended")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--options", type=Options.decode, metavar="JSON", help="proxyd.relay.ipc.options")
+    given, others = parser.parse_known_args(arguments)
+    options = given.options or _one_by_one(others)
     # A terminal's Ctrl-C reaches the whole process group; when and how to end is control's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # What nearly all need, while files can be read that afterwards may be out of reach.
     load("TCP")
     drop_privileges()
-    options = Options(
-        tcp_idle_timeout=given.tcp_idle_timeout,
-        tcp_splice=not given.no_tcp_splice,
-        udp_timeout=given.udp_timeout,
-        sctp_max_message=given.sctp_max_message,
-        workers=given.workers,
-        records=given.records,
-        max_relays=given.max_relays,
-        alone=True,
-    )
     channel = Channel(socket.socket(fileno=given.channel_fd))
     loop = uvloop.new_event_loop()
     # os._exit: nothing is left to tidy up, and thousands of objects need not be taken apart.
-    worker = Worker(loop, channel, Slots(given.slots_fd), given.index, options, on_stopped=os._exit)
+    worker = Worker(
+        loop, channel, Slots(given.slots_fd), given.index, options, alone=True, on_stopped=os._exit
+    )
     worker.start()
     # Relays leave no cycles behind; what is alive now stays.
     gc.collect()
@@ -325,6 +313,19 @@ def main(arguments: list[str] | None = None) -> int:
     gc.set_threshold(50_000, 50, 100)
     loop.run_forever()
     return 1
+
+
+def _one_by_one(flags: list[str]) -> Options:
+    """Options as a daemon before 0.2.0 gives them, a flag for each.
+
+    One that still runs starts the worker that is installed by now where one of its own dies before the upgrade.
+    """
+    fields = {}
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        off = name.startswith("no-")
+        fields[name.removeprefix("no-").replace("-", "_")] = "false" if off else value or "true"
+    return msgspec.convert(fields, Options, strict=False)
 
 
 if __name__ == "__main__":

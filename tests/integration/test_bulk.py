@@ -53,7 +53,7 @@ def pipes(worker: WorkerDriver) -> int:
 
 @pytest.fixture
 def worker() -> Iterator[WorkerDriver]:
-    with running("--records") as one:
+    with running(records=True) as one:
         yield one
 
 
@@ -88,7 +88,7 @@ def stalled(worker: WorkerDriver, front: Frontend, balancer: int, count: int) ->
 
 @pytest.mark.parametrize("copied", [False, True], ids=["spliced", "copied"])
 def test_both_ways_at_once_with_checksums(copied: bool) -> None:
-    with running(*["--no-tcp-splice"] * copied) as worker:
+    with running(tcp_splice=not copied) as worker:
         assert not pipes(worker)
         received: list[tuple[int, str]] = []
 
@@ -318,7 +318,7 @@ def test_urgent_data_where_one_read_ends_and_another_begins_is_kept(worker: Work
 @pytest.mark.parametrize("copied", [False, True], ids=["spliced", "copied"])
 def test_a_slow_reader_is_not_idle_and_one_that_has_stopped_is(copied: bool) -> None:
     """Between two reads of the relay it takes what the socket's buffer and the pipe hold, some MiB."""
-    with running("--records", "--tcp-idle-timeout=2", *["--no-tcp-splice"] * copied) as worker:
+    with running(records=True, tcp_idle_timeout=2, tcp_splice=not copied) as worker:
         front = worker.forward(worker.serve(push(32)).port)
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
@@ -352,7 +352,7 @@ def test_few_descriptors_are_few_pipes() -> None:
 
 
 def test_many_workers_leave_half_of_a_users_pipes_to_others() -> None:
-    with running("--workers=4") as worker:
+    with running(workers=4) as worker:
         balancer = worker.balancer([worker.serve(push(32)).port])
         front = worker.listener(balancer)
         clients = stalled(worker, front, balancer, 24)
@@ -388,7 +388,9 @@ def test_a_user_who_may_have_no_more_pipes_gets_bulk_copied(worker: WorkerDriver
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
 def test_where_splice_is_not_to_be_had_bulk_is_copied(error: int) -> None:
-    with running("--records", before=(sys.executable, without_call.__file__, "splice", str(error))) as worker:
+    with running(
+        records=True, before=(sys.executable, without_call.__file__, "splice", str(error))
+    ) as worker:
         front = worker.forward(worker.serve(push(32)).port)
         for _ in range(2):
             with front.connect() as client:

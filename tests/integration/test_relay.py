@@ -27,7 +27,8 @@ from proxyd.relay.ipc.messages import (
     Ready,
     Shutdown,
 )
-from proxyd.relay.worker import Options, Worker
+from proxyd.relay.ipc.options import Options
+from proxyd.relay.worker import Worker
 from tests.support.pod_servers import read_digest
 from tests.support.waiting import DEADLINE, wait_for
 from tests.support.worker import (
@@ -49,7 +50,7 @@ from tests.support.worker import (
 
 @pytest.fixture
 def worker():
-    with running("--records") as one:
+    with running(records=True) as one:
         yield one
 
 
@@ -516,7 +517,7 @@ def test_a_request_as_large_as_the_buffer(worker, size, at_once):
 
 def test_timers_and_control_have_their_turn_under_constant_traffic():
     """The poller stays with the sockets while events come quickly, but not for ever."""
-    with running("--records", "--tcp-idle-timeout=3") as worker:
+    with running(records=True, tcp_idle_timeout=3) as worker:
         balancer = worker.balancer([worker.serve(echo).port])
         front, closing = worker.listener(balancer), worker.listener(balancer)
         stop = threading.Event()
@@ -838,7 +839,7 @@ def test_the_worker_ends_when_control_is_gone_and_ignores_the_terminal():
 
 
 def test_idle_relays_are_ended_and_busy_ones_are_not():
-    with running("--records", "--tcp-idle-timeout=2.5") as worker:
+    with running(records=True, tcp_idle_timeout=2.5) as worker:
         front = worker.forward(worker.serve(echo).port)
         with front.connect() as silent, front.connect() as busy:
             silent.settimeout(0.2)
@@ -923,6 +924,19 @@ def test_what_cannot_be_opened_is_reported_and_the_rest_is_served(worker):
         worker.wait(lambda part=part: any(part in text for text in worker.trouble))
     worker.apply(close=[])
     assert worker.process.poll() is None
+
+
+def test_a_daemon_from_before_0_2_starts_this_worker_with_a_flag_for_each_option():
+    flags = (
+        "--workers=2", "--tcp-idle-timeout=1.0", "--udp-timeout=60.0", "--sctp-max-message=262144", "--no-tcp-splice",
+        "--records",
+    )  # fmt: skip
+    with running(*flags) as worker:
+        front = worker.forward(worker.serve(read_all).port)
+        with front.connect() as client:
+            expect_reset(client)  # idle
+        worker.wait(lambda: worker.records)
+        assert worker.records[0].reason == "idle"
 
 
 def test_a_listening_socket_that_was_shut_down_is_let_go(worker):

@@ -17,7 +17,8 @@ from proxyd.relay.engine import plane as shared
 from proxyd.relay.engine.plane import READ_BYTES, TIGHT_READ_BYTES
 from proxyd.relay.ipc import slots as s
 from proxyd.relay.ipc.channel import Channel
-from proxyd.relay.worker import Options, Worker
+from proxyd.relay.ipc.options import Options
+from proxyd.relay.worker import Worker
 from tests.support.netlab import Namespace
 from tests.support.waiting import wait_for
 from tests.support.worker import WorkerDriver, echo, names, read_all

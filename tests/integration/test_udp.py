@@ -194,12 +194,12 @@ def test_a_slow_first_reply_is_waited_for() -> None:
         time.sleep(5)
         return [b"at last"]
 
-    with running("--udp-timeout=0.25") as worker, serving(slow) as servers:
+    with running(udp_timeout=0.25) as worker, serving(slow) as servers:
         assert listen(worker, balancer(worker, servers)).ask(timeout=DEADLINE) == b"at last"
 
 
 def test_idle_flows_end_and_busy_ones_stay() -> None:
-    with running("--udp-timeout=3", "--records") as worker, serving(echo, echo) as servers:
+    with running(udp_timeout=3, records=True) as worker, serving(echo, echo) as servers:
         number = balancer(worker, servers[:1])
         front = listen(worker, number)
         other = balancer(
@@ -321,7 +321,7 @@ def test_a_flood_leaves_conversations_alone(answered: bool) -> None:
         return [b"b " + data] if answered or data != b"flood" else []
 
     began = time.monotonic()
-    with running("--max-relays=200") as worker, serving(named(b"a"), answer) as servers:
+    with running(max_relays=200) as worker, serving(named(b"a"), answer) as servers:
         number = balancer(worker, servers[:1])
         front = listen(worker, number)
         flooded = balancer(worker, servers[1:], number=worker.id(), first=1001)
@@ -401,7 +401,7 @@ def test_replies_that_are_too_large_are_counted(worker: WorkerDriver) -> None:
 
 def test_descriptors_that_run_out() -> None:
     """More flows are wished for than there are descriptors: the oldest go, and nothing stops."""
-    with running("--max-relays=5000", files=120) as worker, serving(echo) as servers:
+    with running(max_relays=5000, files=120) as worker, serving(echo) as servers:
         number = balancer(worker, servers)
         front = listen(worker, number)
         with front.client() as client:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -33,6 +33,7 @@ from proxyd.relay.ipc.messages import (
     Shutdown,
     Trouble,
 )
+from proxyd.relay.ipc.options import Options
 from tests.support.pod_servers import BLOCK, stream, stream_digest
 from tests.support.waiting import DEADLINE, NotInTime, source_of, wait_for
 
@@ -170,9 +171,18 @@ def echo(conn: socket.socket) -> None:
 
 
 class WorkerDriver:
-    """A worker process. Use as a context manager; `before` is a command that becomes the one that follows it."""
+    """A worker process. Use as a context manager; `before` is a command that becomes the one that follows it.
 
-    def __init__(self, *arguments: str, files: int | None = None, before: Sequence[str] = ()) -> None:
+    `arguments` stand for its options, as an earlier daemon gives them.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        files: int | None = None,
+        before: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.slots = s.Slots.create()
 
@@ -181,7 +191,8 @@ class WorkerDriver:
             limited = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
             command = [
                 *before, *limited, sys.executable, "-m", "proxyd.relay.worker", f"--channel-fd={theirs.fileno()}",
-                f"--slots-fd={self.slots.fd}", "--index=0", *arguments,
+                f"--slots-fd={self.slots.fd}", "--index=0",
+                *(arguments or [f"--options={Options(**options).encode()}"]),
             ]  # fmt: skip
             self.process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(), self.slots.fd), stderr=subprocess.PIPE
@@ -370,7 +381,9 @@ class Frontend:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, files: int | None = None, before: Sequence[str] = ()) -> Iterator[WorkerDriver]:
-    """A worker process for one test; `before` is the beginning of its command line."""
-    with WorkerDriver(*arguments, files=files, before=before) as worker:
+def running(
+    *arguments: str, files: int | None = None, before: Sequence[str] = (), **options: Any
+) -> Iterator[WorkerDriver]:
+    """A worker process for one test, with these `Options`; `before` is the beginning of its command line."""
+    with WorkerDriver(*arguments, files=files, before=before, **options) as worker:
         yield worker

@@ -34,6 +34,7 @@ from proxyd.relay.ipc.messages import (
     ToWorker,
     Trouble,
 )
+from proxyd.relay.ipc.options import Options
 from proxyd.relay.ipc.slots import CLOSED, FIELDS, MAX_SLOTS, OPENED, Slots
 
 log = get_logger("supervisor")
@@ -47,27 +48,6 @@ MAX_UNANSWERED = 7
 # below a second up to its fourth death.
 STEADY_SECONDS = 10.0
 MAX_PAUSE_SECONDS = 5.0
-
-
-@dataclass(slots=True)
-class WorkerOptions:
-    """What every worker is started with; see `proxyd.relay.worker`."""
-
-    tcp_idle_timeout: float = 0.0
-    udp_timeout: float = 60.0
-    records: bool = False
-    sctp_max_message: int = 256 * 1024
-    tcp_splice: bool = True
-
-    def arguments(self) -> list[str]:
-        """As command-line arguments."""
-        return [
-            f"--tcp-idle-timeout={self.tcp_idle_timeout}",
-            f"--udp-timeout={self.udp_timeout}",
-            f"--sctp-max-message={self.sctp_max_message}",
-            *([] if self.tcp_splice else ["--no-tcp-splice"]),
-            *(["--records"] if self.records else []),
-        ]
 
 
 @dataclass(slots=True)
@@ -121,7 +101,7 @@ class Supervisor:
         count: int,
         slots: Slots,
         publication: Publication,
-        options: WorkerOptions,
+        options: Options,
         *,
         summariser: Summariser,
     ) -> None:
@@ -230,8 +210,7 @@ class Supervisor:
                         f"--channel-fd={theirs.fileno()}",
                         f"--slots-fd={self._slots.fd}",
                         f"--index={index}",
-                        f"--workers={self.count}",
-                        *self._options.arguments(),
+                        f"--options={self._options.encode()}",
                     ],
                     pass_fds=(theirs.fileno(), self._slots.fd),
                     stdin=subprocess.DEVNULL,
@@ -248,14 +227,7 @@ class Supervisor:
         # Only for --workers=0: control is otherwise free of the data plane.
         import proxyd.relay.worker as data_plane  # noqa: PLC0415
 
-        chosen = data_plane.Options(
-            tcp_idle_timeout=self._options.tcp_idle_timeout,
-            tcp_splice=self._options.tcp_splice,
-            udp_timeout=self._options.udp_timeout,
-            records=self._options.records,
-            sctp_max_message=self._options.sctp_max_message,
-        )
-        data_plane.Worker(self._loop, Channel(theirs), self._slots, index, chosen).start()
+        data_plane.Worker(self._loop, Channel(theirs), self._slots, index, self._options).start()
         return Worker(index, None, -1, Channel(ours), time.monotonic())
 
     def _tell(self, worker: Worker, update: Update) -> None:

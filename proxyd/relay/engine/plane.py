@@ -81,6 +81,7 @@ class Plane:
         slots: counters and positions.
         index: of the worker: whose counters to write.
         options: of the worker.
+        alone: in a process of its own.
         now: monotonic seconds, for all relays and listeners.
     """
 
@@ -92,6 +93,7 @@ class Plane:
         index: int,
         options: Options,
         *,
+        alone: bool = False,
         now: Callable[[], float] = monotonic,
     ) -> None:
         self.now = now
@@ -100,7 +102,7 @@ class Plane:
         self.slots = slots
         self.index = index
         self.counters = slots.view
-        self.poller = Poller(loop, self._handler_failed, alone=options.alone)
+        self.poller = Poller(loop, self._handler_failed, alone=alone)
         self.options = options
         self.extensions: dict[str, Extension] = {}  # by protocol
         self.records = options.records
