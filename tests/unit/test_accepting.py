@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
-import time
 from _socket import socket as Socket  # noqa: N812 a class; what a listener makes of a descriptor
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,6 +18,7 @@ from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import Drained, ListenerConfig, Trouble
 from proxyd.relay.ipc.options import Options
 from proxyd.relay.ipc.slots import REFUSED, Slots
+from tests.support.manual_loop import ManualLoop
 
 DEADLINE = 30.0
 ROW = 3
@@ -81,13 +80,14 @@ class World:
 
     def __init__(self, resources: contextlib.ExitStack, max_relays: int = 1000) -> None:
         self._resources = resources
-        loop = asyncio.get_running_loop()
+        self.loop = loop = resources.enter_context(ManualLoop())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = Channel(ours)
         channel = Channel(theirs)
         self.slots = Slots.create()
         self.reporter = Reporter(loop, channel)
-        self.plane = CountingPlane(loop, self.reporter, self.slots, 0, Options(max_relays=max_relays))
+        options = Options(max_relays=max_relays)
+        self.plane = CountingPlane(loop, self.reporter, self.slots, 0, options, now=loop.time)
         self.balancer = Balancer("prod/web", self.slots.view, 1, ROW)
         self.balancer.update([Endpoint("127.0.0.1", 1, 2, 100)], 0)
         for undo in (self.slots.close, ours.close, channel.close, self.reporter.stop, self.plane.shut):
@@ -117,6 +117,32 @@ class World:
             socket.create_connection(("127.0.0.1", port), DEADLINE, source_address=(source, 0))
         )
 
+    def hears(self, client: socket.socket) -> bytes:
+        """What comes for a client; b"" at the end, b"reset" instead of the exception."""
+        client.setblocking(False)
+        heard: list[bytes] = []
+
+        def look() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    heard.append(client.recv(100))
+                except ConnectionResetError:
+                    heard.append(b"reset")
+            return bool(heard)
+
+        self.loop.until(look)
+        return heard[0]
+
+    def waits(self, client: socket.socket) -> bool:
+        """Whether nothing comes for a client whatever is ready now."""
+        self.loop.turn(3)
+        client.setblocking(False)
+        try:
+            client.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        return False
+
     @property
     def refused(self) -> int:
         return self.slots.view[ROW + REFUSED]
@@ -139,72 +165,55 @@ class World:
 
 
 @pytest.fixture
-async def resources() -> AsyncIterator[contextlib.ExitStack]:
+def resources() -> Iterator[contextlib.ExitStack]:
     with contextlib.ExitStack() as stack:
         yield stack
 
 
 @pytest.fixture
-async def world(resources: contextlib.ExitStack) -> World:
+def world(resources: contextlib.ExitStack) -> World:
     return World(resources)
-
-
-async def until(what: Callable[[], object]) -> None:
-    """Let the loop run until `what()` is true."""
-    end = time.monotonic() + DEADLINE
-    while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        await asyncio.sleep(0.001)
-
-
-async def read(sock: socket.socket) -> bytes:
-    """What comes, b"" at the end; b"reset" instead of the exception."""
-    sock.setblocking(False)
-    try:
-        return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 100), DEADLINE)
-    except ConnectionResetError:
-        return b"reset"
 
 
 # Who may connect.
 
 
-async def test_a_client_of_no_source_range_is_reset_and_counted_and_no_relay_is_made(world: World) -> None:
+def test_a_client_of_no_source_range_is_reset_and_counted_and_no_relay_is_made(world: World) -> None:
     listener, sock = world.listen("127.0.0.2/32", "10.0.0.0/8")
-    assert await read(world.connect(sock, "127.0.0.3")) == b"reset"
+    assert world.hears(world.connect(sock, "127.0.0.3")) == b"reset"
     assert (world.refused, listener.seen, listener.open_relays) == (1, 0, 0)
-    assert await read(world.connect(sock, "127.0.0.2")) == b"hello"
+    assert world.hears(world.connect(sock, "127.0.0.2")) == b"hello"
     assert (world.refused, listener.seen, listener.open_relays) == (1, 1, 1)
 
 
-async def test_who_is_refused_takes_no_place_from_those_who_come_with_him(world: World) -> None:
+def test_who_is_refused_takes_no_place_from_those_who_come_with_him(world: World) -> None:
     listener, sock = world.listen("127.0.0.2/32")
     clients = [world.connect(sock, f"127.0.0.{2 + number % 2}") for number in range(40)]
-    answers = [await read(client) for client in clients]
+    answers = [world.hears(client) for client in clients]
     assert answers == [b"hello", b"reset"] * 20
     assert (world.refused, listener.open_relays) == (20, 20)
 
 
-async def test_an_ipv4_client_of_an_ipv6_socket_is_judged_by_its_ipv4_address(
+def test_an_ipv4_client_of_an_ipv6_socket_is_judged_by_its_ipv4_address(
     world: World,
 ) -> None:
     _, sock = world.listen("127.0.0.2/32", "fd00::/8", dual=True)
-    assert await read(world.connect(sock, "127.0.0.3")) == b"reset"
-    assert await read(world.connect(sock, "127.0.0.2")) == b"hello"
+    assert world.hears(world.connect(sock, "127.0.0.3")) == b"reset"
+    assert world.hears(world.connect(sock, "127.0.0.2")) == b"hello"
 
 
-async def test_a_source_range_that_cannot_be_read_admits_nobody_and_is_told_once(world: World) -> None:
+def test_a_source_range_that_cannot_be_read_admits_nobody_and_is_told_once(world: World) -> None:
     _, sock = world.listen("10.0.0.0/99")
-    assert await read(world.connect(sock)) == b"reset"
+    assert world.hears(world.connect(sock)) == b"reset"
     assert world.trouble() == {
         "listener 1.2.3.4:80: source range '10.0.0.0/99' is not a CIDR: it admits nobody": 1
     }
 
 
-async def test_where_no_endpoint_is_left_clients_are_reset_and_counted(world: World) -> None:
+def test_where_no_endpoint_is_left_clients_are_reset_and_counted(world: World) -> None:
     listener, sock = world.listen()
     world.balancer.update([], 0)
-    assert await read(world.connect(sock)) == b"reset"
+    assert world.hears(world.connect(sock)) == b"reset"
     assert (world.refused, listener.seen) == (1, 0)
 
 
@@ -231,138 +240,132 @@ def test_source_ranges(ranges: list[str], ip: str, admitted: bool) -> None:
 # When it rests.
 
 
-async def test_a_listener_that_rests_leaves_clients_in_the_backlog_until_the_pause_is_over(
-    world: World,
-) -> None:
+def test_a_listener_that_rests_leaves_clients_in_the_backlog_until_the_pause_is_over(world: World) -> None:
     listener, sock = world.listen()
-    began = time.monotonic()
     listener.rest()
     client = world.connect(sock)
-    assert await read(client) == b"hello"
-    assert time.monotonic() - began >= PAUSE_SECONDS
+    world.loop.advance(PAUSE_SECONDS * 0.99)
+    assert world.waits(client)
+    world.loop.advance(PAUSE_SECONDS * 0.02)
+    assert world.hears(client) == b"hello"
 
 
-async def test_rest_said_again_while_it_rests_neither_lengthens_the_pause_nor_cuts_the_next_one_short(
+def test_rest_said_again_while_it_rests_neither_lengthens_the_pause_nor_cuts_the_next_one_short(
     world: World,
 ) -> None:
     listener, sock = world.listen()
     listener.rest()
-    await asyncio.sleep(PAUSE_SECONDS / 2)
+    world.loop.advance(PAUSE_SECONDS * 0.5)
     listener.rest()  # as every relay says that has waited for a local port
-    assert await read(world.connect(sock)) == b"hello"
-    began = time.monotonic()
+    world.loop.advance(PAUSE_SECONDS * 0.51)
+    assert world.hears(world.connect(sock)) == b"hello"
     listener.rest()
-    assert await read(world.connect(sock)) == b"hello"
-    assert time.monotonic() - began >= PAUSE_SECONDS
+    client = world.connect(sock)
+    world.loop.advance(PAUSE_SECONDS * 0.99)
+    assert world.waits(client)
+    world.loop.advance(PAUSE_SECONDS * 0.02)
+    assert world.hears(client) == b"hello"
 
 
-async def test_a_listener_closed_while_it_rests_stays_closed(world: World) -> None:
+def test_a_listener_closed_while_it_rests_stays_closed(world: World) -> None:
     listener, sock = world.listen()
     listener.rest()
     listener.close()
     client = world.connect(sock)
-    await asyncio.sleep(PAUSE_SECONDS * 1.5)
-    assert listener.seen == 0
+    world.loop.advance(PAUSE_SECONDS * 1.5)
     listener.rest()
     listener.resume()
-    assert await waits(client)
+    assert world.waits(client)
+    assert listener.seen == 0
 
 
-async def test_when_the_worker_pauses_all_its_listeners_rest_and_go_on(world: World) -> None:
+def test_when_the_worker_pauses_all_its_listeners_rest_and_go_on(world: World) -> None:
     one, first = world.listen()
     two, second = world.listen()
-    began = time.monotonic()
     world.plane.pause("out of something: accepting paused")
-    answers = await asyncio.gather(read(world.connect(first)), read(world.connect(second)))
-    assert answers == [b"hello", b"hello"]
-    assert time.monotonic() - began >= PAUSE_SECONDS
+    clients = [world.connect(first), world.connect(second)]
+    world.loop.turn(3)
+    world.loop.advance(PAUSE_SECONDS * 0.99)
+    assert all(map(world.waits, clients))
+    world.loop.advance(PAUSE_SECONDS * 0.02)
+    assert list(map(world.hears, clients)) == [b"hello", b"hello"]
     assert (one.open_relays, two.open_relays) == (1, 1)
     assert world.trouble() == {"out of something: accepting paused": 1}
-
-
-async def waits(client: socket.socket) -> bool:
-    """Whether nothing has come for a client."""
-    client.setblocking(False)
-    try:
-        client.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return True
-    return False
 
 
 # How much it takes.
 
 
-async def test_one_listener_takes_nine_tenths_the_rest_is_for_others(resources: contextlib.ExitStack) -> None:
+def test_one_listener_takes_nine_tenths_the_rest_is_for_others(resources: contextlib.ExitStack) -> None:
     world = World(resources, max_relays=10)
     greedy, sock = world.listen()
     other, second = world.listen()
     clients = [world.connect(sock) for _ in range(12)]
-    await until(lambda: greedy.open_relays == 9)
+    world.loop.until(lambda: greedy.open_relays == 9)
     # It rests, again and again; others do not.
-    assert await read(world.connect(second)) == b"hello"
+    assert world.hears(world.connect(second)) == b"hello"
     assert (greedy.open_relays, other.open_relays) == (9, 1)
     text = "listener 1.2.3.4:80 has nine tenths of what descriptors allow: accepting paused for it"
     assert text in world.trouble()
     # Whoever ends makes room for the next in the backlog.
     other.relays[0].end()
     greedy.relays[0].end()
-    assert await read(clients[9]) == b"hello"
-    assert await waits(clients[10])
+    world.loop.advance(PAUSE_SECONDS)
+    assert world.hears(clients[9]) == b"hello"
+    assert world.waits(clients[10])
 
 
-async def test_a_listener_asks_for_its_share_once_a_batch(world: World) -> None:
+def test_a_listener_asks_for_its_share_once_a_batch(world: World) -> None:
     listener, sock = world.listen()
     for _ in range(31 + 5 * MAX_BATCH):  # batches of 1, 2, 4, 8, 16, 16 ...
         world.connect(sock)
     turns = world.plane.poller.turns
-    await until(lambda: listener.seen == 31 + 5 * MAX_BATCH)
+    world.loop.until(lambda: listener.seen == 31 + 5 * MAX_BATCH)
     assert world.plane.asked == world.plane.poller.turns - turns == 10
 
 
-async def test_a_burst_is_taken_in_growing_batches_a_trickle_singly(world: World) -> None:
+def test_a_burst_is_taken_in_growing_batches_a_trickle_singly(world: World) -> None:
     listener, sock = world.listen()
     for number in range(1, 4):
-        assert await read(world.connect(sock)) == b"hello"
-        await asyncio.sleep(0)
+        assert world.hears(world.connect(sock)) == b"hello"
         assert (listener.seen, world.plane.poller.turns) == (number, number)
 
 
-async def test_of_a_batch_no_more_are_taken_than_the_share_allows(resources: contextlib.ExitStack) -> None:
+def test_of_a_batch_no_more_are_taken_than_the_share_allows(resources: contextlib.ExitStack) -> None:
     world = World(resources, max_relays=20)
     listener, sock = world.listen()
     for _ in range(31):
         world.connect(sock)
-    await until(world.trouble)
+    world.loop.until(world.trouble)
     assert listener.open_relays == listener.seen == 18
 
 
 # What goes wrong.
 
 
-async def test_a_relay_that_cannot_begin_is_ended_and_the_next_client_is_served(world: World) -> None:
+def test_a_relay_that_cannot_begin_is_ended_and_the_next_client_is_served(world: World) -> None:
     listener, sock = world.listen()
     listener.fails = True
-    assert await read(world.connect(sock)) == b""
+    assert world.hears(world.connect(sock)) == b""
     assert (listener.seen, listener.open_relays) == (1, 0)
     assert [text for text in world.trouble() if "RuntimeError: it can't" in text]
     listener.fails = False
-    assert await read(world.connect(sock)) == b"hello"
+    assert world.hears(world.connect(sock)) == b"hello"
 
 
-async def test_a_socket_that_control_has_shut_down_is_watched_no_more(world: World) -> None:
+def test_a_socket_that_control_has_shut_down_is_watched_no_more(world: World) -> None:
     listener, sock = world.listen()
     sock.shutdown(socket.SHUT_RDWR)
-    await until(lambda: listener._socket.fileno() < 0)
+    world.loop.until(lambda: listener._socket.fileno() < 0)
     assert world.trouble() == {}
     listener.close()
     assert Drained([7]) in world.said()
 
 
-async def test_drained_is_reported_with_the_last_relay_of_a_closed_listener(world: World) -> None:
+def test_drained_is_reported_with_the_last_relay_of_a_closed_listener(world: World) -> None:
     listener, sock = world.listen()
     for _ in range(2):
-        assert await read(world.connect(sock)) == b"hello"
+        assert world.hears(world.connect(sock)) == b"hello"
     listener.relays[0].end()
     listener.close()
     assert Drained([7]) not in world.said()
@@ -371,7 +374,7 @@ async def test_drained_is_reported_with_the_last_relay_of_a_closed_listener(worl
     assert world.said() == [Drained([7])]
 
 
-async def test_what_is_no_socket_is_refused(world: World) -> None:
+def test_what_is_no_socket_is_refused(world: World) -> None:
     read_end, write_end = os.pipe()
     with pytest.raises(OSError, match="socket"):
         Listener(read_end, world)
