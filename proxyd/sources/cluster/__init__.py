@@ -7,23 +7,24 @@ The contract, for whoever wires it up:
                            on_change=..., on_problem=..., on_solved=...)
     task = spawn(source.run(), name="source:cluster", on_failure=...)   # runs until it is cancelled
 
-- Nothing is said before everything has been listed: the first `on_change(state)` comes when `source.synced` turns True. A
-  server that is away at start is waited for, and told of by `on_problem`.
-- `state.services` and `state.slices` are what `Snapshot` takes. They are never changed in place. What did not change is the
-  very same object as before, so the planner's memory by identity holds, also through a relist; a relist that brings the
-  same state calls nobody. Changes come at most every 10 ms: what is more comes together.
+- `on_change(state)` is called first when everything has been listed; then `source.synced` is True. A server
+  that is away at start is waited for, and `on_problem` says so.
+- `state.services` and `state.slices` are what `Snapshot` takes. They are never changed in place. An object
+  that did not change is the same Python object as before, also after a relist, so the planner can compare by
+  identity. A relist without a change calls nobody. `on_change` is called at most every 10 ms: changes in
+  between come together.
 - While the API server is away nothing changes, and `on_change` is not called.
-- Whatever goes wrong is one `Problem` through `on_problem`, once; one line through `on_solved` when it is over. An object that
-  cannot be used is such a problem too: its earlier version stays in force. `source.problems` has what is wrong now.
-- `state.node`: `.zone` for NodeView.zone, `.pod_cidrs` for NodeCIDR, `.eligible` for nodeEligible (None: the Node is not known).
-- `source.stats` is for the rest_client_* metrics; `source.last_event_at` and `source.endpoints_api` for the status.
+- `on_problem` gets each `Problem` once, and `on_solved` one line when it is over. An object that cannot be
+  used is such a problem too: its earlier version stays in force. `source.problems` are those of now.
+- `state.node` (None: not known): `.zone` is for NodeView, `.pod_cidrs` for NodeCIDR, `.eligible` for health.
+- `source.stats` is for the rest_client_* metrics; `last_event_at` and `endpoints_api` are for the status.
 - `source.post_event(EventAbout(...), "Warning", "PortConflict", "...")` returns at once.
 
 Everything happens in the event loop that `run` is in, and all callbacks are called there.
 
-aiohttp carries the requests and msgspec decodes them; lists and watches are proxyd's own (`watching`), and so are
-kubeconfigs and credentials: client libraries fail a list for one bad object, lose deletions when a watch expires, and do
-not renew certificates or ask credential plugins of today's version.
+aiohttp carries the requests, and msgspec decodes the answers. Lists and watches (`watching`), kubeconfigs and
+credentials are proxyd's own: client libraries fail a list for one bad object, lose deletions when a watch
+expires, do not read replaced certificates again, and do not know today's version of credential plugins.
 """
 
 from proxyd.sources.cluster.events import EventAbout

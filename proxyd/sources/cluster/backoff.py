@@ -1,15 +1,15 @@
-"""Pauses between attempts that fail: they grow to a bound, with jitter so that nodes do not ask all at once."""
+"""Pauses between failed attempts: they grow up to a bound, with jitter so that nodes do not ask in step."""
 
 from __future__ import annotations
 
 import random
 
-# Seconds. A server that says how long to wait is believed up to the last one.
+# Seconds. A server that says how long to wait is heeded up to LONGEST_ASKED.
 FIRST, LONGEST, LONGEST_ASKED = 0.25, 30.0, 120.0
 
 
 class Backoff:
-    """The next pause after each failure."""
+    """Chooses the pause after each failure."""
 
     __slots__ = ("_first", "_longest", "_next", "failures")
 
@@ -19,7 +19,7 @@ class Backoff:
         self.failures = 0
 
     def pause(self, asked: float = 0) -> float:
-        """Seconds to wait now; at least `asked`, where the server said so."""
+        """Seconds to wait after this failure; at least `asked`, the server's wish (0: it has none)."""
         self.failures += 1
         base, self._next = self._next, min(self._next * 2, self._longest)
         wait = base * random.uniform(0.5, 1)  # noqa: S311  not a secret
@@ -28,6 +28,6 @@ class Backoff:
         return wait
 
     def reset(self) -> None:
-        """It works again."""
+        """Begin with the shortest pause again: an attempt has succeeded."""
         self._next = self._first
         self.failures = 0

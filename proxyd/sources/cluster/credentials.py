@@ -1,4 +1,4 @@
-"""Credentials as they are now: tokens and certificates that are replaced on disk, plugins that are asked again."""
+"""The credentials of the moment: from files, which may be replaced, and plugins, which are asked again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxyd.sources.cluster.kubeconfig import Access, KubeconfigError, load_acce
 from proxyd.sources.manifests.files import display, reason
 
 _MAX_TOKEN = 1 << 20
-# A plugin's credentials are renewed this long before they end, so that none ends under way; seconds.
+# A plugin's credentials are renewed so many seconds before they expire: none should expire under way.
 _RENEW_BEFORE = 10.0
 
 _Stamp = tuple[tuple[int, int, int] | None, ...]
@@ -23,12 +23,12 @@ _Stamp = tuple[tuple[int, int, int] | None, ...]
 class Credentials:
     """Headers and TLS settings for the next request.
 
-    Token and certificate files are read again when they have changed (the kubelet replaces them); where the new one
-    cannot be read the last good one stays in use. After a 401, `refused` reads everything anew.
+    Token and certificate files are read again when they have changed, as the kubelet replaces them. Where the
+    new file cannot be read the last good content stays in use. After a 401, `refused` reads everything anew.
 
     Args:
-        access: where and how.
-        kubeconfig: read again after a 401; "" where there is none.
+        access: where the API server is, and how to log in to it.
+        kubeconfig: a path, which is read again after a 401; "" where there is none.
         master: as given to `load_access`.
     """
 
@@ -42,10 +42,10 @@ class Credentials:
         self._lock = asyncio.Lock()
 
     async def headers(self) -> list[tuple[str, str]]:
-        """The headers that say who asks.
+        """The headers that authenticate a request.
 
         Raises:
-            KubeconfigError: there is a plugin and it gave nothing.
+            KubeconfigError: the credential plugin failed.
         """
         headers = list(self.access.impersonate)
         if self.access.username:
@@ -60,7 +60,7 @@ class Credentials:
         return headers
 
     async def tls(self) -> ssl.SSLContext:
-        """The TLS context: the same object as long as no file behind it has changed.
+        """The TLS context: the same Python object as long as no file behind it has changed.
 
         Raises:
             KubeconfigError: a certificate or key cannot be used.
@@ -75,16 +75,16 @@ class Credentials:
         except KubeconfigError:
             if self._context is None:
                 raise
-            return self._context  # half replaced on disk: the next request tries again
+            return self._context  # the files are being replaced: the next request tries again
         self._context, self._stamp = context, stamp
         return context
 
     def refused(self) -> None:
-        """The server did not know us (401)."""
+        """Take note that the server answered 401."""
         self.reread()
 
     def reread(self) -> None:
-        """Ask the plugin again, and read the kubeconfig again; where that fails, what is in use stays."""
+        """Ask the plugin and read the kubeconfig again for the next request; what fails stays as it was."""
         if self._exec is not None:
             self._exec = None
             self._context = None
@@ -92,7 +92,7 @@ class Credentials:
             try:
                 access = load_access(self._kubeconfig, self._master)
             except KubeconfigError:
-                return  # the one in use is the best we have
+                return  # the access in use may still be good
             if access != self.access:
                 self.access = access
                 self._token = access.token
@@ -106,7 +106,7 @@ class Credentials:
                     token = file.read(_MAX_TOKEN).decode("ascii").strip()
             except (OSError, ValueError):
                 token = ""
-            # An empty or broken file is one that is being written: the token in use is good for some time still.
+            # An empty or broken file is being written. The token in use is good for some time.
             if token and token.isprintable():
                 self._token = token
         return self._token
@@ -128,7 +128,7 @@ def _stamp(*paths: str) -> _Stamp:
     stamps = []
     for path in paths:
         try:
-            found = os.stat(path) if path else None  # noqa: PTH116  three calls before each request: without a Path
+            found = os.stat(path) if path else None  # noqa: PTH116  thrice before each request
         except OSError:
             found = None
         stamps.append((found.st_ino, found.st_mtime_ns, found.st_size) if found else None)
@@ -136,7 +136,7 @@ def _stamp(*paths: str) -> _Stamp:
 
 
 def _tls_context(access: Access, given: ExecCredential | None) -> ssl.SSLContext:
-    # Not create_default_context: from Python 3.13 that is stricter than Go, and refuses the CA of many a cluster.
+    # From Python 3.13 create_default_context is stricter than Go, and refuses the CA of many clusters.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if access.insecure:
@@ -160,7 +160,7 @@ def _tls_context(access: Access, given: ExecCredential | None) -> ssl.SSLContext
 
 
 def _load_certificate(context: ssl.SSLContext, access: Access, certificate: bytes, key: bytes) -> None:
-    """OpenSSL reads these from files only: data goes through memory files, so that no key is written to a disk."""
+    """Loads them through files in memory: OpenSSL reads files only, and no key should come onto a disk."""
     descriptors: list[int] = []
 
     def path_of(data: bytes, path: str) -> str:
@@ -175,7 +175,7 @@ def _load_certificate(context: ssl.SSLContext, access: Access, certificate: byte
         context.load_cert_chain(
             path_of(certificate, access.certificate_file),
             path_of(key, access.key_file),
-            password=lambda: b"",  # never ask at a terminal
+            password=lambda: b"",  # or OpenSSL would ask at the terminal
         )
     except (OSError, ValueError) as error:
         where = display(access.certificate_file) if access.certificate_file else access.origin

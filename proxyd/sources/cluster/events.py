@@ -1,4 +1,4 @@
-"""Events (core/v1) about this node and its Services: best effort, never waited for, a few at a time."""
+"""Sends Events (core/v1) about this node and its Services: best effort, and nobody waits for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import msgspec
 from proxyd.sources.cluster.transport import FORBIDDEN, NOT_FOUND, ApiClient, ApiError
 
 _MAX_QUEUED = 100
-_MAX_KNOWN = 1000  # events whose repetition is counted rather than sent anew
+_MAX_KNOWN = 1000  # a repetition of one of so many Events raises its count
 _MAX_MESSAGE = 1024
-# One object and reason may have so many events in a row, and then one in so many seconds (client-go's spam filter).
+# An object may have so many Events of one reason at once, then one in so many seconds (as in client-go).
 _BURST, _REFILL_SECONDS = 25, 300.0
 
 
 class EventAbout(msgspec.Struct, frozen=True, kw_only=True):
-    """The object an Event is about; a Node has no namespace."""
+    """The object that an Event is about; a Node has no namespace."""
 
     kind: str
     name: str
@@ -43,13 +43,16 @@ class _Sent(msgspec.Struct):
 
 
 class EventRecorder:
-    """Sends Events; the same one again raises the count of the first.
+    """Sends Events; one that is sent again raises the count of the first.
 
     Args:
-        client: what to send through.
-        component: who reports.
+        client: sends the requests.
+        component: the name of the reporter.
         host: this node's name.
-        on_trouble: told once why Events do not arrive.
+        on_trouble: called once, with the reason why Events do not arrive.
+
+    Attributes:
+        dropped: how many Events were not sent.
     """
 
     def __init__(
@@ -58,14 +61,14 @@ class EventRecorder:
         self.dropped = 0
         self._client, self._component, self._host = client, component, host
         self._on_trouble = on_trouble
-        self._queue: OrderedDict[_Key, int] = OrderedDict()  # how often each is waiting
+        self._queue: OrderedDict[_Key, int] = OrderedDict()  # how often each was posted and not sent
         self._sent: OrderedDict[_Key, _Sent] = OrderedDict()
         self._budgets: OrderedDict[tuple[EventAbout, str], tuple[float, float]] = OrderedDict()
         self._ready = asyncio.Event()
         self._said: set[str] = set()
 
     def post(self, about: EventAbout, type_: str, reason: str, message: str) -> None:
-        """Queues an Event. Where there are too many of them it is counted in `dropped` instead."""
+        """Queue an Event. One too many is counted in `dropped` instead."""
         key = _Key(about, type_, reason, message[:_MAX_MESSAGE])
         if key not in self._queue and (len(self._queue) >= _MAX_QUEUED or not self._allowed(about, reason)):
             self.dropped += 1
@@ -74,7 +77,7 @@ class EventRecorder:
         self._ready.set()
 
     async def run(self) -> None:
-        """Sends what is queued; does not return."""
+        """Send what is queued, until cancelled; does not return."""
         while True:
             await self._ready.wait()
             self._ready.clear()
@@ -84,7 +87,7 @@ class EventRecorder:
                     await self._send(key, times)
                 except ApiError as error:
                     self.dropped += 1
-                    # Conflicts and the like are of no interest; that none gets through is.
+                    # One refused Event, as for a conflict, is not worth a line; it is if none gets through.
                     text = str(error)
                     if error.code in (0, 401, FORBIDDEN) and not self._said:
                         self._said.add(text)
@@ -116,7 +119,7 @@ class EventRecorder:
             except ApiError as error:
                 if error.code != NOT_FOUND:
                     raise
-                del self._sent[key]  # Events live for an hour
+                del self._sent[key]  # it has expired: Events live for an hour
             else:
                 known.count += times
                 self._sent.move_to_end(key)

@@ -1,4 +1,4 @@
-"""Credentials from a command (client.authentication.k8s.io, ExecCredential)."""
+"""Runs a command that prints credentials (client.authentication.k8s.io, ExecCredential)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def run_plugin(plugin: ExecPlugin, access: Access) -> ExecCredential:
     """Runs the command and returns what it printed. It is killed after a minute, and when this is cancelled.
 
     Raises:
-        KubeconfigError: it cannot be run, failed, or printed something else.
+        KubeconfigError: the command cannot be run, failed, or printed something else.
     """
     name = f"credential plugin {plugin.command}"
     try:
@@ -64,7 +64,7 @@ async def run_plugin(plugin: ExecPlugin, access: Access) -> ExecCredential:
         async with asyncio.timeout(_SECONDS):
             assert process.stdout is not None
             assert process.stderr is not None
-            # Both at once, else a plugin that says much on one waits for the other for ever.
+            # Both are read at once: a plugin that writes much to one of them would wait for ever else.
             output, errors = await asyncio.gather(_read(process.stdout), _read(process.stderr))
             code = await process.wait()
     except TimeoutError:
@@ -81,7 +81,7 @@ async def run_plugin(plugin: ExecPlugin, access: Access) -> ExecCredential:
 
 
 async def _read(stream: asyncio.StreamReader) -> bytes:
-    """All of a stream; what is more than a megabyte is thrown away."""
+    """Reads a stream to its end, and returns the first megabyte."""
     parts: list[bytes] = []
     size = 0
     while part := await stream.read(65536):
@@ -121,7 +121,7 @@ def _info(plugin: ExecPlugin, access: Access) -> str:
     if plugin.cluster_info:
         authority = access.ca_data
         if access.ca_file:
-            with contextlib.suppress(OSError), open(access.ca_file, "rb") as file:  # noqa: PTH123  shorter than Path
+            with contextlib.suppress(OSError), open(access.ca_file, "rb") as file:  # noqa: PTH123
                 authority = file.read()
         spec["cluster"] = {
             "server": access.server,

@@ -1,4 +1,4 @@
-"""What is known of the cluster: the objects in force, kept by identity as long as they say the same."""
+"""The cluster's objects in force: each stays the same Python object until it says something else."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Backend = EndpointSlice | Endpoints
 
 
 class Table(Generic[T]):
-    """Objects by name. Each method returns the names it changed; an object that says the same is no change."""
+    """Objects by name. An object that says the same as the one of before changes nothing."""
 
     def __init__(self) -> None:
         self.objects: dict[ObjectName, T] = {}
 
     def put(self, thing: T) -> bool:
-        """Takes one object. Returns whether it says anything new."""
+        """Take one object. Returns whether it says something new."""
         name = thing.metadata.key
         old = self.objects.get(name)
         if old is not None and same_state(old, thing):
@@ -34,18 +34,18 @@ class Table(Generic[T]):
         return True
 
     def remove(self, name: ObjectName) -> bool:
-        """Forgets one object. Returns whether it was known."""
+        """Forget one object. Returns whether it was known."""
         return self.objects.pop(name, None) is not None
 
     def replace(self, things: Iterable[T], keep: Iterable[ObjectName]) -> set[ObjectName]:
-        """Takes a full list.
+        """Take a full list.
 
         Args:
-            things: all that exist.
-            keep: exist too, but as they are known already.
+            things: all objects that exist.
+            keep: the names of objects that exist too, and stay as they are known.
 
         Returns:
-            The names of what is new, different or gone.
+            The names of objects that are new, different or gone.
         """
         old, self.objects = self.objects, {}
         changed = set()
@@ -65,7 +65,7 @@ class Table(Generic[T]):
 
 
 class Backends:
-    """Slices by Service, out of EndpointSlices or Endpoints objects."""
+    """The slices of each Service, from EndpointSlices or Endpoints objects."""
 
     def __init__(self) -> None:
         self._owners: dict[ObjectName, ObjectName] = {}  # the Service of each object
@@ -74,7 +74,7 @@ class Backends:
         ] = {}  # by Service and object
 
     def set(self, name: ObjectName, backend: Backend | None) -> set[ObjectName]:
-        """Takes the newest state of one object; None: it is gone. Returns the Services this changes."""
+        """Take the newest state of an object; None: it is gone. Returns the Services that changed."""
         touched = set()
         owner = self._owners.pop(name, None)
         if owner is not None:
@@ -95,7 +95,7 @@ class Backends:
         return touched
 
     def slices(self, service: ObjectName) -> tuple[EndpointSlice, ...]:
-        """All slices of a Service, in order of their objects' names."""
+        """All slices of a Service, in order of the names of their objects."""
         members = self._members.get(service)
         if not members:
             return ()
@@ -105,10 +105,10 @@ class Backends:
 
 
 def mirrored(endpoints: Endpoints) -> tuple[EndpointSlice, ...]:
-    """The slices that an Endpoints object comes to.
+    """The slices that mirror an Endpoints object of a server that has no EndpointSlices.
 
-    Where there are no slices at all, a label that tells the mirroring controller to skip the object means nothing: the API
-    server's own Endpoints carry it.
+    The label that tells the mirroring controller to skip the object is ignored: the API server's own
+    Endpoints have it.
     """
     meta = endpoints.metadata
     if SKIP_MIRROR_LABEL in meta.labels:
@@ -117,15 +117,15 @@ def mirrored(endpoints: Endpoints) -> tuple[EndpointSlice, ...]:
     made = slices_from_endpoints(
         Service(metadata=ObjectMeta(name=meta.name, namespace=meta.namespace)), endpoints
     )
-    # When the endpoints changed, for the time it takes until they are in force.
+    # An annotation tells when the endpoints changed: for the time it takes until they are in force.
     annotations = meta.annotations
     return tuple(replace(one, metadata=replace(one.metadata, annotations=annotations)) for one in made)
 
 
 class Known:
-    """Services, slices and the node, as immutable mappings that change only where the objects do.
+    """Services, slices and the node of the cluster, in mappings that are never changed in place.
 
-    `update` must not be called too often: it copies the mappings.
+    `update` copies the mappings that have changed: it should not be called for each change.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Known:
         self._touched_node = False
 
     def touch(self, table: object, names: Iterable[ObjectName]) -> None:
-        """Remembers what changed in a table until the next `update`."""
+        """Note for the next `update` which objects of a table changed."""
         if table is self.service_table:
             self._touched_services.update(names)
         elif table is self.backend_table:
@@ -150,7 +150,7 @@ class Known:
             self._touched_node = True
 
     def update(self) -> bool:
-        """Brings the mappings up to date. Returns whether anything is different."""
+        """Bring the mappings up to date. Returns whether anything is different."""
         changed = False
         if self._touched_services:
             services = _apply(
@@ -182,5 +182,5 @@ V = TypeVar("V")
 def _apply(
     before: Derived[ObjectName, V], entries: Iterable[tuple[ObjectName, V | None]]
 ) -> Derived[ObjectName, V]:
-    """The mapping with these entries; the very same one where nothing is different."""
+    """The mapping with these entries; the same Python object if they are in it already."""
     return before.derive({name: value for name, value in entries if before.get(name) is not value})

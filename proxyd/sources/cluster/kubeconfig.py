@@ -1,4 +1,4 @@
-"""Where the API server is and how to log in to it: from a kubeconfig, --master, or the Pod this runs in."""
+"""Finds the API server and the credentials for it: in a kubeconfig, --master, or this process's Pod."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXEC_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.
 
 
 class KubeconfigError(ValueError):
-    """What is wrong and what to do about it, in one line."""
+    """The access to the API server is not usable: why, and what to do about it, in one line."""
 
 
 class ExecPlugin(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,17 +34,17 @@ class ExecPlugin(msgspec.Struct, frozen=True, kw_only=True):
     env: tuple[tuple[str, str], ...] = ()
     api_version: str = _EXEC_VERSIONS[0]
     install_hint: str = ""
-    cluster_info: bool = False  # it wants to know the cluster, in KUBERNETES_EXEC_INFO
+    cluster_info: bool = False  # KUBERNETES_EXEC_INFO has to describe the cluster
 
 
 class Access(msgspec.Struct, frozen=True, kw_only=True):
-    """One API server and one user. Of a pair `..._file` and `..._data` at most one is given; paths are absolute.
+    """An API server and a user. Of a pair `..._file` and `..._data` at most one is given; paths are absolute.
 
-    Files are read when they are needed and again when they have changed, so what is said of them here stays true.
+    Only the paths of files are here: their content is read when it is needed, and again when it has changed.
     """
 
-    server: str  # https://host:port, or with a path behind it; no slash at the end
-    origin: str = ""  # where this was read, for messages
+    server: str  # https://host:port, maybe with a path; no slash at the end
+    origin: str = ""  # what this was read from, for messages
     ca_file: str = ""
     ca_data: bytes = b""
     insecure: bool = False
@@ -150,13 +150,13 @@ def load_access(
     """How to reach the API server, as kube-proxy finds it (client-go, BuildConfigFromFlags).
 
     Args:
-        kubeconfig: a path; "" with no `master` either: the Pod this runs in says it.
-        master: a URL that stands in for the kubeconfig's server.
-        environ: the environment; of this process where it is not given.
+        kubeconfig: a path. Where this and `master` are "", the Pod that this runs in is asked.
+        master: a URL that takes the place of the kubeconfig's server.
+        environ: the environment; None: that of this process.
         service_account: the folder that holds a Pod's token and CA.
 
     Raises:
-        KubeconfigError: it cannot be read, or does not say what is needed.
+        KubeconfigError: the kubeconfig cannot be read, or lacks what is needed.
     """
     if not kubeconfig and not master:
         return _in_cluster(os.environ if environ is None else environ, service_account)
@@ -171,7 +171,8 @@ def _in_cluster(environ: Mapping[str, str], folder: str) -> Access:
     host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "")
     if not host or not port:
         raise KubeconfigError(
-            "this is not a Pod (KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set): give --kubeconfig or"
+            "this is not a Pod (KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set): "
+            "give --kubeconfig or"
             " --master"
         )
     token, authority = f"{folder}/token", f"{folder}/ca.crt"
@@ -301,7 +302,7 @@ def _plugin(given: _Exec | None, folder: Path, where: str) -> ExecPlugin | None:
         )
     if not given.command:
         raise KubeconfigError(f"{where}.command: required")
-    # As in client-go, only a path with a slash in it is relative to the kubeconfig; a bare name is looked up in PATH.
+    # As in client-go a path with a slash is relative to the kubeconfig, and a bare name is looked up in PATH.
     command = str(folder / given.command) if "/" in given.command else given.command
     return ExecPlugin(
         command=command,
@@ -314,7 +315,7 @@ def _plugin(given: _Exec | None, folder: Path, where: str) -> ExecPlugin | None:
 
 
 def _pair(folder: Path, path: str, data: str, where: str) -> tuple[str, bytes]:
-    """A path and data of which one is given at most: data goes before."""
+    """The path and the data of which at most one is set: data wins."""
     if not data:
         return _absolute(folder, path), b""
     try:
@@ -331,7 +332,7 @@ def _absolute(folder: Path, path: str) -> str:
 
 
 def _server_url(text: str, where: str, *, tls: bool) -> str:
-    """The server's URL without a slash at the end. Without a scheme it is http, or https where TLS is set up."""
+    """The server's URL without a slash at the end. A scheme that is missing is https with TLS, else http."""
     url = text if "://" in text else f"{'https' if tls else 'http'}://{text}"
     try:
         parts = urlsplit(url)
@@ -344,7 +345,7 @@ def _server_url(text: str, where: str, *, tls: bool) -> str:
 
 
 def _check_files(access: Access) -> None:
-    """Files that cannot be read now are a mistake of whoever wrote the configuration: say so at once."""
+    """Raises KubeconfigError for a file that cannot be read at start: the configuration is wrong."""
     for path in (access.ca_file, access.certificate_file, access.key_file, access.token_file):
         if not path:
             continue

@@ -1,7 +1,7 @@
-"""Objects as the API server sends them, decoded leniently: it has validated them, and a newer one may know more.
+"""Decodes objects of the API server leniently: it has validated them, and may be newer than proxyd.
 
-Only what planning cannot work with is refused: another type than expected, addresses that are none, ports out of range.
-Each object is good or bad by itself.
+An object is refused only if planning cannot work with it: a value of another type, an invalid address, a port
+out of range. Each object is good or bad by itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from proxyd.api.shape import fit
 
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 _ZONES = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")
-# The cluster autoscaler is about to delete a node with this taint: load balancers should leave it.
+# The cluster autoscaler is about to delete a node that has this taint: load balancers should leave it.
 _TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
 _MAX_PORT = 65535
-# IPv4 as it is written canonically: there is nothing to parse.
+# An IPv4 address in canonical form: it need not be parsed.
 _plain = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!\Z)|\Z)){4}", re.ASCII).fullmatch
 _FAMILIES = {"IPv4": 4, "IPv6": 6}
 
@@ -48,7 +48,7 @@ class NodeSpec(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class NodeAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """An address of a node, or a name."""
+    """An address or a host name of a node."""
 
     type: str = ""
     address: str = ""
@@ -69,13 +69,13 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def zone(self) -> str:
-        """The zone that its labels name; "" where they name none."""
+        """The zone in its labels; "" if there is none."""
         labels = self.metadata.labels
         return next((labels[label] for label in _ZONES if labels.get(label)), "")
 
     @property
     def host_ips(self) -> tuple[str, ...]:
-        """Its main address, and that of the other family if it has one (kubernetes pkg/util/node, GetNodeHostIPs)."""
+        """The primary address of each family, as of kubernetes pkg/util/node, GetNodeHostIPs."""
         parsed = [
             str(ip)
             for kind in ("InternalIP", "ExternalIP")
@@ -89,7 +89,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pod_cidrs(self) -> tuple[str, ...]:
-        """Where its Pods' addresses come from."""
+        """The ranges of its Pods' addresses."""
         return self.spec.pod_cidrs or ((self.spec.pod_cidr,) if self.spec.pod_cidr else ())
 
     @property
@@ -105,7 +105,7 @@ T = TypeVar("T", bound=Service | EndpointSlice | Endpoints | Node)
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
-    """An object that cannot be used, and why. `name` is None where not even that can be read."""
+    """An object that cannot be used, and why. `name` is None if it cannot be read either."""
 
     name: ObjectName | None
     resource_version: str
@@ -121,7 +121,7 @@ class Codec(Generic[T]):
 
     Args:
         kind: the struct type.
-        beta: they are of v1beta1, where `topology` names node and zone.
+        beta: the objects are of v1beta1, whose `topology` names node and zone.
     """
 
     def __init__(self, kind: type[T], *, beta: bool = False) -> None:
@@ -130,7 +130,7 @@ class Codec(Generic[T]):
         self._decoder = msgspec.json.Decoder(kind)
 
     def decode(self, raw: bytes | msgspec.Raw) -> T | Refused:
-        """One object from JSON; raises nothing."""
+        """An object from JSON; raises nothing."""
         try:
             thing = self._decoder.decode(raw)
         except (msgspec.DecodeError, ValueError, RecursionError):
@@ -147,7 +147,7 @@ class Codec(Generic[T]):
         return self._finish(thing)
 
     def _loosely(self, raw: bytes | msgspec.Raw, found: Findings) -> T | None:
-        """Once more, with nulls and empty enum values for missing ones, which Go sends and msgspec does not take."""
+        """Decodes once more, without nulls and empty enum values: Go sends them, and msgspec refuses them."""
         try:
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -157,12 +157,12 @@ class Codec(Generic[T]):
 
     def _finish(self, thing: T) -> T:
         meta = thing.metadata
-        if _LAST_APPLIED in meta.annotations:  # half of the object's size, and nobody asks for it
+        if _LAST_APPLIED in meta.annotations:  # it is half of the object's size, and nobody needs it
             annotations = {key: value for key, value in meta.annotations.items() if key != _LAST_APPLIED}
             thing = replace(thing, metadata=replace(meta, annotations=annotations))
         if isinstance(thing, Node) or (not self._beta and _is_canonical(thing)):
             return thing
-        return canonical(thing, beta=self._beta)  # type: ignore[return-value]  # it returns the type it was given
+        return canonical(thing, beta=self._beta)  # type: ignore[return-value]  # it keeps the type
 
     def _refuse(self, raw: bytes | msgspec.Raw, found: Findings) -> Refused:
         name, version = None, ""
@@ -184,7 +184,7 @@ class Codec(Generic[T]):
 
 
 def _is_canonical(thing: ClusterObject) -> bool:
-    """Whether nothing is left to do for `canonical`, seen at a glance; almost always so, and a third of the time."""
+    """Whether `canonical` would change nothing. Almost always so, and this takes a third of its time."""
     match thing:
         case EndpointSlice():
             return all(
@@ -204,7 +204,7 @@ def _is_canonical(thing: ClusterObject) -> bool:
 
 
 def _fault(thing: ClusterObject) -> tuple[Path, str] | None:
-    """Where and why an object cannot be planned with; None where it can."""
+    """The path and the reason why planning cannot work with an object; None if it can."""
     if not thing.metadata.name:
         return ("metadata", "name"), "required"
     match thing:
@@ -241,7 +241,7 @@ def _service_fault(service: Service) -> tuple[Path, str] | None:
 def _slice_fault(thing: EndpointSlice) -> tuple[Path, str] | None:
     version = _FAMILIES.get(thing.address_type)
     if version is None:
-        return None  # host names, or something newer: no such endpoint is ever chosen
+        return None  # host names, or something newer: planning ignores such endpoints
     for i, endpoint in enumerate(thing.endpoints):
         for j, text in enumerate(endpoint.addresses):
             if version == 4 and _plain(text):
@@ -276,7 +276,7 @@ def _endpoints_fault(thing: Endpoints) -> tuple[Path, str] | None:
 
 
 def same_state(old: ClusterObject, new: ClusterObject) -> bool:
-    """Whether both say the same, whatever their resourceVersions."""
+    """Whether two objects are equal but for their resourceVersion."""
     if type(old) is not type(new):
         return False
     a, b = old.metadata, new.metadata

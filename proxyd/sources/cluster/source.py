@@ -1,4 +1,4 @@
-"""The API source: follows Services, their endpoints and this node, and says when anything is different."""
+"""The API source: follows Services, their endpoints and this node, and reports when anything is different."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from proxyd.sources.cluster.watching import Watcher
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
 
-# Answers that say that the Node is not to be had, rather than not now.
+# By these answers the Node can't be had at all; by any other one it can't be had now.
 _NO_NODE = (FORBIDDEN, NOT_FOUND)
-# Seconds between two reports of changes: what comes in between goes into one.
+# Seconds between two reports; the changes in between go into one.
 _SPACING = 0.01
 
 _KINDS: dict[str, type[Any]] = {
@@ -43,40 +43,40 @@ _KINDS: dict[str, type[Any]] = {
 
 
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API server says, at one moment.
+    """The API server's objects at one moment.
 
-    Mappings and objects are never changed in place, and are the very same ones as in the last state where nothing
-    changed: they can be compared by identity.
+    Mappings and objects are never changed in place. What did not change is the same Python object as in the
+    last state, so they can be compared by identity.
     """
 
     services: Mapping[ObjectName, Service] = {}
     slices: Mapping[ObjectName, tuple[EndpointSlice, ...]] = {}  # by Service
-    node: Node | None = None  # None: the node is not known to the API server, or not to be read
+    node: Node | None = None  # None: the API server does not know it, or does not let it be read
 
 
 class ClusterSource:
     """Follows the API server; see the package's contract.
 
     Args:
-        access: as from `load_access`.
+        access: as `load_access` returns it.
         node_name: the Node that this runs on; "": none is followed.
-        on_change: called in the event loop with the state when everything has been listed, and then whenever something is
-            different, at most every 10 ms.
-        on_problem: called once for each thing that is wrong.
-        on_solved: called with one line when it is over.
-        proxy_name: serve the Services with this service-proxy-name, rather than those without one.
-        kubeconfig: read again when the credentials are refused; "" where there is none.
+        on_change: called in the event loop with the state when everything has been listed, and then whenever
+            something is different, at most every 10 ms.
+        on_problem: called once for each problem.
+        on_solved: called with one line when a problem is over.
+        proxy_name: follow the Services with this service-proxy-name; "": those without one.
+        kubeconfig: a path, which is read again when the credentials are refused; "" where there is none.
         master: as given to `load_access`.
-        qps: requests a second on average; 0 or less: as many as it takes.
+        qps: requests a second on average; 0 or less: without limit.
         burst: requests at once.
-        component: who sends Events.
+        component: the name under which Events are sent.
         agent: the User-Agent.
         tuning: times, for tests.
 
     Attributes:
-        stats: requests so far.
-        last_event_at: Unix time of the last list or change; 0: none yet.
-        lists: full lists taken in so far.
+        stats: the requests so far.
+        last_event_at: Unix time of the last list or change; 0: there was none.
+        lists: how many full lists have been taken.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ClusterSource:
 
     @property
     def endpoints_api(self) -> str:
-        """What endpoints are read from: "discovery.k8s.io/v1 EndpointSlice" and the like; "" before it is known."""
+        """What endpoints are read from, such as "discovery.k8s.io/v1 EndpointSlice"; "": not known yet."""
         served = next(watcher for watcher in self._watchers if watcher.name == "endpoints").served
         if served is None:
             return ""
@@ -153,12 +153,12 @@ class ClusterSource:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong now."""
+        """The problems of now."""
         return self._troubles.current
 
     @property
     def events_dropped(self) -> int:
-        """Events that were not sent: too many, or the server was away."""
+        """How many Events were not sent, as there were too many or the server refused them."""
         return self._events.dropped
 
     async def run(self) -> None:
@@ -175,17 +175,17 @@ class ClusterSource:
             await self._client.close()
 
     def reread(self) -> None:
-        """Takes the kubeconfig as it is now, and asks a credential plugin again, for whatever is requested next."""
+        """Read the kubeconfig and ask the credential plugin again, for the next requests."""
         self._client.credentials.reread()
 
     def post_event(self, about: EventAbout, type_: str, reason: str, message: str) -> None:
-        """Queues an Event; nobody waits for it, and it may never arrive.
+        """Queue an Event; nobody waits for it, and it may never arrive.
 
         Args:
-            about: the object.
+            about: the object that it is about.
             type_: "Normal" or "Warning".
             reason: one word, such as PortConflict.
-            message: for people.
+            message: a text for people.
         """
         self._events.post(about, type_, reason, message)
 
@@ -209,7 +209,7 @@ class ClusterSource:
         return tables[name]
 
     def _changed(self) -> None:
-        """Reports soon: at once after a pause, together with what follows in a storm."""
+        """Report soon: at once, or 10 ms after the last report."""
         if self._flush is None and self.synced:
             assert self._loop is not None
             now = self._loop.time()
@@ -225,7 +225,7 @@ class ClusterSource:
             known = self._known
             self._state = ClusterState(services=known.services, slices=known.slices, node=known.node)
             self._on_change(self._state)
-            # Counted from the end: whoever takes long to take changes in gets fewer and larger ones.
+            # From the end of the call on: a callee that takes long gets fewer and larger changes.
             self._flush_at = self._loop.time() + _SPACING
 
     def _event_trouble(self, message: str) -> None:
@@ -235,22 +235,22 @@ class ClusterSource:
 
 
 class _Follower:
-    """Puts the steps of one watcher into a table."""
+    """Puts the objects that one watcher brings into a table."""
 
     def __init__(self, table: Table[Any], known: Known, troubles: Troubles) -> None:
         self._table, self._known, self._troubles = table, known, troubles
         self._optional = table is known.node_table
-        self._kind = ""  # of what was listed last
+        self._kind = ""  # of the objects that were listed last
         self._codec: Codec[Any] = Codec(Service)
         self._listed: list[Any] = []
         self._refused: list[Refused] = []
 
     async def feed(self, steps: AsyncIterator[object]) -> AsyncIterator[bool]:
-        """Yields after each step that may have changed something: True for a full list."""
+        """Yields after each step that may have changed something: whether everything is listed."""
         async for step in steps:
             match step:
                 case Unavailable():
-                    # A node that may not be read, or of a server without nodes, is no reason to wait for ever.
+                    # Nobody should wait for ever for a Node that can't be had.
                     if self._optional and step.code in _NO_NODE:
                         yield True
                 case Listing():
@@ -263,7 +263,7 @@ class _Follower:
                     for item in step.items:
                         thing = self._codec.decode(item)
                         (self._refused if isinstance(thing, Refused) else self._listed).append(thing)
-                    # Pages come one after the other without a pause: let others run.
+                    # Other tasks run between the pages, which come without a pause.
                     await asyncio.sleep(0)
                 case Marker.LISTED:
                     self._take_list()
@@ -277,7 +277,7 @@ class _Follower:
         things, refused, table = self._listed, self._refused, self._table
         self._listed, self._refused = [], []
         keep = {one.name for one in refused if one.name is not None}
-        if len(keep) < len(refused):  # which one that is cannot be said: it may be any
+        if len(keep) < len(refused):  # one has no name that can be read: it may be any
             keep.update(table.objects)
         self._known.touch(table, table.replace(things, keep))
         for one in refused:
@@ -285,7 +285,7 @@ class _Follower:
         self._troubles.only(self._kind, {str(one.name or "") for one in refused})
 
     def _apply(self, event: Event) -> ObjectName | None:
-        """The name of what an event changed."""
+        """Take an event. Returns the name of the object that it changed."""
         thing, kind = self._codec.decode(event.object), self._kind
         if isinstance(thing, Refused):
             if event.type == "DELETED" and thing.name is not None:
@@ -300,7 +300,7 @@ class _Follower:
 
 
 def _resources(node_name: str, proxy_name: str) -> dict[str, tuple[Resource, ...]]:
-    """What to follow. With a proxy name all slices are: hand-written and mirrored ones do not carry the label."""
+    """What to follow. With a proxy name all slices are followed: not all of them have the label."""
     if proxy_name:
         services, backends = f"{PROXY_NAME_LABEL}={proxy_name},!{HEADLESS_LABEL}", f"!{HEADLESS_LABEL}"
     else:

@@ -1,10 +1,10 @@
-"""Counts and durations of requests to the API server, for the rest_client_* metrics."""
+"""Counts the requests to the API server and their durations, for the rest_client_* metrics."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
-# Upper bounds in seconds, of client-go's rest_client_request_duration_seconds; a last one without bound follows.
+# Upper bounds in seconds, as of client-go's rest_client_request_duration_seconds. A last bucket has none.
 DURATION_BOUNDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
 
@@ -24,11 +24,11 @@ class Durations:
 
 
 class RequestStats:
-    """What was asked so far.
+    """The requests so far.
 
     Attributes:
-        requests: by status code ("200", or "<error>" where there was no answer), method and host.
-        durations: until the headers of the answer, by verb (GET, POST, PATCH) and host.
+        requests: how many there were by status code (such as "200"; "<error>": no answer), method and host.
+        durations: of each until the headers of the answer, by verb (GET, POST, PATCH) and host.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What is watched, and the steps in which a watch tells of it."""
+"""What can be followed, and the steps in which a watcher reports it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
         300,
         600,
     )  # how long the server should keep a watch open, at random between
-    slack_seconds: float = 10.0  # a watch that is silent for longer than it should last has hung
-    steady_seconds: float = 5.0  # a watch that stayed open so long is taken for a good one
+    slack_seconds: float = 10.0  # a watch that is silent for so long after its end is taken for hung
+    steady_seconds: float = 5.0  # after so long a watch counts as working
     first_pause: float = 0.25
     longest_pause: float = 30.0
     page: int = 500  # objects in the first page of a list
 
 
 class Resource(msgspec.Struct, frozen=True, kw_only=True):
-    """What is listed and watched, in one version."""
+    """A kind of objects in one version of the API, as it is listed and watched."""
 
     path: str
     kind: str
@@ -33,25 +33,25 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Unavailable(msgspec.Struct, frozen=True):
-    """It could not be listed; 0: no answer."""
+    """The objects could not be listed; `code` is the HTTP status, 0: no answer."""
 
     code: int
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """A list begins: what came of an earlier one that did not get to LISTED is void."""
+    """A list begins. The pages of an earlier one that did not reach LISTED are void."""
 
     resource: Resource
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Some objects of a list."""
+    """Some of the objects of a list."""
 
     items: Sequence[msgspec.Raw]
 
 
 class Marker(enum.Enum):
-    """LISTED: every page has been seen; what was in none of them does not exist."""
+    """LISTED: all pages have come; an object that was in none of them does not exist."""
 
     LISTED = enum.auto()
 
@@ -64,7 +64,7 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """Changes that came in together, in order."""
+    """Changes that arrived together, in order."""
 
     events: Sequence[Event]
 

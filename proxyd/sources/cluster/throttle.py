@@ -1,4 +1,4 @@
-"""At most so many requests a second: a token bucket, as kube-proxy's --kube-api-qps and --kube-api-burst."""
+"""A token bucket that limits requests a second, as kube-proxy's --kube-api-qps and --kube-api-burst do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 class Throttle:
-    """Lets `burst` requests through at once, and `qps` a second on average. Waiters go in the order they came."""
+    """Admits `burst` requests at once and `qps` a second on average, in the order in which they came."""
 
     def __init__(self, qps: float, burst: int) -> None:
         self._qps = qps
@@ -14,11 +14,11 @@ class Throttle:
         self._free_at = float("-inf")  # when the bucket will be full again, on the loop's clock
 
     async def wait(self) -> None:
-        """Returns when the next request may go. A `qps` of 0 or less: at once."""
+        """Return when the next request may go: at once if `qps` is 0 or less."""
         if self._qps <= 0:
             return
         now = asyncio.get_running_loop().time()
-        # Each request moves the moment when the bucket is full again; the bucket holds `burst` of them.
+        # Each request puts off the moment when the bucket is full again; the bucket holds `burst` requests.
         self._free_at = max(self._free_at, now) + 1 / self._qps
         delay = self._free_at - now - self._burst / self._qps
         if delay > 0:

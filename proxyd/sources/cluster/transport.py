@@ -1,4 +1,4 @@
-"""Requests to the API server: one answer, or a stream of bytes; every failure is an ApiError of one line."""
+"""Requests to the API server, for an answer or a stream. Every failure is an ApiError of one line."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from proxyd.sources.cluster.throttle import Throttle
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND, GONE, TOO_MANY = 401, 403, 404, 410, 429
 
 _CONNECT_SECONDS = 10.0
-_ANSWER_SECONDS = 60.0  # of a request that is not a watch, from beginning to end
-_SILENT_SECONDS = 30.0  # within such an answer, without a byte
+_ANSWER_SECONDS = 60.0  # for a request that is not a watch, from beginning to end
+_SILENT_SECONDS = 30.0  # without a byte, within such an answer
 _MAX_ANSWER = 512 << 20
 _MAX_STATUS = 64 << 10
 _READ_BUFFER = 256 << 10
 _SHOWN = 300
-# A peer that vanished is noticed after about this many seconds, also while a watch has nothing to say.
+# It takes some so many seconds to notice that the peer has vanished, also while a watch is silent.
 _DEAD_SECONDS = 30
 
 
@@ -38,9 +38,9 @@ class ApiError(Exception):
     """A request that failed.
 
     Attributes:
-        code: HTTP status or that of an ERROR event; 0: no answer, or one that was cut off.
+        code: the HTTP status, or that of an ERROR event; 0: there was no answer, or it was cut off.
         dropped: the connection was cut after an answer had begun.
-        retry_after: seconds that the server asks to wait; 0: it does not say.
+        retry_after: how many seconds the server asks to wait; 0: it does not say.
     """
 
     def __init__(self, message: str, *, code: int = 0, dropped: bool = False, retry_after: float = 0) -> None:
@@ -60,7 +60,7 @@ class _Status(msgspec.Struct, kw_only=True):
 
 
 def status_error(body: bytes | msgspec.Raw, code: int = 0, retry_after: float = 0) -> ApiError:
-    """The error that a Status object (or whatever came in its place) tells of."""
+    """The error that a Status object describes, or whatever came in its place."""
     status = _Status()
     with contextlib.suppress(msgspec.DecodeError, ValueError):
         status = msgspec.json.decode(body, type=_Status)
@@ -75,10 +75,10 @@ class ApiClient:
     """Sends requests with credentials, within the limits of a throttle, and counts them.
 
     Args:
-        credentials: who asks.
-        throttle: what every request waits for.
-        stats: where requests are counted.
-        agent: value of the User-Agent header.
+        credentials: authenticate every request.
+        throttle: every request waits for it.
+        stats: count the requests.
+        agent: the value of the User-Agent header.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ApiClient:
         return urlsplit(self.credentials.access.server).netloc
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()
@@ -103,7 +103,7 @@ class ApiClient:
         """The body of the answer to a GET.
 
         Raises:
-            ApiError: there was none, or not a good one.
+            ApiError: there was no answer, or it says that the request failed.
         """
         return await self.send("GET", path, params)
 
@@ -119,7 +119,7 @@ class ApiClient:
         """The body of the answer.
 
         Raises:
-            ApiError: there was none, or not a good one.
+            ApiError: there was no answer, or it says that the request failed.
         """
         limits = aiohttp.ClientTimeout(
             total=_ANSWER_SECONDS, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS
@@ -138,15 +138,15 @@ class ApiClient:
     async def stream(
         self, path: str, params: Mapping[str, str], *, silent_seconds: float
     ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The answer to a GET as it comes in, in pieces. To be used with `async with`.
+        """The answer to a GET in pieces, as it arrives; for `async with`.
 
         Args:
-            path: of the resource.
+            path: the path of the resource.
             params: the query.
-            silent_seconds: without a byte for so long, the stream is taken for hung.
+            silent_seconds: a stream that brings no byte for so long is taken for hung.
 
         Raises:
-            ApiError: it could not be opened, was cut off, or hung.
+            ApiError: the stream could not be opened, was cut off, or hung.
         """
         limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=silent_seconds)
         async with self._ask("GET", path, params, limits) as response:
@@ -216,7 +216,7 @@ class ApiClient:
             self._session = aiohttp.ClientSession(
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=False,  # it would also send passwords from a .netrc
+                trust_env=False,  # aiohttp would also send passwords from a .netrc
                 read_bufsize=_READ_BUFFER,
             )
         return self._session
@@ -233,7 +233,7 @@ def _socket(info: tuple[Any, ...]) -> socket.socket:
 
 
 def _environment_proxy(url: str) -> str:
-    """HTTPS_PROXY, HTTP_PROXY and NO_PROXY, as client-go heeds them."""
+    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name for a URL, as in client-go; "" for none."""
     parts = urlsplit(url)
     proxies = urllib.request.getproxies_environment()
     if not proxies.get(parts.scheme) or urllib.request.proxy_bypass(parts.netloc):
@@ -242,7 +242,7 @@ def _environment_proxy(url: str) -> str:
 
 
 def _described(error: Exception, *, answered: bool) -> str:
-    """What went wrong between the two of us, in one line."""
+    """What went wrong with a connection, in one line."""
     match error:
         case aiohttp.ClientConnectorDNSError():
             return f"{error.host}: the name cannot be resolved: {_os_text(error.os_error)}"

@@ -1,4 +1,4 @@
-"""What is wrong with the API server or its objects, each said once, and once when it is over."""
+"""Problems of the API server and its objects: each is reported once, and once more when it is over."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 from proxyd.api.problems import Problem, Severity
 
-# Different texts that are said until it works again, and objects that are remembered as refused.
+# So many different texts are reported until all works again, and so many refused objects are remembered.
 _MAX_SAID = 20
 MAX_REFUSED = 1000
 
 
 class Troubles:
-    """Collects the troubles of all watches of one API server.
+    """Collects the problems of all watches of one API server.
 
-    Several watches fail in the same way when the server is away: that is one line. Another failure is another line; when
-    every watch works again, that is one line.
+    When the server is away several watches fail in the same way: that is reported in one line. Each different
+    failure is a line, and there is one when every watch works again.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class Troubles:
 
     @property
     def current(self) -> tuple[Problem, ...]:
-        """Everything that is wrong now."""
+        """The problems of now."""
         return (*dict.fromkeys(self._current.values()), *self._refused.values())
 
     def failed(self, watch: str, message: str) -> None:
-        """A watch cannot go on for now."""
+        """Take note that a watch fails."""
         if not self._current:
             self._since = time.monotonic()
         problem = Problem(severity=Severity.WARNING, kind="API server", object=self._server, message=message)
@@ -45,7 +45,7 @@ class Troubles:
             self._on_problem(problem)
 
     def works(self, watch: str) -> None:
-        """A watch goes on."""
+        """Take note that a watch works."""
         if self._current.pop(watch, None) is not None and not self._current:
             self._said.clear()
             self._on_solved(
@@ -53,7 +53,7 @@ class Troubles:
             )
 
     def refused(self, kind: str, name: str, problem: Problem) -> None:
-        """An object is left out."""
+        """Take note that an object cannot be used."""
         key = (kind, name)
         if self._refused.get(key) == problem:
             return
@@ -62,11 +62,11 @@ class Troubles:
             self._on_problem(problem)
 
     def accepted(self, kind: str, name: str) -> None:
-        """An object that was left out is right now, or gone."""
+        """Take note that an object can be used, or is gone."""
         if self._refused and self._refused.pop((kind, name), None) is not None:
             self._on_solved(f"{kind} {name}: solved")
 
     def only(self, kind: str, names: set[str]) -> None:
-        """A full list came in: of this kind, nothing but `names` is left out."""
+        """Take note that of a full list of this kind no objects but `names` cannot be used."""
         for key in [key for key in self._refused if key[0] == kind and key[1] not in names]:
             self.accepted(*key)

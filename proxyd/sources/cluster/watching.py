@@ -1,18 +1,20 @@
-"""List and watch, as three nested generators with one duty each.
+"""Lists and watches a resource, in three nested generators with one duty each.
 
-`Watcher.stream` is one HTTP watch: batches of events until it ends. `Watcher.list_and_watch` is one life of a resource:
-all its pages, LISTED, then watches after watches, each from where the last one ended, until the server has forgotten
-that place (410). `Watcher.forever` is life after life, with pauses that grow.
+`Watcher.stream` is one HTTP watch: it yields batches of events until the watch ends. `Watcher.list_and_watch`
+yields all pages of a list, LISTED, and the batches of one watch after another, each from the resourceVersion
+at which the last one ended, until the server has forgotten that version (410). `Watcher.forever` does this
+again and again, with pauses that grow.
 
-What a failure leads to:
+This is how failures are handled:
 
-- a watch that ends, is cut off (in the middle of a line too), hangs, or is refused with anything but 410: another watch
-  from the same place. The first try after a cut is quick and silent; those that follow pause longer and are reported.
-- 410 as status or as ERROR event, or a place that the server has not reached yet (it was restored from a backup): a new
-  life. So does a place from which nothing but garbage comes.
-- an expired continue token: the list from its beginning, the second time in one page.
-- 404: the next of the resource's versions; of one that was served before only after several tries, because a server that
-  is starting does not know all its versions.
+- A watch ends, is cut off (also within a line), hangs, or is refused with anything but 410: another watch
+  begins at the same resourceVersion. The first try after a cut is quick and silent; further ones wait longer,
+  and are reported.
+- The server answers 410, or sends it as an ERROR event, or has not reached the resourceVersion yet (it was
+  restored from a backup), or sends nothing but garbage from it: everything is listed anew.
+- A continue token has expired: the list begins anew, the second time in one page.
+- The server answers 404: the next version of the API is tried. If this one was served before, that is done
+  after several tries, because a server that is starting does not know all its versions.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ from proxyd.sources.cluster.transport import GONE, NOT_FOUND, UNAUTHORIZED, ApiC
 from proxyd.sources.cluster.troubles import Troubles
 
 _MAX_LINE = 32 << 20
-_PAGE_BYTES = 4 << 20  # what the size of the next page aims at
+_PAGE_BYTES = 4 << 20  # the number of objects in the next page aims at this size
 _FEWEST, _MOST = 50, 5000  # objects in a page
-_TRIES = 3  # of a 404 of what was served before, of garbage from one place
+_TRIES = 3  # with a 404 for a version that was served, or with garbage from one resourceVersion
 _SHOWN = 80
 
 
@@ -66,18 +68,18 @@ class _Head(msgspec.Struct, kw_only=True):
 
 
 class _GarbledError(ApiError):
-    """A stream that is not what it should be."""
+    """A stream has something else in it than watch events."""
 
 
 class Watcher:
     """Follows one resource.
 
     Args:
-        name: for messages: "services".
-        resources: its versions, the best first.
-        client: what to ask through.
-        troubles: what is told when it fails, and works again.
-        tuning: times.
+        name: what messages call it, such as "services".
+        resources: its versions, the best one first.
+        client: sends the requests.
+        troubles: is told when it fails, and when it works again.
+        tuning: the times.
 
     Attributes:
         served: the version in use; None before the first answer.
@@ -97,15 +99,15 @@ class Watcher:
         self._client, self._troubles, self._tuning = client, troubles, tuning
         self._backoff = Backoff(tuning.first_pause, tuning.longest_pause)
         self._expired = 0  # 410s in a row
-        self._absent = 0  # 404s in a row of the version that was served
-        self._version = ""  # the place a watch goes on from
-        self._failing = ""  # "list" or "watch": what does not work
+        self._absent = 0  # 404s in a row for the version that was served
+        self._version = ""  # the resourceVersion from which a watch goes on
+        self._failing = ""  # what does not work: "list" or "watch"
         self._events: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
         self._lists: msgspec.json.Decoder[_List] = msgspec.json.Decoder(_List)
         self._heads: msgspec.json.Decoder[_Head] = msgspec.json.Decoder(_Head)
 
     async def forever(self) -> AsyncGenerator[Step, None]:
-        """Life after life; does not end."""
+        """List and watch again and again; it does not end."""
         while True:
             try:
                 async with aclosing(self.list_and_watch()) as life:
@@ -116,7 +118,7 @@ class Watcher:
                 await self._pause(error, "list")
 
     async def list_and_watch(self) -> AsyncGenerator[Step, None]:
-        """One life: until the server no longer knows where we are.
+        """List, then watch until the server has forgotten the resourceVersion that was reached.
 
         Raises:
             ApiError: the list failed.
@@ -124,7 +126,7 @@ class Watcher:
         async with aclosing(self._list()) as pages:
             async for step in pages:
                 yield step
-                del step  # a page is megabytes, and this lives as long as the watches after it
+                del step  # a page has megabytes, which the frame would keep during all watches
         self._absent = 0
         self._works("list")
         yield Marker.LISTED
@@ -141,7 +143,8 @@ class Watcher:
                     return
             except ApiError as error:
                 if error.code in (GONE, NOT_FOUND):
-                    # The first time at once. A server that goes on so must not be asked for one list after another.
+                    # The first time it is listed at once. A server that goes on so is not asked list after
+                    # list.
                     self._expired += 1
                     if self._expired > 1:
                         await self._pause(error, "watch")
@@ -152,7 +155,7 @@ class Watcher:
                     return
 
     async def stream(self) -> AsyncGenerator[Batch, None]:
-        """One HTTP watch from the place where the last one ended.
+        """One HTTP watch from the resourceVersion at which the last one ended.
 
         Raises:
             ApiError: it was refused or cut off, hung, sent garbage or an ERROR event, or ended at once.
@@ -182,13 +185,13 @@ class Watcher:
                             raise error
             finally:
                 steady.cancel()
-                error = None  # raised, it refers to this frame: both would wait for the search for garbage
+                error = None  # else frame and error would refer to each other
         if self._version == before and loop.time() - opened < min(1, seconds / 2):
             raise ApiError("the watch ended at once", dropped=True)
         self._works("watch")
 
     def _read(self, lines: Sequence[bytes]) -> tuple[list[Event], ApiError | None]:
-        """The changes up to the first line that is none, and what that line means. Moves the place on."""
+        """The changes up to the first line that is none, and its error. Moves the resourceVersion on."""
         events: list[Event] = []
         version, error = self._version, None
         for line in lines:
@@ -209,7 +212,7 @@ class Watcher:
         return events, error
 
     async def _list(self) -> AsyncGenerator[Step, None]:
-        """All pages, in the best version that is served."""
+        """Yields all pages of a list, in the best version that is served."""
         for i, resource in enumerate(self._resources):
             try:
                 async with aclosing(self._pages(resource)) as pages:
@@ -227,7 +230,7 @@ class Watcher:
     async def _pages(self, resource: Resource) -> AsyncGenerator[Step, None]:
         expired = 0
         limit, token = self._tuning.page, ""
-        first = ""  # the version of the first page: nothing that came after it may be missed
+        first = ""  # the resourceVersion of the first page: the watch begins there, and misses nothing
         started = False
         while True:
             params = dict(resource.selectors)
@@ -264,7 +267,7 @@ class Watcher:
                 return
 
     async def _is_current(self) -> bool:
-        """Whether the server has reached our place; one that cannot be asked has."""
+        """Whether the server has reached the resourceVersion of the watch; also True if it can't be asked."""
         version = await self._newest()
         if not (version.isdecimal() and self._version.isdecimal()):
             return True
@@ -279,7 +282,7 @@ class Watcher:
             return ""
 
     async def _is_outdated(self) -> bool:
-        """Whether a better version than the one in use is served by now."""
+        """Whether the server now has a better version than the one in use."""
         best = self._resources[0]
         if self.served is best:
             return False
@@ -292,16 +295,17 @@ class Watcher:
     def _works(self, what: str) -> None:
         if what == "watch":
             self._expired = 0
-        # That a list works says nothing of watches that do not.
+        # After watches failed, a list that works does not mean that they do.
         if not self._failing or self._failing == what:
             self._failing = ""
             self._backoff.reset()
             self._troubles.works(self.name)
 
     async def _pause(self, error: ApiError, what: str) -> None:
-        """Waits before the next try.
+        """Wait before the next try, and report the error.
 
-        A restart of the server, or a token that was replaced just now, is not worth a word unless it lasts.
+        A cut connection or a refused token is reported the second time only: the server restarts, or the
+        token has just been replaced.
         """
         quick = not self._backoff.failures and (error.dropped or error.code == UNAUTHORIZED)
         wait = self._backoff.pause(error.retry_after)
@@ -312,7 +316,7 @@ class Watcher:
 
     def _message(self, error: ApiError) -> str:
         if error.code:
-            # What was refused matters; what could not be reached does not depend on it.
+            # Which resource was asked for matters where the server refuses it, not where there is no answer.
             advice = {
                 401: ": check the credentials in the kubeconfig",
                 403: ": give this user the ClusterRole system:node-proxier",
@@ -322,7 +326,7 @@ class Watcher:
 
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[list[bytes], None]:
-    """Complete lines, those that came in together in one list. What follows the last line feed is thrown away.
+    """Yields complete lines, in lists of those that arrived together. A last incomplete line is dropped.
 
     Raises:
         ApiError: a line is too long.

@@ -1,7 +1,6 @@
 """Compares an edited large file with its earlier text: the documents around the change are not read again.
 
-From the edit of one document among 5,000 of a file to the change in force it takes 20 ms, without this 100
-ms.
+An edit of one of 5,000 documents is in force after 20 ms; if all of them are compared, after 100 ms.
 """
 
 from __future__ import annotations

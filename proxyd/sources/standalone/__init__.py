@@ -1,5 +1,6 @@
-"""Stands in for a cluster's controllers where there is no cluster.
+"""Does the work of a cluster's controllers where there is no cluster.
 
-Endpoints of Services from Pods and hand-written Endpoints, clusterIPs and nodePorts where none are given. Pure: objects
-and earlier allocations in, a snapshot and new allocations out. No files, no clock: the time is an argument.
+It derives a Service's endpoints from Pods and hand-written Endpoints, and allocates clusterIPs and nodePorts
+where none are given. All but the state file is pure: objects and earlier allocations in, a snapshot and new
+allocations out; the time is an argument.
 """

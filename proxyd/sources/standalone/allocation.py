@@ -1,4 +1,4 @@
-"""clusterIPs, nodePorts and creation times for Services that were written without them."""
+"""Allocates clusterIPs, nodePorts and creation times to Services that were written without them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.service import Service, ServiceType
 from proxyd.sources.standalone.pools import AddressPool, NodePortPool, port_key
 
-# How many Services that are not there at the moment (rejected, or in a file that cannot be read) keep their entries.
+# So many Services that are absent at the moment (rejected, or in an unreadable file) keep their allocations.
 MAX_ABSENT = 10_000
 
 _FAMILY_NAMES = {4: "IPv4", 6: "IPv6"}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be handed out.
+    """The ranges to allocate from.
 
-    `cluster_cidrs` is one range, or one of each family; the first one's family is the default.
-    `node_port_range` is (first, last), both included.
+    Attributes:
+        cluster_cidrs: one range, or one of each family; the first one's family is the default.
+        node_port_range: (first, last), both included.
     """
 
     cluster_cidrs: tuple[str, ...] = ("10.96.0.0/16",)
@@ -29,10 +30,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Taken(msgspec.Struct, frozen=True, kw_only=True):
-    """What Services of a cluster have: it is never handed out.
-
-    Addresses are in canonical form.
-    """
+    """Addresses (in canonical form) and nodePorts of a cluster's Services: they are never allocated."""
 
     addresses: frozenset[str] = frozenset()
     node_ports: frozenset[int] = frozenset()
@@ -42,10 +40,12 @@ NOTHING_TAKEN = Taken()
 
 
 class Allocation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one Service was given.
+    """What has been allocated to one Service.
 
-    `created` is RFC 3339, "" where the manifest says it. `node_ports` are by "name/protocol" of the service port, or
-    "number/protocol" where it has no name.
+    Attributes:
+        created: creation time in RFC 3339; "" where the manifest gives it.
+        cluster_ips: at most one of each family.
+        node_ports: by "name/protocol" of the service port, or "number/protocol" where it has no name.
     """
 
     created: str = ""
@@ -54,13 +54,13 @@ class Allocation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Allocations(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything handed out: kept between runs, so that a restart changes nothing."""
+    """All allocations. They are kept between runs, so that a restart changes nothing."""
 
     services: Mapping[ObjectName, Allocation] = {}
 
 
 class Shortage(NamedTuple):
-    """What could not be allocated to a Service, at the field that lacks it, and why."""
+    """Why something could not be allocated to a Service, and the path of the field that lacks it."""
 
     service: ObjectName
     path: str
@@ -68,7 +68,7 @@ class Shortage(NamedTuple):
 
 
 class Allocated(msgspec.Struct, frozen=True, kw_only=True):
-    """Services with what they were given filled in, and the allocations to keep."""
+    """The Services with their allocations filled in, the allocations to keep, and what was lacking."""
 
     services: Mapping[ObjectName, Service]
     allocations: Allocations
@@ -84,20 +84,20 @@ def allocate(
     absent: Callable[[ObjectName], bool] = lambda _: False,
     taken: Taken = NOTHING_TAKEN,
 ) -> Allocated:
-    """Gives every Service what it lacks. The result does not depend on the order of `services`.
+    """Allocates to every Service what it lacks. The result does not depend on the order of `services`.
 
-    What a manifest gives always wins: it is never handed out, and an allocation that a manifest now claims moves. What
-    was allocated before stays while it is still wanted, in range and not claimed; only then are new ones chosen, by
-    creation time, then name. Addresses may be given outside the range. Two manifests that give the same are left as they
-    are: planning decides between them.
+    An address or port that a manifest gives is never allocated, and an allocation that a manifest claims
+    later moves. A Service keeps its allocations as long as they are wanted, in range and not claimed. After
+    that new ones are chosen, in the order of creation time, then name. A manifest may give addresses outside
+    the range. Where two manifests give the same one both keep it: planning decides between them.
 
     Args:
         services: all valid Services.
         previous: what an earlier call returned.
-        settings: ranges.
-        now: RFC 3339, UTC; the creation time of Services seen for the first time that have none.
-        absent: whether a Service that is not in `services` may still exist (rejected, or in an unreadable file): its
-            allocations then stay reserved.
+        settings: the ranges.
+        now: RFC 3339, UTC; the creation time of new Services that have none.
+        absent: whether a Service that is not in `services` may still exist (rejected, or in an unreadable
+            file): its allocations stay reserved.
         taken: what others have; an allocation that is among it moves.
     """
     return _Allocator(services, previous, settings, now).run(absent, taken)
@@ -157,7 +157,7 @@ class _Allocator:
         )
 
     def _keep_absent(self, absent: Callable[[ObjectName], bool]) -> dict[ObjectName, Allocation]:
-        """Entries of Services that may come back; what is no longer free is taken out of them."""
+        """The allocations of absent Services, without what has been claimed meanwhile."""
         gone = [name for name in sorted(self._previous) if name not in self._services and absent(name)]
         kept = {}
         for name in gone[:MAX_ABSENT]:
@@ -170,7 +170,7 @@ class _Allocator:
         return kept
 
     def _wanted_families(self, service: Service) -> tuple[int, ...]:
-        """IP versions for which the Service lacks a clusterIP and is to get one."""
+        """The IP versions of the clusterIPs that are to be allocated to the Service."""
         spec = service.spec
         if spec.type is ServiceType.EXTERNAL_NAME or spec.headless:
             return ()
@@ -191,7 +191,8 @@ class _Allocator:
                 self._lacks(
                     service.metadata.key,
                     "spec.ipFamilies",
-                    f"no {_FAMILY_NAMES[version]} clusterIP: there is no such range in --service-cluster-ip-range",
+                    f"no {_FAMILY_NAMES[version]} clusterIP: "
+                    "there is no such range in --service-cluster-ip-range",
                 )
         return tuple(version for version in lacking if version in available)
 
@@ -206,7 +207,8 @@ class _Allocator:
                 self._lacks(
                     name,
                     "spec.clusterIP",
-                    f"no {_FAMILY_NAMES[version]} address is left in --service-cluster-ip-range: widen it, or give one",
+                    f"no {_FAMILY_NAMES[version]} address is left in --service-cluster-ip-range: "
+                    "widen it, or give one",
                 )
 
     def _new_ports(self, name: ObjectName, wanted: Mapping[str, int], have: dict[str, int]) -> None:
@@ -234,7 +236,7 @@ class _Allocator:
 
 
 def _dated(service: Service, created: str) -> Service:
-    """The Service with a creation time: its own, or else `created`."""
+    """The Service with its own creation time, or else with `created`."""
     if service.metadata.creation_timestamp:
         return service
     metadata = msgspec.structs.replace(service.metadata, creation_timestamp=created)
@@ -242,7 +244,7 @@ def _dated(service: Service, created: str) -> Service:
 
 
 def _wanted_ports(service: Service) -> dict[str, int]:
-    """Keys of service ports that are to get a nodePort, with the `port` each has."""
+    """The keys of service ports that are to get a nodePort, and the `port` of each."""
     spec = service.spec
     exposed = spec.type is ServiceType.NODE_PORT or (
         spec.type is ServiceType.LOAD_BALANCER and spec.allocate_load_balancer_node_ports

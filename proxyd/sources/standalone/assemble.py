@@ -1,4 +1,4 @@
-"""From manifests to a snapshot: allocations filled in, Pods and Endpoints turned into slices."""
+"""Assembles a snapshot from manifests: fills in allocations, and turns Pods and Endpoints into slices."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ _REFUSED = "connections will be refused"
 
 
 class Assembled(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot, the allocations to keep, and what the user should know.
-
-    `problems` are in order of file and line, those of the manifests included.
-    """
+    """A snapshot, the allocations to keep, and all problems, also the manifests', by file and line."""
 
     snapshot: Snapshot
     allocations: Allocations
@@ -43,20 +40,21 @@ class Assembled(msgspec.Struct, frozen=True, kw_only=True):
 def assemble(manifests: ManifestSet, allocations: Allocations, settings: Settings, now: str) -> Assembled:
     """Does what a cluster's controllers do, for objects that no cluster looks after.
 
-    The endpoints of a Service are all of: the hand-written EndpointSlices that name it (by label, or by having its name),
-    the hand-written Endpoints object of its name, and the Pods its selector matches. An ExternalName Service has none.
+    The endpoints of a Service are those of hand-written EndpointSlices that name it (by label, or by having
+    its name), of the hand-written Endpoints object of its name, and of the Pods that its selector matches,
+    all together. An ExternalName Service has none.
 
     Args:
-        manifests: what is in force.
-        allocations: what the last call returned, or what was read from the state file.
-        settings: ranges to allocate from.
+        manifests: the objects in force.
+        allocations: those that the last call returned, or that were read from the state file.
+        settings: the ranges to allocate from.
         now: RFC 3339 with microseconds, UTC.
     """
     return Assembler(settings).assemble(manifests, allocations, now)
 
 
 class _Remark(NamedTuple):
-    """A warning about an object, or an error."""
+    """A warning or an error about an object."""
 
     kind: str
     name: ObjectName
@@ -66,17 +64,17 @@ class _Remark(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is made of one Service."""
+    """The slices of one Service, and what the user should know of them."""
 
     slices: tuple[EndpointSlice, ...]
     remarks: tuple[_Remark, ...]
 
 
 class Assembler:
-    """Assembles one state of the manifests after another.
+    """Assembles one state of the manifests after another, with the result of the function `assemble`.
 
-    The result is that of `assemble`. What is remembered of the last call saves the work for objects that are still the
-    very same, and what comes out for them is the very same again.
+    It computes anew only what depends on objects that are not the same Python objects as in the last state.
+    For all others the result has the same Python objects as before.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -94,7 +92,7 @@ class Assembler:
     def assemble(
         self, manifests: ManifestSet, allocations: Allocations, now: str, taken: Taken = NOTHING_TAKEN
     ) -> Assembled:
-        """As the function of this name does; nothing of what is taken is handed out."""
+        """As the function `assemble`; what is in `taken` is not allocated."""
         last, self._manifests = self._manifests, manifests
         same_allocations = allocations is self._last.allocations and taken == self._taken
         self._taken = taken
@@ -110,7 +108,7 @@ class Assembler:
         if manifests.pods is not last.pods:
             self._pods = PodIndex(manifests.pods)
             due.update(name for name, service in services.items() if service.spec.selector)
-        slices: dict[ObjectName, tuple[EndpointSlice, ...] | None] = {}  # None: there are none any more
+        slices: dict[ObjectName, tuple[EndpointSlice, ...] | None] = {}  # None: it has none any more
         for name in sorted(due):
             service = services.get(name)
             part = self._part(service, manifests) if service is not None else _Part((), ())
@@ -145,7 +143,7 @@ class Assembler:
             absent=lambda name: not manifests.complete or name in manifests.rejected,
             taken=self._taken,
         )
-        # What comes out as before is the very object of before.
+        # A Service that equals the one of before stays that Python object.
         services = {
             name: earlier if (earlier := known.services.get(name)) == service and earlier else service
             for name, service in new.services.items()
@@ -158,7 +156,7 @@ class Assembler:
         )
 
     def _regroup(self, last: ManifestSet, manifests: ManifestSet) -> set[ObjectName]:
-        """Take over hand-written slices. Returns the Services whose slices are not the same any more."""
+        """Group hand-written slices by Service. Returns the Services whose slices have changed."""
         moved = touched(last.slices, manifests.slices)
         found: dict[ObjectName, list[EndpointSlice]] = {}
         owners = {
@@ -181,7 +179,7 @@ class Assembler:
         return owners
 
     def _part(self, service: Service, manifests: ManifestSet) -> _Part:
-        """All slices of one Service, and what is odd about them."""
+        """The slices of one Service, and what the user should know of them."""
         if service.spec.type is ServiceType.EXTERNAL_NAME:
             return _Part((), ())
         name = service.metadata.key
@@ -205,13 +203,13 @@ class Assembler:
             odd = f"no endpoints: {_REFUSED}"
         if not odd and not usable(slices):
             odd = f"no ready endpoints: {_REFUSED}"
-        # Nothing connects to a headless Service through a proxy.
+        # No client connects to a headless Service through a proxy.
         if odd and not service.spec.headless:
             remarks.append(_Remark("Service", name, odd))
         return _Part(tuple(slices), tuple(remarks))
 
     def _find_orphans(self, manifests: ManifestSet) -> Iterator[_Remark]:
-        """Endpoints and slices whose Service is not there."""
+        """Yields a remark for each Endpoints object and slice whose Service does not exist."""
         known = manifests.services.keys() | manifests.rejected
         for name in sorted(manifests.endpoints.keys() - known):
             yield _Remark("Endpoints", name, f"there is no Service {name}: not used")
@@ -220,13 +218,13 @@ class Assembler:
                 yield _Remark("EndpointSlice", item.metadata.key, f"there is no Service {service}: not used")
 
     def _problems(self, manifests: ManifestSet) -> tuple[Problem, ...]:
-        """All problems, each with the file it is about."""
+        """All problems, each with its object's file."""
         shortages = (
             _Remark("Service", name, message, path, Severity.ERROR)
             for name, path, message in self._allocated.shortages
         )
         remarks = (remark for _, some in sorted(self._remarked.items()) for remark in some)
-        # A Pod may be wanted by several Services.
+        # Several Services may have the same remark about a Pod.
         told = dict.fromkeys((*shortages, *remarks, *self._orphans))
         problems = (
             *manifests.problems,
@@ -246,7 +244,7 @@ class Assembler:
 
 
 def _same_services(last: ManifestSet, manifests: ManifestSet) -> bool:
-    """Whether allocating again would change nothing: it has no part in what is allocated already."""
+    """Whether allocating again would change nothing, as the same Services are there and absent."""
     return (
         not touched(last.services, manifests.services)
         and last.rejected == manifests.rejected

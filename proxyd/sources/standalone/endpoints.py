@@ -1,4 +1,4 @@
-"""EndpointSlices of a Service: from the Pods its selector matches, and from hand-written Endpoints."""
+"""Makes a Service's EndpointSlices: from the Pods that its selector matches, and from Endpoints objects."""
 
 from __future__ import annotations
 
@@ -32,9 +32,13 @@ _FAMILIES = ("IPv4", "IPv6")
 
 
 class Selected(NamedTuple):
-    """What the Pods of one Service come to.
+    """The slices of a Service's Pods.
 
-    `left_out` are Pods without an address; `unresolved` the named targetPorts that some Pod does not have, with that Pod.
+    Attributes:
+        slices: the slices.
+        matched: how many Pods the selector matches.
+        left_out: those of them without an address.
+        unresolved: each named targetPort that a Pod lacks, and the first such Pod.
     """
 
     slices: tuple[EndpointSlice, ...]
@@ -44,7 +48,7 @@ class Selected(NamedTuple):
 
 
 class PodIndex:
-    """Pods by namespace and label, in order of name. Pods that have ended (Succeeded, Failed) are not in it."""
+    """Pods by namespace and label, in order of name, without those that ended (Succeeded, Failed)."""
 
     def __init__(self, pods: Mapping[ObjectName, Pod]) -> None:
         self._by_label: dict[tuple[str, str, str], list[Pod]] = {}
@@ -55,7 +59,7 @@ class PodIndex:
                     by_label.setdefault((name.namespace, label, value), []).append(pod)
 
     def select(self, namespace: str, selector: Mapping[str, str]) -> list[Pod]:
-        """Pods whose labels contain every pair of the selector; an empty selector selects nothing."""
+        """The Pods whose labels contain every pair of the selector; an empty selector selects none."""
         if not selector:
             return []
         candidates = min((self._by_label.get((namespace, *pair), []) for pair in selector.items()), key=len)
@@ -67,13 +71,14 @@ class PodIndex:
 def slices_from_pods(service: Service, pods: PodIndex) -> Selected:
     """The slices that Kubernetes' endpoint slice controller would make for a Service with a selector.
 
-    One slice for each address family and each set of resolved ports: a named targetPort is looked up, by name and
-    protocol, among the container ports of each Pod, so numbers may differ; a Pod that lacks the name is left out for
-    that port only.
+    There is one slice for each address family and each set of resolved ports: a named targetPort is looked up
+    by name and protocol among the container ports of each Pod, so its number may differ between Pods. A Pod
+    that lacks the name is left out for that port only.
 
-    A Pod is ready if its Ready condition is "True" and it is not being deleted. One that has no `conditions` at all is
-    ready unless its phase is Pending or Unknown: nobody writes conditions by hand. With publishNotReadyAddresses every
-    Pod is ready, one that is being deleted too (kubernetes endpointslice/utils.go, podToEndpoint).
+    A Pod is ready if its Ready condition is "True" and it is not being deleted. One without any `conditions`
+    is ready unless its phase is Pending or Unknown, as nobody writes conditions by hand. With
+    publishNotReadyAddresses every Pod is ready, also one that is being deleted (kubernetes
+    endpointslice/utils.go, podToEndpoint).
     """
     matched = pods.select(service.metadata.namespace, service.spec.selector)
     groups: dict[tuple[str, _Ports], list[SliceEndpoint]] = {}
@@ -113,8 +118,8 @@ def slices_from_pods(service: Service, pods: PodIndex) -> Selected:
 def slices_from_endpoints(service: Service, endpoints: Endpoints) -> tuple[EndpointSlice, ...]:
     """The slices that mirror a hand-written Endpoints object, as Kubernetes' mirroring controller makes them.
 
-    None where the object carries the label endpointslice.kubernetes.io/skip-mirror=true. Ports keep their names: they
-    are matched with service ports by name, even where each side has only one.
+    There are none if the object has the label endpointslice.kubernetes.io/skip-mirror=true. Ports keep their
+    names: service ports are matched with them by name, also where each side has one port.
     """
     if endpoints.metadata.labels.get(SKIP_MIRROR_LABEL) == "true":
         return ()
@@ -156,7 +161,7 @@ def _build(
     ordered = sorted(groups.items(), key=_group_order) if len(groups) > 1 else groups.items()
     for (family, ports), members in ordered:
         for start in range(0, len(members), MAX_ENDPOINTS):
-            # A name that stays the same as long as family and ports do.
+            # The name stays the same as long as family and ports do.
             seed = f"{manager} {family} {start} {_described(ports)}"
             name = f"{meta.name}-{zlib.crc32(seed.encode()):08x}"
             slices.append(
@@ -182,7 +187,7 @@ def _described(ports: Iterable[EndpointPort]) -> str:
 
 
 def _resolve(service: Service, pod: Pod | None, unresolved: dict[str, ObjectName]) -> _Ports:
-    """The service's ports with the numbers they have at one Pod; those it lacks are put into `unresolved`."""
+    """The service's ports with their numbers at a Pod; those that it lacks are added to `unresolved`."""
     ports = []
     for port in service.spec.ports:
         target = port.target
@@ -205,7 +210,7 @@ def _resolve(service: Service, pod: Pod | None, unresolved: dict[str, ObjectName
 
 
 def _addresses(pod: Pod) -> dict[str, str]:
-    """The Pod's first address of each family: of podIPs, else podIP."""
+    """The Pod's first address of each family, from podIPs or else podIP."""
     status = pod.status
     given = [entry.ip for entry in status.pod_ips if entry.ip] or ([status.pod_ip] if status.pod_ip else [])
     addresses: dict[str, str] = {}
@@ -218,7 +223,7 @@ def _family(address: str) -> str:
     return _FAMILIES[":" in address]
 
 
-# Frozen and few: shared by all endpoints.
+# There are eight of them, and they are frozen: all endpoints share them.
 _CONDITIONS = {
     (ready, serving, terminating): EndpointConditions(ready=ready, serving=serving, terminating=terminating)
     for ready in (False, True)
@@ -240,7 +245,7 @@ def _conditions(pod: Pod, *, publish_not_ready: bool) -> EndpointConditions:
 
 
 def usable(slices: Iterable[EndpointSlice]) -> bool:
-    """Whether any endpoint takes traffic: a ready one, or else one that is serving while it terminates."""
+    """Whether any endpoint takes traffic: it is ready, or it is serving while it terminates."""
     return any(
         endpoint.conditions.ready is not False
         or (endpoint.conditions.serving is not False and endpoint.conditions.terminating is True)

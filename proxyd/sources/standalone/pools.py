@@ -1,4 +1,4 @@
-"""What can be handed out: cluster addresses and nodePorts, who has which, and the next free one."""
+"""The pools of cluster addresses and nodePorts: what is taken, and which one is allocated next."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from proxyd.api.service import ServicePort
 
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Who has what is withheld.
+# The holder of nodePorts that are withheld.
 _SOMEBODY = ObjectName("", "")
 
 
 def port_key(port: ServicePort) -> str:
-    """How an allocation names a service port: its name, or else its number, and the protocol."""
+    """The key of a service port in an allocation: its name, or else its number, and the protocol."""
     return f"{port.name or port.port}/{port.protocol}"
 
 
 class AddressPool:
-    """Cluster addresses.
+    """The cluster addresses that are taken.
 
     Args:
         cidrs: one range, or one of each IP version; the first one's version is the default.
@@ -30,7 +30,7 @@ class AddressPool:
 
     def __init__(self, cidrs: Collection[str]) -> None:
         networks = [ipaddress.ip_network(cidr, strict=False) for cidr in cidrs]
-        # First and last address to hand out, as numbers, by IP version.
+        # The first and the last address to allocate, as numbers, by IP version.
         self._limits: dict[int, tuple[int, int]] = {
             network.version: _usable(network) for network in reversed(networks)
         }
@@ -39,15 +39,15 @@ class AddressPool:
         self._exhausted: set[int] = set()
 
     def give(self, addresses: Collection[str]) -> None:
-        """Takes addresses that a manifest gives; they need not be in range."""
+        """Marks addresses as taken that a manifest gives; they need not be in range."""
         self._taken.update(str(ipaddress.ip_address(address)) for address in addresses)
 
     def withhold(self, addresses: Collection[str]) -> None:
-        """Takes addresses, in canonical form, that somebody else has."""
+        """Marks addresses, in canonical form, as taken by somebody else."""
         self._taken.update(addresses)
 
     def keep(self, addresses: Collection[str], wanted: Collection[int]) -> dict[int, str]:
-        """Those of `addresses`, in canonical form, that are still wanted, in range and free, by IP version."""
+        """Takes those of `addresses` (canonical) that are wanted, in range and free; by IP version."""
         kept: dict[int, str] = {}
         for address in addresses:
             version = 6 if ":" in address else 4
@@ -65,7 +65,7 @@ class AddressPool:
         return kept
 
     def new(self, name: ObjectName, version: int) -> str:
-        """A free address, the same one for the same name if it can be; "" if there is none."""
+        """Takes a free address, if possible the same one for the same name; "" if there is none."""
         if version in self._exhausted:
             return ""
         parse = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
@@ -79,10 +79,10 @@ class AddressPool:
 
 
 class NodePortPool:
-    """nodePorts: who has which.
+    """The nodePorts that are taken, and the Services that have them.
 
-    As in Kubernetes, a number belongs to one Service, whatever the protocol; one Service may have it twice, for the same
-    `port` on two protocols (kubernetes pkg/registry/core/service/storage/alloc.go).
+    As in Kubernetes a number belongs to one Service, whatever the protocol. The Service may use it twice, for
+    the same `port` on two protocols (kubernetes pkg/registry/core/service/storage/alloc.go).
 
     Args:
         limits: first and last number, both included.
@@ -95,7 +95,7 @@ class NodePortPool:
         self._exhausted = False
 
     def give(self, name: ObjectName, ports: Collection[ServicePort], health_check: int) -> None:
-        """Takes the numbers that a manifest gives; they need not be in range."""
+        """Marks numbers as taken that a manifest gives; they need not be in range."""
         for port in ports:
             if port.node_port:
                 self._take(name, port.node_port, port.protocol)
@@ -103,12 +103,12 @@ class NodePortPool:
             self._take(name, health_check, "TCP")
 
     def withhold(self, numbers: Collection[int]) -> None:
-        """Takes numbers that somebody else has."""
+        """Marks numbers as taken by somebody else."""
         for number in numbers:
             self._holders.setdefault(number, set()).add(_SOMEBODY)
 
     def keep(self, name: ObjectName, ports: Mapping[str, int], wanted: Mapping[str, int]) -> dict[str, int]:
-        """Those of `ports` that are still wanted, in range and free."""
+        """Takes those of `ports` that are wanted, in range and free."""
         kept = {}
         for key, number in ports.items():
             protocol = key.rpartition("/")[2]
@@ -118,7 +118,7 @@ class NodePortPool:
         return kept
 
     def new(self, name: ObjectName, port: ServicePort, siblings: Collection[int]) -> int:
-        """A free number: one of `siblings` if it can be, else by name; 0 if there is none."""
+        """Takes a free number: one of `siblings` if possible, else one by name; 0 if there is none."""
         for number in siblings:
             if self._first <= number <= self._last and self._free(name, number, port.protocol):
                 self._take(name, number, port.protocol)
@@ -141,14 +141,14 @@ class NodePortPool:
 
 
 def _usable(network: _Network) -> tuple[int, int]:
-    """First and last address that may be handed out: not the network's own address, not its broadcast address."""
+    """The first and the last address to allocate: neither the network's own nor its broadcast address."""
     first = int(network.network_address)
     last = first + network.num_addresses - 1
     return (first + 1, last - 1) if last > first + 1 else (first, last)
 
 
 def _probe(name: ObjectName, first: int, last: int, *, salt: str = "") -> Iterator[int]:
-    """Every number from `first` to `last` once, starting at one that depends on the name alone."""
+    """Yields every number from `first` to `last` once, beginning at one that depends on the name alone."""
     size = last - first + 1
     start = zlib.crc32(f"{name}/{salt}".encode()) % size
     for step in range(size):

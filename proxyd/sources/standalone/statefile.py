@@ -1,4 +1,4 @@
-"""The state file: allocations kept between runs, as JSON, replaced atomically."""
+"""The state file keeps allocations between runs, as JSON; it is replaced atomically."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class _Header(msgspec.Struct):
 
 
 class _Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The file's content; services by "namespace/name"."""
+    """The file's content; `services` is by "namespace/name"."""
 
     version: int
     services: dict[str, Allocation] = {}
 
 
 def load_allocations(path: str) -> tuple[Allocations, str]:
-    """What the file holds, and one line for the operator or "".
+    """The allocations in the file, and one line for the operator or "".
 
-    No file is an empty state. A file that is damaged, or of another version, is moved aside to `<path>.bad` and taken for
-    empty; so is one that cannot be read, which stays where it is.
+    Where there is no file there are none. A file that is damaged, or of another version, is moved to
+    `<path>.bad`, and one that cannot be read stays where it is: both count as empty.
     """
     try:
         return _decode(_read(path)), ""
@@ -47,9 +47,9 @@ def load_allocations(path: str) -> tuple[Allocations, str]:
 
 
 def save_allocations(path: str, allocations: Allocations) -> str:
-    """Replaces the file; returns "", or one line for the operator: a state that cannot be saved never stops anything.
+    """Replaces the file. Returns "", or why that failed, in one line for the operator.
 
-    The file is complete on disk, with mode 0600, when this returns. Its folder is made, with mode 0700.
+    When this returns the file is complete on disk, with mode 0600. Its folder is made, with mode 0700.
     """
     try:
         _replace(Path(path), _encode(allocations))
@@ -74,7 +74,7 @@ def _read(path: str) -> bytes:
 
 def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Always the same name, so that an interrupted save leaves one file behind and not many.
+    # The name is always the same, so that interrupted saves leave one file behind and not many.
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -113,7 +113,7 @@ def _encode(allocations: Allocations) -> bytes:
 
 
 def _decode(data: bytes) -> Allocations:
-    """Raises ValueError, with what is wrong in a few words."""
+    """The allocations in the content of a file; raises ValueError with what is wrong in a few words."""
     try:
         version = msgspec.json.decode(data, type=_Header).version
         if version != VERSION:
