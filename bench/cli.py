@@ -101,8 +101,9 @@ def main() -> None:
     if args.seconds:
         effort = dataclasses.replace(effort, seconds=args.seconds)
     _check_prerequisites(kinds)
-    signal.signal(signal.SIGTERM, _ended)
-    signal.signal(signal.SIGHUP, _ended)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _ended)
     adopt_orphans()
     results = Results([kind.name for kind in kinds])
     began, busy = time.monotonic(), busy_seconds()

@@ -14,6 +14,12 @@ pytest.register_assert_rewrite("tests.support")
 _NOT_RUN = ("skipped", "xfailed", "xpassed", "deselected")
 
 
+def pytest_configure() -> None:
+    from tests.support.signals import give_defaults_to_children
+
+    give_defaults_to_children()
+
+
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     return {"uvloop": uvloop.new_event_loop}
 
