@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test test-sctp-long lint bench bench-check bench-tools lock clean prerequisites dist install uninstall man
+.PHONY: help venv demo test test-fast test-sctp-long lint format bench bench-check bench-tools lock clean prerequisites dist install uninstall man
 
 help: ## list what there is to run
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed ## serve a small demo on 127.96.0.10:8080, without root
 test: $(VENV)/.installed-dev prerequisites ## run all tests; PYTEST_ARGS="-k name" for some
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-fast: $(VENV)/.installed-dev ## run what needs neither root nor network: tests/unit and tests/property
+	@$(BIN)/python -m pytest tests/unit tests/property $(PYTEST_ARGS)
+
 test-sctp-long: $(VENV)/.installed-dev prerequisites ## the tests of SCTP that take very long
 	@PROXYD_TEST_LONG=1 $(BIN)/python -m pytest tests/sctp/test_sctp_long.py $(PYTEST_ARGS)
 
@@ -30,6 +33,10 @@ lint: $(VENV)/.installed-dev ## check style, types and who imports whom
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## bring the source in the form that lint wants: order of imports, layout
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
 
 BENCH_ARGS ?=
 BENCH_VENV := build/bench-venv

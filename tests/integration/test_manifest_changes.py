@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+
+import pytest
 
 from tests.support.clients import Load, answers, ask, connect, many, read_line, refused
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, mount, pod, service, text, write
 from tests.support.netlab import Lab
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"
@@ -242,3 +247,49 @@ def test_a_bad_edit_leaves_the_earlier_version_in_force(lab: Lab, manifests: Pat
     write(path, service("web", VIP), endpoints("web", 2))
     in_force(lab, "pod-2", "a good edit")
     in_force(lab, "", "what it no longer has", OTHER_VIP)
+
+
+WATCHER = """
+import asyncio, sys
+from proxyd.sources.manifests.watch import watch
+
+async def main():
+    stream = watch(sys.argv[1:], warn=lambda text: print("warn", text, flush=True), poll_seconds=0.2)
+    async for _ in stream:
+        print("changed", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+async def starved(folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`watch` over `folder` in a user namespace that has no inotify left of the named kind."""
+    limit = f"/proc/sys/user/{request.param}"
+    script = f'echo 0 > {limit}; exec "$@"'
+    process = await asyncio.create_subprocess_exec(
+        *("unshare", "-Ur", "sh", "-c", script, "sh", sys.executable, "-c", WATCHER, str(folder)),
+        stdout=subprocess.PIPE,
+    )
+    yield process
+    process.kill()
+    await process.communicate()
+
+
+@pytest.mark.parametrize("starved", ["max_inotify_instances", "max_inotify_watches"], indirect=True)
+async def test_without_inotify_it_compares_stamps(starved: asyncio.subprocess.Process, folder: Path) -> None:
+    assert starved.stdout is not None
+
+    async def line() -> str:
+        assert starved.stdout is not None
+        return (await asyncio.wait_for(starved.stdout.readline(), DEADLINE)).decode().strip()
+
+    assert (
+        await line()
+        == "warn manifests: no more inotify watches or instances: looking for changes every 0.2 s instead; "
+        "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+    )
+    assert await line() == "changed"
+    for n in range(3):
+        (folder / "a.yaml").write_text(f"a: {n}\n")
+        assert await line() == "changed"

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -250,57 +248,3 @@ async def test_changes_while_the_caller_is_busy_are_reported_once(folder: Path) 
         assert time.monotonic() - began < AT_ONCE
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(stream), 0.3)
-
-
-PROGRAM = """
-import asyncio, sys
-from proxyd.sources.manifests.watch import watch
-
-async def main():
-    stream = watch(sys.argv[1:], warn=lambda text: print("warn", text, flush=True), poll_seconds=0.2)
-    async for _ in stream:
-        print("changed", flush=True)
-
-asyncio.run(main())
-"""
-
-
-def limited(limit: str) -> bool:
-    """Whether a user namespace with that limit at 0 can be made here."""
-    script = f"echo 0 > /proc/sys/user/{limit}"
-    return subprocess.run(["unshare", "-Ur", "sh", "-c", script], check=False).returncode == 0
-
-
-@pytest.fixture
-async def starved(folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`watch` over `folder` in a user namespace that has no inotify left of the named kind."""
-    limit = f"/proc/sys/user/{request.param}"
-    if not limited(request.param):
-        pytest.skip("user namespaces are not allowed here")
-    script = f'echo 0 > {limit}; exec "$@"'
-    process = await asyncio.create_subprocess_exec(
-        *("unshare", "-Ur", "sh", "-c", script, "sh", sys.executable, "-c", PROGRAM, str(folder)),
-        stdout=subprocess.PIPE,
-    )
-    yield process
-    process.kill()
-    await process.communicate()
-
-
-@pytest.mark.parametrize("starved", ["max_inotify_instances", "max_inotify_watches"], indirect=True)
-async def test_without_inotify_it_compares_stamps(starved: asyncio.subprocess.Process, folder: Path) -> None:
-    assert starved.stdout is not None
-
-    async def line() -> str:
-        assert starved.stdout is not None
-        return (await asyncio.wait_for(starved.stdout.readline(), 60)).decode().strip()
-
-    assert (
-        await line()
-        == "warn manifests: no more inotify watches or instances: looking for changes every 0.2 s instead; "
-        "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
-    )
-    assert await line() == "changed"
-    for n in range(3):
-        (folder / "a.yaml").write_text(f"a: {n}\n")
-        assert await line() == "changed"
