@@ -270,32 +270,31 @@ def test_a_second_daemon_disturbs_nobody(lab: Lab, manifests: Path, folder: Path
 
 
 def test_more_listeners_than_descriptors_leave_the_daemon_able_to_act(
-    lab: Lab, manifests: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, manifests: Path, proxyd: Run
 ) -> None:
-    monkeypatch.setattr("tests.support.daemon.FEW_DESCRIPTORS", ["prlimit", "--nofile=300:300"])
     documents = [
         document
         for port in range(1000, 1400)
         for document in (service(f"s{port}", VIP, port=port), endpoints(f"s{port}", 1))
     ]
     write(manifests / "all.yaml", *documents)
-    with Proxyd(lab.node, folder, manifests) as daemon:
-        listeners = daemon.wait_listeners(lambda found: len(found) == 400, "every listener")
-        serving = [each for each in listeners if each.state == "Serving"]
-        failed = [each for each in listeners if each.state == "Failed"]
-        assert len(serving) > 100
-        assert len(failed) == 400 - len(serving)
-        assert all("out of file descriptors" in each.detail for each in failed)
-        assert daemon.log().count("out of file descriptors") == 1
-        (victim,) = daemon.worker_pids()
-        os.kill(victim, signal.SIGKILL)
-        assert ask(lab.client, VIP, serving[0].port, timeout=10) == "pod-1"
-        # What is missing is opened as soon as there is room for it.
-        write(manifests / "all.yaml", *documents[200:400])
-        daemon.wait_listeners(
-            lambda found: len(found) == 100 and all(each.state == "Serving" for each in found), "the rest"
-        )
-        assert ask(lab.client, VIP, 1199) == "pod-1"
+    daemon = proxyd(before=("prlimit", "--nofile=300:300"))
+    listeners = daemon.wait_listeners(lambda found: len(found) == 400, "every listener")
+    serving = [each for each in listeners if each.state == "Serving"]
+    failed = [each for each in listeners if each.state == "Failed"]
+    assert len(serving) > 100
+    assert len(failed) == 400 - len(serving)
+    assert all("out of file descriptors" in each.detail for each in failed)
+    assert daemon.log().count("out of file descriptors") == 1
+    (victim,) = daemon.worker_pids()
+    os.kill(victim, signal.SIGKILL)
+    assert ask(lab.client, VIP, serving[0].port, timeout=10) == "pod-1"
+    # What is missing is opened as soon as there is room for it.
+    write(manifests / "all.yaml", *documents[200:400])
+    daemon.wait_listeners(
+        lambda found: len(found) == 100 and all(each.state == "Serving" for each in found), "the rest"
+    )
+    assert ask(lab.client, VIP, 1199) == "pod-1"
 
 
 def test_what_a_stranger_flushed_is_put_back(lab: Lab, manifests: Path, proxyd: Run) -> None:

@@ -52,6 +52,7 @@ DGRAM = socket.SOCK_DGRAM
 def space() -> Iterator[Namespace]:
     with Namespace("host") as made:
         made.ip("link add name d0 type bridge\naddr add 10.0.0.1/24 dev d0\nlink set d0 up")
+        made.settle()
         yield made
 
 
@@ -117,6 +118,7 @@ def test_routes_are_added_found_and_removed_without_a_trace(space: Namespace) ->
 
 def test_an_address_of_the_node_is_neither_added_nor_removed(space: Namespace) -> None:
     space.ip("addr add fd09::1/64 dev d0 nodad")
+    space.settle()
     before = routes_and_rules(space)
     routes, own = VipRoutes(), ["10.0.0.1", "fd09::1", "127.0.0.1"]
     assert space.call(routes.add, own) == {}

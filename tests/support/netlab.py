@@ -146,18 +146,19 @@ class Namespace:
             return False
         if not Path("/proc/net/if_inet6").exists():
             return True
-        # Address, index, prefix length, scope, flags, link; index, link, group, ...
-        rows = [line.split() for line in self.read("/proc/thread-self/net/if_inet6").splitlines()]
-        addresses = [(link, ip) for ip, *_, link in rows if link != "lo"]
-        joined = {tuple(line.split()[1:3]) for line in self.read("/proc/thread-self/net/igmp6").splitlines()}
+        addresses = [(row[-1], row[0]) for row in self._net("if_inet6") if row[-1] != "lo"]
         own = {link for link, ip in addresses if ip.startswith("fe80")}
+        joined = {(row[1], row[2]) for row in self._net("igmp6")}
+        routed = {(row[-1], row[0]) for row in self._net("ipv6_route")}
         # An address is asked for by the group that its last three bytes name (RFC 4291, 2.7.1).
         answering = all((link, f"ff0200000000000000000001ff{ip[-6:]}") in joined for link, ip in addresses)
-        return len(own) == len(links) and answering
+        return len(own) == len(links) and answering and routed.issuperset(addresses)
 
-    def read(self, path: str) -> str:
-        """What a file of this namespace says, such as one of /proc/thread-self/net."""
-        return self.call(Path(path).read_text)
+    def _net(self, table: str) -> list[list[str]]:
+        """The rows of one of this namespace's tables."""
+        return [
+            line.split() for line in self.call(Path("/proc/thread-self/net", table).read_text).splitlines()
+        ]
 
     def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> Socket:
         """A new socket that belongs to this namespace."""
