@@ -9,7 +9,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-# The range that VIPs come from where proxyd runs without root. Endpoints in it would be proxyd's own listeners.
+# The range that VIPs come from where proxyd runs without root. Endpoints in it would be proxyd's own
+# listeners.
 LOOPBACK_SERVICE_CIDR = "127.96.0.0/16"
 
 _LINK_LOCAL_MULTICAST: dict[int, Network] = {4: IPv4Network("224.0.0.0/24"), 6: IPv6Network("ff02::/16")}
@@ -20,8 +21,8 @@ _CACHED = 16384  # texts; about 3 MB
 def parse_ip(text: str) -> Address | None:
     """The address that `text` is, or None.
 
-    As in Kubernetes, numbers with leading zeros and zone identifiers are refused, and an IPv4 address written as
-    IPv6 (::ffff:10.0.0.1) is the IPv4 address.
+    As in Kubernetes, numbers with leading zeros and zone identifiers are refused, and an IPv4 address written
+    as IPv6 (::ffff:10.0.0.1) is the IPv4 address.
     """
     if "%" in text:
         return None
@@ -89,8 +90,8 @@ def special(text: str, *, allow_loopback: bool = False) -> str:
 def refused_endpoint(text: str, service_cidrs: tuple[str, ...], *, allow_loopback: bool) -> str:
     """Why `text` may not be an endpoint's address; "" where it may.
 
-    Besides the special ranges these are the addresses that VIPs come from: such an endpoint would be a service
-    again, perhaps the same one.
+    Besides the special ranges these are the addresses that VIPs come from: such an endpoint would be a
+    service again, perhaps the same one.
     """
     if reason := special(text, allow_loopback=allow_loopback):
         return reason

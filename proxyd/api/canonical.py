@@ -16,7 +16,7 @@ _ZONE = "topology.kubernetes.io/zone"
 
 
 def canonical(thing: KubeObject, *, beta: bool) -> KubeObject:
-    """`thing` in canonical form. With `beta`, a slice is of v1beta1: `topology` names the node and the zone."""
+    """`thing` in canonical form. `beta`: a slice is of v1beta1, whose `topology` names node and zone."""
     match thing:
         case Service():
             return _service(thing)

@@ -1,4 +1,4 @@
-"""From one parsed document to objects: which kind it is, its type, defaults, validation and canonical form."""
+"""From one parsed document to objects: finds the kind, fits the type, validates, and makes it canonical."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _KNOWN = {name.lower(): name for name in _VERSIONS}
 class Decoded(msgspec.Struct, frozen=True, kw_only=True):
     """What a document held. Objects with an error are not among `objects`.
 
-    The `..._places` are as long as what they stand for, and say where in the *document* it is, as keys and indexes
-    from its root: ("items", 3, "spec", "ports", 0, "port").
+    The `..._places` are as long as what they stand for, and say where in the *document* it is, as keys and
+    indexes from its root: ("items", 3, "spec", "ports", 0, "port").
     """
 
     objects: tuple[KubeObject, ...] = ()
@@ -128,8 +128,8 @@ class _Collector:
 def decode(raw: object, rules: Rules) -> Decoded:
     """Decode a parsed document: one object, or a list of them (`kind: List`, `ServiceList` ...).
 
-    Each object is good or bad by itself. Kinds that proxyd does not use are left out with a warning; another version
-    of a kind that it does use is an error. The function raises nothing, whatever `raw` is made of.
+    Each object is good or bad by itself. Kinds that proxyd does not use are left out with a warning; another
+    version of a kind that it does use is an error. The function raises nothing, whatever `raw` is made of.
     """
     out = _Collector(rules)
     head = _head(raw, (), ("", ""), out)
@@ -184,7 +184,7 @@ def _head(raw: object, place: Path, inherited: tuple[str, str], out: _Collector)
 
 
 def _foreign(version: str, accepted: tuple[str, ...]) -> bool:
-    """Whether `version` is of another API group, whose kinds only share the name (serving.knative.dev/v1 Service)."""
+    """Whether `version` is of another API group, as serving.knative.dev/v1, which has a Service too."""
     group, _, _ = version.rpartition("/")
     return "." in group and all(group != ours.rpartition("/")[0] for ours in accepted)
 

@@ -28,7 +28,8 @@ def not_dns1123_subdomain(text: str) -> str:
     """Names of most other objects, and host names."""
     if len(text) <= MAX_SUBDOMAIN and _SUBDOMAIN.fullmatch(text):
         return ""
-    return f'use at most {MAX_SUBDOMAIN} of a-z, 0-9, "-" and ".", with a letter or digit at both ends of each part'
+    allowed = f'at most {MAX_SUBDOMAIN} of a-z, 0-9, "-" and "."'
+    return f"use {allowed}, with a letter or digit at both ends of each part"
 
 
 def not_port_name(text: str) -> str:

@@ -17,9 +17,9 @@ class Severity(enum.StrEnum):
 class Problem(msgspec.Struct, frozen=True, order=True, kw_only=True):
     """One thing that is wrong.
 
-    `kind` and `object` say what it is about, `subject` says both in one text and need not be given. `path` is the field
-    path (`spec.ports[0].port`), "" for the object as a whole. `file`, `line` and `column` (from 1; 0 unknown) say where it
-    was read.
+    `kind` and `object` say what it is about, `subject` says both in one text and need not be given. `path` is
+    the field path (`spec.ports[0].port`), "" for the object as a whole. `file`, `line` and `column` (from 1;
+    0 unknown) say where it was read.
     """
 
     file: str = ""

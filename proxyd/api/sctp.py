@@ -36,7 +36,7 @@ def parse_addresses(text: str) -> tuple[str, ...]:
 
 @lru_cache(4096)
 def parse_endpoint_addresses(text: str) -> Mapping[str, tuple[str, ...]]:
-    """The further addresses of `proxyd.io/sctp-endpoint-addresses`, by endpoint: `10.1.0.7=10.2.0.7,10.3.0.7; 10.1.0.8=10.2.0.8`.
+    """The further addresses of endpoints, as in `10.1.0.7=10.2.0.7,10.3.0.7; 10.1.0.8=10.2.0.8`.
 
     Raises:
         ValueError: what is wrong, to be shown after the annotation's name.
@@ -61,9 +61,10 @@ def written(further: Mapping[str, tuple[str, ...]]) -> str:
 def further_addresses(
     annotations: Mapping[str, str], service_cidrs: tuple[str, ...]
 ) -> Mapping[str, tuple[str, ...]]:
-    """What `proxyd.io/sctp-endpoint-addresses` says, less what may not be an endpoint's address; {} where it is wrong.
+    """What `proxyd.io/sctp-endpoint-addresses` says, without addresses that endpoints may not have.
 
-    A loopback address may belong to an endpoint on loopback alone: where that one was admitted it is a local test.
+    {} where it is wrong. Only an endpoint on loopback may have a loopback address: that was admitted for a
+    local test.
     """
     text = annotations.get(SCTP_ENDPOINT_ADDRESSES)
     if text is None:

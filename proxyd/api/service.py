@@ -12,7 +12,8 @@ from proxyd.api.meta import ObjectMeta
 class Protocol(enum.StrEnum):
     """Transport protocol of a service port."""
 
-    # That of Enum is written in Python: it would be half the cost of every table whose keys have a member in them.
+    # That of Enum is written in Python: it would be half the cost of every table whose keys have a member in
+    # them.
     __hash__ = str.__hash__
 
     TCP = "TCP"

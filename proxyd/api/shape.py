@@ -1,7 +1,7 @@
 """From parsed documents (maps, lists, scalars) to structs, with every type error found and named.
 
-`msgspec.convert` does the work for a right document. It stops at the first error, and does not know that `null`
-and an empty enum value mean "missing" in Kubernetes; so what it refuses is walked here once more.
+`msgspec.convert` does the work for a right document. It stops at the first error, and does not know that
+`null` and an empty enum value mean "missing" in Kubernetes; so what it refuses is walked here once more.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _check_slice_address(text: str, kind: str, path: Path, rules: Rules, found: 
 
 
 def check_pod(pod: Pod, rules: Rules, found: Findings) -> None:
-    """Add to `found` all that would make a Pod a wrong endpoint. A Pod without an address is fine: it waits."""
+    """Add to `found` all that would make a Pod a wrong endpoint. One that does not run yet has no address."""
     sctp.check_annotations(pod.metadata.annotations, found)
     status = pod.status
     if status.pod_ip:

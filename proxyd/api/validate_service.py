@@ -1,4 +1,4 @@
-"""Validation of Services, as the Kubernetes API server does it (pkg/apis/core/validation, ValidateService)."""
+"""Validation of Services as in the Kubernetes API server (pkg/apis/core/validation, ValidateService)."""
 
 from __future__ import annotations
 

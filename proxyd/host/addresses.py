@@ -21,8 +21,8 @@ _LINK = struct.Struct("=BBHiII")  # family, padding, type, index, flags, changed
 _IFLA_IFNAME = 3
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 
-# Addresses that only a default route leads to, since no host may have them (RFC 7600, RFC 6666). The kernel is asked
-# how it would reach them; nothing is sent.
+# Addresses that only a default route leads to, since no host may have them (RFC 7600, RFC 6666). The kernel
+# is asked how it would reach them; nothing is sent.
 _ELSEWHERE = {4: "192.0.0.8", 6: "100::1"}
 
 # linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
@@ -33,9 +33,9 @@ _DRAIN = 1 << 16
 def node_addresses() -> tuple[NodeAddress, ...]:
     """Addresses of interfaces that are up, in the kernel's order, each once.
 
-    Left out: IPv6 link-local addresses, and IPv6 addresses that are not verified or found to be duplicates. VIPs made
-    local by a route are not addresses and do not show. `primary` is, per family, the source that the default route
-    prefers, or else the first global address that is not on a loopback interface.
+    Left out: IPv6 link-local addresses, and IPv6 addresses that are not verified or found to be duplicates.
+    VIPs made local by a route are not addresses and do not show. `primary` is, per family, the source that
+    the default route prefers, or else the first global address that is not on a loopback interface.
 
     Raises:
         OSError: netlink failed.

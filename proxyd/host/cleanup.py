@@ -38,7 +38,7 @@ class Removal(NamedTuple):
 
 
 def find_leftovers() -> Leftovers:
-    """Count what carries proxyd's numbers and names, whichever process made it. Without CAP_NET_ADMIN nft tables are not seen.
+    """Count what carries proxyd's numbers and names, whoever made it. nft tables need CAP_NET_ADMIN.
 
     Raises:
         OSError: netlink failed.
@@ -56,7 +56,7 @@ def find_leftovers() -> Leftovers:
 
 
 def remove_leftovers(*, dry_run: bool = False) -> Removal:
-    """Remove everything that `find_leftovers` counts. Not while another proxyd serves here: it would lose its VIPs.
+    """Remove everything that `find_leftovers` counts. Another proxyd that serves here would lose its VIPs.
 
     Args:
         dry_run: only say what would be removed.

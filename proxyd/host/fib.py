@@ -1,4 +1,4 @@
-"""Proxyd's local routes, and the kernel's route to an address: the netlink messages behind VIPs and steering."""
+"""Netlink messages about routes: those that proxyd makes, and the one that the kernel takes to an address."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from proxyd.host.netlink import RTM_GETROUTE, Message, Netlink, attribute, attributes, packed, u32, unpacked
 
-# Route protocol number of everything proxyd makes (linux/rtnetlink.h leaves the numbers to administrators); leftovers
-# of a killed process are found by it.
+# Route protocol number of everything proxyd makes (linux/rtnetlink.h leaves the numbers to administrators);
+# leftovers of a killed process are found by it.
 ROUTE_PROTOCOL = 112
 
 # linux/rtnetlink.h
@@ -24,7 +24,7 @@ _ROUTE = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, pr
 
 
 def local_route(ip: str, table: int, kind: int, flags: int = 0, source: str | None = None) -> Message:
-    """The message that makes (RTM_NEWROUTE) or takes away (RTM_DELROUTE) proxyd's `local IP dev lo` in a table.
+    """The message that makes (RTM_NEWROUTE) or removes (RTM_DELROUTE) proxyd's `local IP dev lo` in a table.
 
     Args:
         ip: the address.

@@ -1,10 +1,11 @@
-"""Datagrams in fragments to steered UDP ports: an nftables table that has the kernel put them together before routing.
+"""An nftables table that has the kernel join fragments of datagrams to steered UDP ports before routing.
 
-Only the first fragment of a datagram carries its port, so a policy rule would take that one alone, and the others would
-go to the foreign host. The kernel's reassembly in front of routing (nf_defrag_ipv4, nf_defrag_ipv6) is switched on by
-whoever needs it, for a network namespace: connection tracking, or the `tproxy` expression. The table has the latter in a
-chain that nothing leads to, so that no packet pays for it and no connection is tracked. What the node forwards is cut
-into fragments of the former size again. Reassembly ends with the table.
+Only the first fragment of a datagram carries its port, so a policy rule would take that one alone, and the
+others would go to the foreign host. The kernel's reassembly in front of routing (nf_defrag_ipv4,
+nf_defrag_ipv6) is switched on by whoever needs it, for a network namespace: connection tracking, or the
+`tproxy` expression. The table has the latter in a chain that nothing leads to, so that no packet pays for it
+and no connection is tracked. What the node forwards is cut into fragments of the former size again.
+Reassembly ends with the table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ table inet {TABLE} {{
 
 
 class Fragments:
-    """The table of this node, there while a UDP port is steered. Needs `nft`, CAP_NET_ADMIN and nf_tables' tproxy."""
+    """The table of this node, while a UDP port is steered. Needs `nft`, CAP_NET_ADMIN and tproxy."""
 
     def sync(self, *, wanted: bool) -> str | None:
         """Have datagrams put together before routing, or no longer.

@@ -1,19 +1,21 @@
 """The VIP guard: an nftables table that rejects what is sent to a VIP and is not for a service port.
 
-A VIP is local to the node, so without the guard VIP:22 would reach the node's own sshd. The rules keep no state and do
-not load connection tracking; what belongs to something that exists is recognised by its packets:
+A VIP is local to the node, so without the guard VIP:22 would reach the node's own sshd. The rules keep no
+state and do not load connection tracking; what belongs to something that exists is recognised by its packets:
 
-- TCP: only a first SYN is rejected. Answers to connections from a VIP, and relays of a service port that was removed,
-  go on. Every other segment passes by the very first rule, as most packets are such.
-- UDP: whatever comes from a service port over `lo` is an answer to the node's own client, whose address is the VIP.
-  With kernels that have the `socket` expression, so is whatever reaches a socket that is bound to the VIP itself.
+- TCP: only a first SYN is rejected. Answers to connections from a VIP, and relays of a service port that was
+  removed, go on. Every other segment passes by the very first rule, as most packets are such.
+- UDP: whatever comes from a service port over `lo` is an answer to the node's own client, whose address is
+  the VIP. With kernels that have the `socket` expression, so is whatever reaches a socket that is bound to
+  the VIP itself.
 - SCTP: only an INIT chunk is rejected.
-- IPv6 fragments come by before they are put together (IPv4: after it). All but the first pass; they carry no port, and
-  are nothing without the first.
+- IPv6 fragments come by before they are put together (IPv4: after it). All but the first pass; they carry no
+  port, and are nothing without the first.
 - ICMP passes: errors carry path MTU and refusals, and an echo harms nothing.
 
-Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded. The rules name protocols by their numbers
-(ICMP 1 and 58, UDP 17): a minimal node has no /etc/protocols, and many versions of nft need it for names.
+Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded. The rules name protocols by
+their numbers (ICMP 1 and 58, UDP 17): a minimal node has no /etc/protocols, and many versions of nft need it
+for names.
 """
 
 from __future__ import annotations
@@ -95,9 +97,10 @@ class VipGuard:
         return table_exists(TABLE)
 
     def begin(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> None:
-        """Begin to put a first guard in force, beside what else there is to do; `sync` waits for it and has the last word.
+        """Begin to set up a first guard, while the caller goes on; `sync` waits for it, and corrects it.
 
-        It guards VIPs that are to become local, before they are. Nothing happens where there is a guard already.
+        It guards VIPs that are to become local, before they are. Nothing happens where there is a guard
+        already.
 
         Args:
             vips: as in `sync`, those that will be local.
@@ -110,12 +113,13 @@ class VipGuard:
         self._begun = (vips, ports, Run(_whole(vips, ports, _BOUND_SOCKET)))
 
     def sync(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
-        """Guard these VIPs, all but these ports. One atomic change; made anew if somebody flushed the ruleset.
+        """Guard these VIPs, all but these ports, in one atomic change. A flushed ruleset is made anew.
 
         Args:
             vips: addresses that are local by proxyd's routes. Those in 127.0.0.0/8 and ::1 are not guarded.
-            ports: what proxyd listens on. A service port whose listener is closed must not be among them: a daemon
-                bound to all addresses would be reached in its place. Ports of other addresses are ignored.
+            ports: what proxyd listens on. A service port whose listener is closed must not be among them: a
+                daemon bound to all addresses would be reached in its place. Ports of other addresses are
+                ignored.
 
         Returns:
             None, or one line: what went wrong.

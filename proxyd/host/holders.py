@@ -30,8 +30,8 @@ _UNCONNECTED = 1 << 7
 _ANY_STATE = 0xFFFFFFFF
 _NUMBERS = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 
-# Conflicts may come in hundreds and must not hold up control. Looking through /proc takes at most this many seconds of
-# processor time, as on a busy machine all else would find nobody ...
+# Conflicts may come in hundreds and must not hold up control. Looking through /proc takes at most this many
+# seconds of processor time, as on a busy machine all else would find nobody ...
 _SCAN_SECONDS = 0.1
 # ... and a tenth of the time in the long run; what was not used adds up to this many seconds of waiting.
 _PAUSE = 10
@@ -75,11 +75,12 @@ def holder(key: ListenerKey, *, patient: bool = False) -> str:
 
 
 def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
-    """Which of many listeners could not be opened now, because another process holds the port; nothing is bound.
+    """Which of many listeners could not be opened now, as another process holds the port. Nothing is bound.
 
     Returns:
-        For each such key who that is, as from `holder`. Left out are sockets of a proxyd, which is likely the one that
-        serves these very listeners; also sockets of unknown processes where a proxyd manages this node's addresses.
+        For each such key who that is, as from `holder`. Left out are sockets of a proxyd, which is likely the
+        one that serves these very listeners; also sockets of unknown processes where a proxyd manages this
+        node's addresses.
 
     Raises:
         OSError: the kernel does not say.
@@ -162,7 +163,8 @@ def _owners(inodes: set[int], seconds: float) -> dict[int, str]:
             break
         try:
             with os.scandir(f"/proc/{process}/fd") as descriptors:
-                held = {os.readlink(descriptor.path) for descriptor in descriptors} & names.keys()  # noqa: PTH115 - as below
+                links = {os.readlink(entry.path) for entry in descriptors}  # noqa: PTH115 - as below
+            held = links & names.keys()
             if not held:
                 continue
             words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:_COMMAND_WORDS]
@@ -231,7 +233,7 @@ def _owner(inodes: set[int], seconds: float) -> str:
             break
         try:
             with os.scandir(f"/proc/{process}/fd") as descriptors:
-                if any(os.readlink(descriptor.path) in names for descriptor in descriptors):  # noqa: PTH115 - see above
+                if any(os.readlink(entry.path) in names for entry in descriptors):  # noqa: PTH115 - as above
                     return _described(process)
         except OSError:  # gone meanwhile, or somebody else's
             continue

@@ -1,4 +1,4 @@
-"""Removes the chains of kube-proxy's userspace mode, which kube-proxy itself cannot any more since Kubernetes 1.26."""
+"""Removes the chains of kube-proxy's userspace mode, which kube-proxy itself cannot since Kubernetes 1.26."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class _Tool(NamedTuple):
     """One kind of iptables: `iptables-nft`, `ip6tables-legacy` ..."""
 
     name: str
-    loaded: str  # file of /proc/net that lists its tables: others are not touched, or they would be loaded; "" = any
+    # The file of /proc/net that lists its tables: touching another would load it. "": any may be touched.
+    loaded: str
 
 
 def remove_userspace_chains(*, dry_run: bool = False) -> Removal:
@@ -60,7 +61,7 @@ def remove_userspace_chains(*, dry_run: bool = False) -> Removal:
 
 
 def removal(table: str, saved: str) -> tuple[str, list[str]]:
-    """What `iptables-restore --noflush` is given to remove the chains that are in the output of `iptables-save`.
+    """What `iptables-restore --noflush` is given to remove the chains that `iptables-save` has shown.
 
     Args:
         table: of iptables.

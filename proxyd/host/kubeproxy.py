@@ -1,4 +1,4 @@
-"""What kube-proxy left on the node: rules that take service traffic before it reaches a listener, by its modes."""
+"""What each mode of kube-proxy left on the node: rules that take traffic before a listener gets it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from proxyd.host.nft import which
 _GETCHAIN = 10 << 8 | 4  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN
 _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME = 1, 3
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
-# Chains that take or refuse service traffic (kubernetes pkg/proxy/iptables and pkg/proxy/ipvs, which share some).
-# KUBE-FIREWALL and the canaries are the kubelet's and stay.
+# Chains that take or refuse service traffic (kubernetes pkg/proxy/iptables and pkg/proxy/ipvs, which share
+# some). KUBE-FIREWALL and the canaries are the kubelet's and stay.
 _CHAINS = (
     "KUBE-SERVICES",
     "KUBE-NODEPORTS",
@@ -121,7 +121,7 @@ def _nft_chains() -> Iterator[tuple[str, str, str]]:
 
 
 def _legacy_chains(program: str, names: str) -> Iterator[tuple[str, str]]:
-    """Table and name of every chain of the older iptables; only of tables that are loaded, so that none gets loaded."""
+    """Table and name of every chain of the older iptables, in loaded tables only: asking would load others."""
     save = which(f"{program}-legacy-save") or which(f"{program}-save")
     if save is None:
         return

@@ -41,8 +41,8 @@ def set_oom_score(score: int) -> str:
 def can_route() -> bool:
     """Whether routes may be changed in this network namespace.
 
-    Asks the kernel to delete a route that cannot exist (proxyd's own for 0.0.0.0). It checks the permission first, so
-    the answer is "not permitted" or "no such route", and nothing changes.
+    Asks the kernel to delete a route that cannot exist (proxyd's own for 0.0.0.0). It checks the permission
+    first, so the answer is "not permitted" or "no such route", and nothing changes.
     """
     try:
         with Netlink() as netlink:

@@ -1,7 +1,7 @@
-"""Netlink: batches of requests with an answer for each, and dumps. Synchronous, over a socket of its own per use.
+"""Netlink: batches of requests with an answer for each, and dumps. Synchronous, over a new socket each time.
 
-The messages proxyd needs are few and fixed in the kernel's ABI, so they are written here by hand: a library built on
-asyncio cannot be called from within the loop that control runs in.
+The messages proxyd needs are few and fixed in the kernel's ABI, so they are written here by hand: a library
+built on asyncio cannot be called from within the loop that control runs in.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 
-# Requests per datagram. Every one may fail, and all answers must fit the default receive buffer (212,992 bytes, of
-# which the kernel charges about 1 KiB for each).
+# Requests per datagram. Every one may fail, and all answers must fit the default receive buffer (212,992
+# bytes, of which the kernel charges about 1 KiB for each).
 _BATCH = 128
 _TIMEOUT = 10.0  # seconds; the kernel answers before the send returns, so this is for a kernel that does not
 _DUMP_RETRIES = 5
@@ -80,7 +80,7 @@ def u32(value: int) -> bytes:
 
 
 def attributes(data: bytes, offset: int) -> dict[int, bytes]:
-    """Attributes of a message body from `offset` on, by type (without the flags for nesting and byte order)."""
+    """Attributes of a message body from `offset` on, by type without the flags for nesting and byte order."""
     found = {}
     while offset + 4 <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
@@ -110,7 +110,7 @@ def unpacked(address: bytes) -> str:
 
 
 class Netlink:
-    """A netlink socket in the network namespace of the calling thread. A context manager; one thread at a time.
+    """A netlink socket in the network namespace of the calling thread: a context manager for one thread.
 
     Raises:
         OSError: netlink is not allowed (a sandbox), or there are no descriptors left.

@@ -20,13 +20,15 @@ _NFPROTO_INET = 1
 # By number, as a node without /etc/protocols cannot tell the names.
 _NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
-# What a client is told that may not connect. Nothing is kept of connections: what belongs to one that exists is
-# recognised by its packets, a TCP (6) segment that is not a first SYN, an SCTP (132) packet that does not begin with INIT.
+# What a client is told that may not connect. Nothing is kept of connections: what belongs to one that exists
+# is recognised by its packets, a TCP (6) segment that is not a first SYN, an SCTP (132) packet that does not
+# begin with INIT.
 REJECT_NEW_TCP = """
     tcp flags & (fin | syn | rst | ack) == syn reject with tcp reset
     meta l4proto 6 accept
 """
-# "Port unreachable" leaves an SCTP client trying for minutes; "protocol unreachable" ends it at once. IPv6 has no such message.
+# "Port unreachable" leaves an SCTP client trying for minutes; "protocol unreachable" ends it at once. IPv6
+# has no such message.
 REJECT_OTHER = """
     meta l4proto 132 @th,96,8 != 1 accept
     meta nfproto ipv4 meta l4proto 132 reject with icmp type prot-unreachable
@@ -35,7 +37,7 @@ REJECT_OTHER = """
 
 
 def which(program: str) -> str | None:
-    """Path of a program, looked for in the system's folders too, which are often not in PATH; None if there is none."""
+    """Path of a program, found in the system's folders even if PATH lacks them; None if there is none."""
     return shutil.which(program, path=_SEARCH)
 
 
@@ -97,7 +99,7 @@ class Run:
             with os.fdopen(os.memfd_create("proxyd-nft"), "w+b") as file:
                 file.write(script.encode())
                 file.seek(0)
-                self._process = subprocess.Popen(  # noqa: S603 - the program's own path; the script holds addresses and numbers only
+                self._process = subprocess.Popen(  # noqa: S603 - the script holds addresses and numbers only
                     [program, "-f", "-"], stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
                 )
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Who else is a proxy on this node: what holds an address that is proxyd's to answer at, asked over HTTP and of the kernel."""
+"""Which other proxy of this node holds an address that proxyd is to answer at: HTTP and the kernel tell."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def neighbour(address: tuple[str, int]) -> Neighbour | None:
-    """Who listens at an address, None where nobody does. Takes some seconds at most where somebody does not answer."""
+    """Who listens at an address; None where nobody does. Takes seconds where somebody does not answer."""
     ip, port = address
     process = holder(ListenerKey(ip, port, Protocol.TCP), patient=True)
     host = _ANY.get(ip, ip)
@@ -76,7 +76,7 @@ def _get(host: str, port: int, path: str) -> tuple[str, int, str] | None:
 
 
 def _is_health(body: str) -> bool:
-    """Whether this is what kube-proxy's health server answers (kubernetes pkg/proxy/healthcheck/proxier_health.go)."""
+    """Whether kube-proxy's health server answers so (kubernetes pkg/proxy/healthcheck/proxier_health.go)."""
     try:
         answer = json.loads(body)
     except ValueError:

@@ -1,7 +1,8 @@
 """Refusing new clients of steered addresses: an nftables table in front of routing.
 
-A policy rule of type `unreachable` is no refusal: over IPv6 and UDP clients take the ICMP error for something that will
-pass, and the kernel sends few of them. This table answers as a closed port does, and lets established connections be.
+A policy rule of type `unreachable` is no refusal: over IPv6 and UDP clients take the ICMP error for something
+that will pass, and the kernel sends few of them. This table answers as a closed port does, and lets
+established connections be.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ table inet {TABLE} {{
 
 
 class Refusal:
-    """The table of this node, there while there is something to refuse. Needs `nft`, CAP_NET_ADMIN and Linux 5.9."""
+    """The table of this node, while something is refused. Needs `nft`, CAP_NET_ADMIN and Linux 5.9."""
 
     def __init__(self) -> None:
         self._keys: frozenset[ListenerKey] | None = None  # what was last put in force; None: not known

@@ -1,9 +1,9 @@
 """VIPs made local by host-scope routes: `local VIP dev lo table local proto 112`.
 
-Such a route makes the kernel deliver the VIP's packets here and lets a listener bind it. No source address is set.
-For IPv4 the node's own connections then come from the VIP itself, which is always reachable from here; a route with
-`src` would be deleted by the kernel together with the address it names. For IPv6 the kernel chooses an address of the
-node.
+Such a route makes the kernel deliver the VIP's packets here and lets a listener bind it. No source address is
+set. For IPv4 the node's own connections then come from the VIP itself, which is always reachable from here; a
+route with `src` would be deleted by the kernel together with the address it names. For IPv6 the kernel
+chooses an address of the node.
 
 Needs CAP_NET_ADMIN.
 """
@@ -36,7 +36,7 @@ class VipRoutes:
             return frozenset(route.ip for route in local_routes(netlink, RT_TABLE_LOCAL))
 
     def add(self, ips: Iterable[str]) -> dict[str, str]:
-        """Make addresses local. One that already is, by such a route or as an address of the node, is left as it is.
+        """Make addresses local. One that is so already, by such a route or as the node's own, stays as it is.
 
         Returns:
             One line for each address that failed.
@@ -51,7 +51,7 @@ class VipRoutes:
         )
 
     def remove(self, ips: Iterable[str]) -> dict[str, str]:
-        """Take away routes that `add` made. One that is gone already is no failure; no other route is touched.
+        """Remove routes that `add` made, and no others. One that is gone already is no failure.
 
         Returns:
             One line for each address that failed.

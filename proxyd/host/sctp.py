@@ -1,6 +1,7 @@
-"""SCTP endpoints to listen with: sockets bound to one address or several, with every option that relays are to inherit.
+"""Listening SCTP sockets, bound to one address or several, with every option that relays inherit.
 
-Imported with the first SCTP listener that is to be opened, and so only where the feature gate SCTPSupport is on.
+Imported with the first SCTP listener that is to be opened, and so only where the feature gate SCTPSupport is
+on.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def remove_address(opened: socket.socket, key: ListenerKey) -> None:
 
 
 def bound_to(opened: socket.socket) -> frozenset[str] | None:
-    """The addresses that a listening socket is bound to; None where pysctp, which alone can ask, is not installed."""
+    """The addresses that a listening socket is bound to; None without pysctp, which alone can ask."""
     try:
         import _sctp  # noqa: PLC0415 - the extra `sctp`; its Python layer makes sockets of its own
     except ImportError:

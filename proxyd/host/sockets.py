@@ -15,14 +15,14 @@ from proxyd.state.spec import ListenerKey, ListenerSpec
 # The kernel lowers it to net.core.somaxconn (4096 since Linux 5.4).
 BACKLOG = 4096
 
-# A peer that vanished is noticed after 60 + 4 * 15 = 120 s: before the 5 minutes after which firewalls and clouds
-# usually forget idle connections, at one small packet a minute.
+# A peer that vanished is noticed after 60 + 4 * 15 = 120 s: before the 5 minutes after which firewalls and
+# clouds usually forget idle connections, at one small packet a minute.
 KEEPALIVE_IDLE = 60
 KEEPALIVE_INTERVAL = 15
 KEEPALIVE_COUNT = 4
 
-# Never given to listeners: without them nobody could ask what is wrong, no worker be started again, and a worker, which
-# holds the same listeners under the same limit, could relay nothing.
+# Never given to listeners: without them nobody could ask what is wrong, no worker be started again, and a
+# worker, which holds the same listeners under the same limit, could relay nothing.
 SPARE_DESCRIPTORS = 128
 
 # linux/in.h and linux/in6.h; the socket module does not have them all
@@ -40,8 +40,12 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the status and at its raise
     """A listener could not be opened. The text is one line: why, and what to do.
 
-    `retryable`: it may work later without a change of proxyd's own privileges or settings. `exhausted`: descriptors or
-    memory ran out, or the kernel lacks the protocol, so that opening others now is of no use. `taken`: somebody else has the address.
+    Attributes:
+        message: the text.
+        retryable: it may work later without a change of proxyd's own privileges or settings.
+        exhausted: descriptors or memory ran out, or the kernel lacks the protocol: opening others now is no
+            use.
+        taken: somebody else has the address.
     """
 
     def __init__(
@@ -57,9 +61,10 @@ class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the s
 def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
     """Open, bind and (not for UDP) listen. SCTP: see `proxyd.host.sctp`.
 
-    The socket is non-blocking and close-on-exec. TCP: TCP_NODELAY and keepalive, which accepted sockets inherit, and
-    SO_REUSEADDR (a restart is not held up by old connections). SO_REUSEPORT is never set: it would hide conflicts.
-    An IPv6 socket takes IPv6 only. A steered one is transparent: bound to an address that is not the node's.
+    The socket is non-blocking and close-on-exec. TCP: TCP_NODELAY and keepalive, which accepted sockets
+    inherit, and SO_REUSEADDR (a restart is not held up by old connections). SO_REUSEPORT is never set: it
+    would hide conflicts. An IPv6 socket takes IPv6 only. A steered one is transparent: bound to an address
+    that is not the node's.
 
     Raises:
         BindFailed: with what to do.
@@ -111,7 +116,7 @@ def _socket(family: int, protocol: Protocol) -> socket.socket:
 
 
 def leave_spare(opened: socket.socket) -> None:
-    """Raise what the kernel would, while there still are some descriptors. It gives out the lowest free number."""
+    """Raise what the kernel would, while some descriptors are left. It gives out the lowest free number."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if opened.fileno() >= limit - SPARE_DESCRIPTORS:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -134,8 +139,8 @@ def _bind(opened: socket.socket, key: ListenerKey) -> None:
     try:
         opened.bind((key.ip, key.port))
     except OSError as error:
-        # For IPv6 the kernel looks for an address, not for a route. Free binding passes over that check, so the
-        # route is asked for here: without one the listener would be open and never reached.
+        # For IPv6 the kernel looks for an address, not for a route. Free binding passes over that check, so
+        # the route is asked for here: without one the listener would be open and never reached.
         if error.errno != errno.EADDRNOTAVAIL or ":" not in key.ip or not is_local(key.ip):
             raise
         opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)

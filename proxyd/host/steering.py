@@ -5,17 +5,17 @@ Of an externalIP or load-balancer IP the node takes (address, protocol, port) an
     ip rule: priority 112, to IP ipproto tcp dport PORT, lookup 7112, protocol 112
     table 7112: local IP dev lo src <an address of the node>, protocol 112
 
-All other ports of IP are routed as before. `src` concerns only connections that the node itself opens: without it they
-would come from IP, and the answers to IP's other ports would be routed away. A packet that comes from a pod or from
-outside brings its own source, which no route changes. Answers leave from IP, because the listener is bound
-transparently.
+All other ports of IP are routed as before. `src` concerns only connections that the node itself opens:
+without it they would come from IP, and the answers to IP's other ports would be routed away. A packet that
+comes from a pod or from outside brings its own source, which no route changes. Answers leave from IP, because
+the listener is bound transparently.
 
-Where there is no endpoint an `unreachable` rule takes the place of the other, and new clients are refused before routing
-where nftables can be used (see refusal.py).
+Where there is no endpoint an `unreachable` rule takes the place of the other, and new clients are refused
+before routing where nftables can be used (see refusal.py).
 
-The rules are a linear list, walked for every packet that is not local: right for tens of addresses. Needs Linux 4.17
-and CAP_NET_ADMIN. Fragments of a datagram after the first have no port; while a UDP port is steered they are put together
-before routing (see fragments.py).
+The rules are a linear list, walked for every packet that is not local: right for tens of addresses. Needs
+Linux 4.17 and CAP_NET_ADMIN. Fragments of a datagram after the first have no port; while a UDP port is
+steered they are put together before routing (see fragments.py).
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ _Rule = tuple[ListenerKey, Action]
 class Steering:
     """The policy rules of this node. The kernel's rules are the record: nothing else has to survive.
 
-    `trouble`: "", or one line: why clients without an endpoint get no proper refusal, only an ICMP error or silence; why large
-    datagrams are lost; or what `refuse_new` and `refresh` could not read.
+    Attributes:
+        trouble: "", or one line: why clients without an endpoint get no proper refusal, only an ICMP error or
+            silence; why large datagrams are lost; or what `refuse_new` and `refresh` could not read.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class Steering:
         return "; ".join(text for text in self._troubles.values() if text)
 
     def present(self) -> dict[ListenerKey, Action]:
-        """What proxyd's rules do now, whichever process made them. Of two rules for one key the first counts, as in the kernel.
+        """What proxyd's rules do now, whichever process made them. Of two rules for a key the first counts.
 
         Raises:
             OSError: netlink failed.
@@ -101,9 +102,10 @@ class Steering:
     def set(self, wanted: Mapping[ListenerKey, Action]) -> dict[ListenerKey, str]:
         """Put rules in force; other keys keep theirs.
 
-        A rule that changes is made before the old one goes, so that in between the old one is still in force and the
-        traffic is never routed to the foreign host. Bind the listener before LOCAL is set, and set UNREACHABLE before
-        it is closed. Routes of LOCAL keys are made anew where they are missing or their source is gone.
+        A rule that changes is made before the old one goes, so that in between the old one is still in force
+        and the traffic is never routed to the foreign host. Bind the listener before LOCAL is set, and set
+        UNREACHABLE before it is closed. Routes of LOCAL keys are made anew where they are missing or their
+        source is gone.
 
         Returns:
             One line for each key that failed.
@@ -139,10 +141,10 @@ class Steering:
             return {key: f"cannot stop steering {key}: {error.strerror or error}" for key in keys}
 
     def refuse_new(self, keys: frozenset[ListenerKey]) -> None:
-        """Refuse new clients of LOCAL keys whose listener is closed while their relays live on; of these and no others.
+        """Refuse new clients of these LOCAL keys alone: the listeners are closed while relays live on.
 
-        Without it they would hang: the kernel cannot answer from an address that is not its own. Lasts until the next
-        call; UNREACHABLE keys are refused in any case. See `trouble`.
+        Without it they would hang: the kernel cannot answer from an address that is not its own. Lasts until
+        the next call; UNREACHABLE keys are refused in any case. See `trouble`.
         """
         self._refused_too = keys
         try:
@@ -166,8 +168,8 @@ class Steering:
     def refresh(self) -> dict[ListenerKey, str]:
         """Repair the routes of all LOCAL rules. To be called when the node's addresses have changed.
 
-        The kernel deletes a route whose source address goes away; the node's own connections would then be lost, and
-        those of others routed to the foreign host.
+        The kernel deletes a route whose source address goes away; the node's own connections would then be
+        lost, and those of others routed to the foreign host.
 
         Returns:
             One line for each key whose route could not be made; see also `trouble`.

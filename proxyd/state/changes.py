@@ -17,8 +17,8 @@ _REMEMBERED = 8
 class Derived(dict[_K, _V]):
     """A mapping that remembers by which keys it may differ from those that it was derived from, see `derive`.
 
-    Looking at each of ten thousand entries takes milliseconds, since none of them is in the processor's cache. It is not
-    to be changed in place.
+    Looking at each of ten thousand entries takes milliseconds, since none of them is in the processor's
+    cache. It is not to be changed in place.
     """
 
     __slots__ = ("_steps", "_token")
@@ -29,7 +29,7 @@ class Derived(dict[_K, _V]):
         self._steps: tuple[tuple[object, tuple[_K, ...]], ...] = ()  # token and keys of each derivation
 
     def derive(self, changes: Mapping[_K, _V | None]) -> Derived[_K, _V]:
-        """A copy with these entries put in; None takes one out. The very same mapping where there are none."""
+        """A copy with these entries put in; None removes one. The same mapping where there are none."""
         if not changes:
             return self
         new = Derived(self)
@@ -42,7 +42,7 @@ class Derived(dict[_K, _V]):
         return new
 
     def since(self, old: Mapping[_K, object]) -> Iterable[_K] | None:
-        """The keys by which this may differ from an earlier one, in order of change; None where that is not known."""
+        """The keys by which this may differ from an earlier mapping, in order of change; None: unknown."""
         if old is self:
             return ()
         if not isinstance(old, Derived):
@@ -54,17 +54,17 @@ class Derived(dict[_K, _V]):
 
 
 def changed_keys(old: Mapping[_K, object], new: Mapping[_K, object]) -> Iterable[_K] | None:
-    """The keys by which two mappings may differ, where that is known without looking at all entries; else None."""
+    """The keys by which two mappings may differ; None where all entries must be looked at for that."""
     if old is new:
         return ()
     return new.since(old) if isinstance(new, Derived) else None
 
 
 def same_keys(old: Mapping[_K, object], new: Mapping[_K, object]) -> bool:
-    """Whether both have the very same keys in the same order; False may also mean that it takes longer to say.
+    """Whether both have the very same keys in the same order. False may also mean: it takes longer to say.
 
-    True where one was copied from the other and values were replaced. No key is hashed: a tenth of the time of looking
-    each up.
+    True where one was copied from the other and values were replaced. No key is hashed: a tenth of the time
+    of looking each up.
     """
     return old is new or (len(old) == len(new) and all(map(is_, old, new)))
 

@@ -1,4 +1,4 @@
-"""What the node should hold for a snapshot: listeners, balancers, addresses, and who loses an address to whom."""
+"""What the node should hold for a snapshot: listeners, balancers, addresses, and who gets a contested one."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
 class Planner:
     """Computes desired states, and remembers what led to the last one.
 
-    The result depends on the arguments alone: the memory only saves the work for Services that did not change (the
-    same immutable objects, compared by identity). A change of a few Services that touches no address of any other is
-    put into a copy of the last result, so that one change among thousands costs little more than one among ten.
+    The result depends on the arguments alone: the memory only saves the work for Services that did not change
+    (the same immutable objects, compared by identity). A change of a few Services that touches no address of
+    any other is put into a copy of the last result, so that one change among thousands costs little more than
+    one among ten.
     """
 
     def __init__(self) -> None:
@@ -76,8 +77,9 @@ class Planner:
 def desired_state(snapshot: Snapshot, node: NodeView, options: Options) -> DesiredState:
     """The desired state of a node.
 
-    Where two service ports want the same address, port and protocol, the Service that was created first keeps it; of
-    two created at the same moment the first by namespace and name. The other's status says who holds it.
+    Where two service ports want the same address, port and protocol, the Service that was created first keeps
+    it; of two created at the same moment the first by namespace and name. The other's status says who holds
+    it.
     """
     return Planner().desired(snapshot, node, options)
 

@@ -2,11 +2,12 @@
 
 The contract, as in kubernetes pkg/proxy/topology.go, for one service port and one address family:
 
-- The candidates are the endpoints of every slice of the Service that has a port of the same *name* and protocol; only
-  `addresses[0]` counts, and the same ip:port in several slices is one candidate, as usable as the most usable of them.
-- Policy Cluster: the ready ones. If hints may be used, and all of them have node hints and one names this node: those;
-  else if all have zone hints and one names this node's zone: those; else all. No ready one at all: those that still
-  serve while they terminate.
+- The candidates are the endpoints of every slice of the Service that has a port of the same *name* and
+  protocol; only `addresses[0]` counts, and the same ip:port in several slices is one candidate, as usable as
+  the most usable of them.
+- Policy Cluster: the ready ones. If hints may be used, and all of them have node hints and one names this
+  node: those; else if all have zone hints and one names this node's zone: those; else all. No ready one at
+  all: those that still serve while they terminate.
 - Policy Local: the same among the endpoints on this node, without hints.
 """
 

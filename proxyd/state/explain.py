@@ -1,4 +1,4 @@
-"""Why a Service gets the endpoints that it gets: every endpoint that was considered, and what became of it."""
+"""Why a Service gets its endpoints: every endpoint that was considered, and whether and why it is used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _FAMILIES = {"IPv4": 4, "IPv6": 6}
 class Considered(msgspec.Struct, frozen=True, kw_only=True):
     """One endpoint that was considered for a service port under a traffic policy.
 
-    `address` is ip:port, or only what is known of it. `target` is the object behind it (`Pod prod/a`), "" where the
-    slice does not say. `reason` says in a few words why it is used or left out.
+    `address` is ip:port, or only what is known of it. `target` is the object behind it (`Pod prod/a`), ""
+    where the slice does not say. `reason` says in a few words why it is used or left out.
     """
 
     port: str  # the service port's name
@@ -36,7 +36,7 @@ class Considered(msgspec.Struct, frozen=True, kw_only=True):
 def considered(
     service: Service, slices: tuple[EndpointSlice, ...], node: NodeView, options: Options
 ) -> tuple[Considered, ...]:
-    """Every endpoint of the slices, for each service port and each traffic policy in use, in the order of the slices.
+    """Every endpoint of the slices, in their order, for each service port and each traffic policy in use.
 
     None for ExternalName and headless Services, which need no proxy.
     """
@@ -121,7 +121,8 @@ class _Judge:
         if any(port.protocol == self.port.protocol for port in named):
             return "its slice port has no number"
         if named:
-            return f"slice port {_quoted(named[0].name)} is {named[0].protocol}, the service port {self.port.protocol}"
+            one = named[0]
+            return f"slice port {_quoted(one.name)} is {one.protocol}, the service port {self.port.protocol}"
         names = " or ".join(_quoted(port.name) for port in ports[:3])
         return f"slice port {names} does not match service port {_quoted(self.port.name)}"
 

@@ -1,10 +1,11 @@
 """Which SCTP listeners of a Service are addresses of one multi-homed endpoint.
 
-Those of one service port and one port number, if the same endpoints are meant for their clients: the same traffic policy
-and the same source ranges. NodePorts stay single: the node's addresses come and go, and are not the Service's.
+Those of one service port and one port number, if the same endpoints are meant for their clients: the same
+traffic policy and the same source ranges. NodePorts stay single: the node's addresses come and go, and are
+not the Service's.
 
-All of a home's listeners share a balancer, of the family of the first address that has endpoints, since a client that came
-over one may go on over another.
+All of a home's listeners share a balancer, of the family of the first address that has endpoints, since a
+client that came over one may go on over another.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Who is inside of the cluster: its Pods and this node, whom externalTrafficPolicy Local does not shut out.
 
-Of a Service with that policy and without an endpoint on this node, traffic from outside is refused here: the load
-balancer is to send it to another node. What a Pod of this node sends to the load balancer's address never gets there, as
-that address is taken here; so it goes to any endpoint (kubernetes pkg/proxy/iptables/proxier.go: "pod traffic" and "LOCAL
-traffic" of the KUBE-EXT- chains).
+Of a Service with that policy and without an endpoint on this node, traffic from outside is refused here: the
+load balancer is to send it to another node. What a Pod of this node sends to the load balancer's address
+never gets there, as that address is taken here; so it goes to any endpoint (kubernetes
+pkg/proxy/iptables/proxier.go: "pod traffic" and "LOCAL traffic" of the KUBE-EXT- chains).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proxyd.state.spec import BalancerKey, BalancerSpec, ListenerSpec
 
 
 def inside_ranges(node: NodeView, options: Options) -> tuple[str, ...]:
-    """CIDRs of the Pods that count as the cluster's, () where they are not known, and then none of the node either."""
+    """CIDRs of the cluster's Pods, and this node's addresses; () where the Pods' are not known."""
     pods = node.pod_cidrs if options.pods_by_node else options.pod_cidrs
     return (*pods, *(address.ip for address in node.addresses)) if pods else ()
 

@@ -40,8 +40,8 @@ NOTHING = Plan()
 def plan(observed: HostState, desired: HostState) -> Plan:
     """What turns `observed` into `desired`; empty (false) where they are equal.
 
-    A listener whose spec differs keeps its socket, unless the socket itself must be another one (steered or not, of
-    another SCTP endpoint): then it is both closed and opened, and closing comes first.
+    A listener whose spec differs keeps its socket, unless the socket itself must be another one (steered or
+    not, of another SCTP endpoint): then it is both closed and opened, and closing comes first.
     """
     opened: list[ListenerSpec] = []
     changed: list[ListenerSpec] = []
@@ -80,7 +80,8 @@ def _difference(
     if known is not None:
         return _known_difference(observed, desired, known)
     if same_keys(observed, desired):
-        # As ever where only endpoints change, or nothing. No key is hashed, which is most of the time otherwise.
+        # As ever where only endpoints change, or nothing. No key is hashed, which is most of the time
+        # otherwise.
         return [(held, wanted) for held, wanted in replaced(observed, desired) if held != wanted], []
     if observed == desired:  # quick: what is the same object is not compared
         return [], []

@@ -1,6 +1,7 @@
 """Numbers and layouts of the kernel's SCTP sockets (RFC 6458, linux/sctp.h), for control and workers alike.
 
-Everything here is a pure function of bytes: the standard library's `socket` has the calls, but none of the numbers.
+Everything here is a pure function of bytes: the standard library's `socket` has the calls, but none of the
+numbers.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ _RCVINFO = struct.Struct(
 )  # stream, (ssn), flags, ppid; tsn, cumulative tsn, context, association follow
 _SNDINFO = struct.Struct("=HHIIi")  # stream, flags, ppid, context, association
 _NOTIFICATION = struct.Struct("=HHIH")  # type, flags, length; the state of an ASSOC_CHANGE
-# Association, state, window, unacknowledged, pending, streams in, streams out, fragmentation point; then the primary path:
-# association and address.
+# Association, state, window, unacknowledged, pending, streams in, streams out, fragmentation point; then the
+# primary path: association and address.
 _STATUS = struct.Struct("=iiIHHHHIi")
 STATUS_BYTES = 176
 
@@ -75,7 +76,8 @@ def read_initmsg(value: bytes) -> tuple[int, int]:
 def message_key(rcvinfo: bytes) -> tuple[int, int, int]:
     """Stream, flags and payload protocol identifier of a message, from its RCVINFO.
 
-    The identifier is the four bytes of the wire as they lie in memory: whoever sends them on unchanged is right.
+    The identifier is the four bytes of the wire as they lie in memory: whoever sends them on unchanged is
+    right.
     """
     return _RCVINFO.unpack_from(rcvinfo)
 
@@ -105,7 +107,7 @@ def status(value: bytes) -> Status:
 
 
 def read_address(sockaddr: bytes) -> str:
-    """The IP address of a socket address; an IPv4 one that is mapped into IPv6 as IPv4. "" for another family."""
+    """The IP address of a socket address, as IPv4 where it is mapped into IPv6; "" for another family."""
     family = int.from_bytes(sockaddr[:2], "little" if _LITTLE else "big")
     if family == _AF_INET:
         return str(ipaddress.IPv4Address(sockaddr[4:8]))

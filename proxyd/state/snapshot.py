@@ -12,7 +12,7 @@ from proxyd.api.service import Service
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Services, and the slices of each. Endpoints objects and Pods have become slices before they get here."""
+    """Services, and the slices of each. Endpoints objects and Pods have been turned into slices before."""
 
     services: Mapping[ObjectName, Service] = {}
     slices: Mapping[ObjectName, tuple[EndpointSlice, ...]] = {}  # by Service

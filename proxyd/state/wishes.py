@@ -34,8 +34,8 @@ _GATES = {Protocol.SCTP: "SCTPSupport"}
 class ServiceWishes(msgspec.Struct, frozen=True, kw_only=True):
     """What a Service wishes for.
 
-    `listeners` whose balancer is not in `balancers` have no endpoint. `order` sorts Services by who may take an
-    address first: by creation, then by name.
+    `listeners` whose balancer is not in `balancers` have no endpoint. `order` sorts Services by who may take
+    an address first: by creation, then by name.
     """
 
     order: tuple[bool, str, str, str]
@@ -96,7 +96,8 @@ def service_wishes(
             admitted,
             chosen,
             inside,
-            lambda key, port=port: _balancer(service, port, slices, node, key),  # type: ignore[misc]  # mypy takes no default of a lambda
+            # mypy knows no default of a lambda
+            lambda key, port=port: _balancer(service, port, slices, node, key),  # type: ignore[misc]
         )
         if port.protocol is Protocol.SCTP:
             admitted = at_home(admitted, {key for key, balancer in chosen.items() if balancer.endpoints})
@@ -140,7 +141,7 @@ def _frontends(service: Service, port: ServicePort, node: NodeView, options: Opt
 
 
 def nodeport_addresses(node: NodeView, options: Options) -> tuple[str, ...]:
-    """The node addresses that NodePorts are opened on: those that --nodeport-addresses and --bind-address admit."""
+    """The node addresses for NodePorts, as --nodeport-addresses and --bind-address admit them."""
     wanted = options.nodeport_addresses
     networks = [ipaddress.ip_network(cidr, strict=False) for cidr in wanted if cidr != "primary"]
     chosen = []
@@ -197,12 +198,13 @@ def _listener(
         and name.protocol is not Protocol.SCTP  # whose associations have addresses of both
         and family not in _families(service)
     ):
-        # kubernetes pkg/proxy/serviceport.go: each family's proxy takes its own addresses, and needs a clusterIP.
+        # kubernetes pkg/proxy/serviceport.go: each family's proxy takes its own addresses, and needs a
+        # clusterIP.
         refusal = (
             ListenerState.DISABLED,
             (
-                f"the Service has no IPv{family} clusterIP; add IPv{family} to spec.ipFamilies, and for manifests such a"
-                " range to --service-cluster-ip-range"
+                f"the Service has no IPv{family} clusterIP; add IPv{family} to spec.ipFamilies, and for "
+                "manifests such a range to --service-cluster-ip-range"
             ),
         )
     if frontend.role is Role.CLUSTER_IP and not options.vip_mode.serve:
@@ -244,7 +246,7 @@ def _further(
 
 
 def _udp_idle_seconds(service: Service, port: ServicePort) -> float | None:
-    """What the Service's annotation says; None where it says nothing, or nothing of use (a warning tells its author)."""
+    """What the Service's annotation says; None where it is missing or wrong, of which a warning tells."""
     text = service.metadata.annotations.get(UDP_IDLE_TIMEOUT)
     if text is None or port.protocol is not Protocol.UDP:
         return None
@@ -255,7 +257,7 @@ def _udp_idle_seconds(service: Service, port: ServicePort) -> float | None:
 
 
 def _source_ranges(service: Service, family: int) -> tuple[str, ...]:
-    """The ranges of one family. Ranges of the other family alone still mean that not everybody may connect."""
+    """The ranges of one family; where all are of the other, these, so that not everybody may connect."""
     ranges = tuple(text.strip() for text in service.spec.load_balancer_source_ranges)
     mine = tuple(text for text in ranges if (":" in text) == (family == 6))
     return mine or ranges
