@@ -121,7 +121,7 @@ def _nft_chains() -> Iterator[tuple[str, str, str]]:
 
 
 def _legacy_chains(program: str, names: str) -> Iterator[tuple[str, str]]:
-    """Table and name of every chain of the older iptables, in loaded tables only: asking would load others."""
+    """Table and name of every chain of the older iptables, in loaded tables only: asking loads others."""
     save = which(f"{program}-legacy-save") or which(f"{program}-save")
     if save is None:
         return
