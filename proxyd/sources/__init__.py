@@ -1,1 +1,1 @@
-"""Where objects come from: manifests on disk, and the standalone controllers that stand in for a cluster's."""
+"""Where objects come from: manifests with the controllers that stand in for a cluster's, and the API server."""

@@ -39,13 +39,14 @@ from proxyd.relay.ipc.slots import CLOSED, FIELDS, MAX_SLOTS, OPENED, Slots
 
 log = get_logger("supervisor")
 
-# A worker that has this many messages unread is not reading: it is replaced.
+# A worker that leaves this many messages unread does not read: it is replaced.
 MAX_QUEUED = 20_000
-# A worker that leaves this many probes unanswered is not fit; one that leaves more is replaced.
+# A worker that leaves more probes unanswered than the first counts as silent; more than the second, and it is
+# replaced.
 SILENT_PROBES = 4
 MAX_UNANSWERED = 7
-# A worker that lived this long is started again at once; one that keeps dying, after a growing pause, which is
-# below a second up to its fourth death.
+# A worker that lived this long is started again at once. One that keeps dying is started again after a pause
+# that grows, and is below a second until its fourth death.
 STEADY_SECONDS = 10.0
 MAX_PAUSE_SECONDS = 5.0
 
@@ -57,9 +58,7 @@ class Events:
     acknowledged: Callable[[], None]
     drained: Callable[[int, list[int]], None]  # worker, listener numbers
     died: Callable[[int], None]  # worker
-    connections: Callable[
-        [list[Connection], int], None
-    ]  # finished ones, and how many more were lost on the way
+    connections: Callable[[list[Connection], int], None]  # finished connections, and how many more were lost
     trouble: Callable[[int, Trouble], None]  # worker
     failures: Callable[[list[Failure]], None]
 
@@ -134,7 +133,7 @@ class Supervisor:
             self._spawn(index)
 
     def publish(self, update: Update) -> None:
-        """Tell every worker an update."""
+        """Send an update to every worker."""
         for worker in list(self.workers.values()):
             self._tell(worker, update)
 
@@ -146,11 +145,11 @@ class Supervisor:
         )
 
     def telling(self) -> bool:
-        """Whether a worker is still to be sent something."""
+        """Whether there is something left to send to a worker."""
         return any(worker.outgoing for worker in self.workers.values())
 
     def probe(self) -> str:
-        """Ask every worker for a sign of life, an empty update that it acknowledges; replace one that gives none.
+        """Send every worker an empty update to acknowledge, and replace a worker that answers none for long.
 
         Returns:
             What is wrong with the workers in one line; "" where all run and answer.
@@ -169,13 +168,13 @@ class Supervisor:
         return f"{silent} of {count} workers do not answer" if silent else ""
 
     def acknowledged(self) -> int:
-        """The newest generation that every worker has acknowledged; -1 where a worker is missing."""
+        """The newest generation that every worker has acknowledged; -1 if a worker is missing."""
         if len(self.workers) < max(self.count, 1):
             return -1
         return min(worker.acknowledged if worker.ready else -1 for worker in self.workers.values())
 
     async def stop(self, drain: float) -> None:
-        """Let the workers finish what they relay, for at most `drain` seconds; then they are gone."""
+        """Let the workers finish what they relay, for at most `drain` seconds, then end them."""
         self._stopping = True
         for timer in self._timers:
             timer.cancel()
@@ -214,7 +213,7 @@ class Supervisor:
                     ],
                     pass_fds=(theirs.fileno(), self._slots.fd),
                     stdin=subprocess.DEVNULL,
-                    process_group=0,  # out of reach of a terminal's Ctrl-C: their end is for control to say
+                    process_group=0,  # out of reach of a terminal's Ctrl-C: control decides when they end
                 )
                 pidfd = os.pidfd_open(process.pid)
                 worker = Worker(index, process, pidfd, Channel(ours), time.monotonic())
@@ -224,7 +223,7 @@ class Supervisor:
         self._tell(worker, self._publication.full())
 
     def _in_process(self, index: int, ours: socket.socket, theirs: socket.socket) -> Worker:
-        # Only for --workers=0: control is otherwise free of the data plane.
+        # Only with --workers=0 does control import the data plane.
         import proxyd.relay.worker as data_plane  # noqa: PLC0415
 
         data_plane.Worker(self._loop, Channel(theirs), self._slots, index, self._options).start()
@@ -260,7 +259,7 @@ class Supervisor:
                     # The kernel bounds the descriptors that are under way between processes.
                     later = True
                     break
-                # It died; the pidfd tells.
+                # It has died, which the pidfd reports.
                 outgoing.clear()
                 break
             outgoing.popleft()
@@ -324,7 +323,7 @@ class Supervisor:
             case Trouble():
                 self._events.trouble(number, message)
             case Ready() | Acknowledged():
-                pass  # of what an earlier program told it
+                pass  # an old worker answers what its own program sent
             case _:
                 log.error("unexpected message from a worker", worker=number)
 
