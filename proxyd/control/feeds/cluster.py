@@ -30,21 +30,19 @@ _AGENT = f"proxyd/{__version__}"
 
 
 class ClusterFeed:
-    """Follows the API server; Events go the same way.
+    """Follows the API server, and posts Events to it.
 
     Args:
-        settings: where it is, and who this node is.
-        changed: called in the event loop when everything has been listed, and then whenever something is
-            different.
+        settings: where the API server is, and the name of this node.
+        changed: called in the event loop when everything has been listed, and then after every change.
 
     Raises:
-        KubeconfigError: there is no telling where the API server is, or how to log in to it.
+        KubeconfigError: the settings do not say where the API server is, or how to log in to it.
 
     Attributes:
         snapshot: Services and slices, the same object as long as nothing changes.
-        node: this node's Node; None: it is not known.
-        eligible: whether load balancers should send this node traffic; a Node that was there and is gone is
-            not.
+        node: this node's Node; None: it is unknown.
+        eligible: whether load balancers should send this node traffic; not if its Node is gone.
     """
 
     def __init__(self, settings: Settings, changed: Callable[[], None]) -> None:
@@ -70,7 +68,7 @@ class ClusterFeed:
 
     @property
     def synced(self) -> bool:
-        """Whether everything has been listed, and handed on."""
+        """Whether everything has been listed and handed on."""
         return self._synced
 
     @property
@@ -80,17 +78,17 @@ class ClusterFeed:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """All that is wrong at the moment."""
+        """Everything that is wrong at the moment."""
         return self._source.problems
 
     @property
     def facts(self) -> SourceFacts:
-        """For the status."""
+        """The state of this source, for `proxyd status`."""
         source = self._source
         return SourceFacts(name=f"kube {source.server}", synced=self._synced, last_event=source.last_event_at)
 
     def facts_for_metrics(self) -> ClusterFacts:
-        """What was counted so far; a copy."""
+        """The counts so far, copied for metrics."""
         stats = self._source.stats
         return ClusterFacts(
             requests=dict(stats.requests),
@@ -104,21 +102,21 @@ class ClusterFeed:
         )
 
     async def run(self) -> None:
-        """Follow it until that is cancelled; then all connections are closed."""
+        """Follow the API server until cancelled; then all connections are closed."""
         log.info("following the API server", server=self._source.server, node=self._node_name)
         if self._node_name:
             self.about_node("Normal", "Starting", "proxyd serves this node's Services")
         await self._source.run()
 
     def reread(self) -> None:
-        """Take the kubeconfig as it is now for whatever is asked next."""
+        """Read the kubeconfig again for the next request."""
         self._source.reread()
 
     def about_node(self, type_: str, reason: str, message: str) -> None:
-        """Post an Event about this node; nobody waits for it."""
+        """Post an Event about this node, without waiting for it."""
         name = self._node_name
-        # The name as uid, as kubernetes cmd/kube-proxy/app/server.go has it: what shows a node's Events asks
-        # for that.
+        # The uid is the name, as in kubernetes cmd/kube-proxy/app/server.go: tools that show a node's Events
+        # ask for that.
         self._source.post_event(EventAbout(kind="Node", name=name, uid=name), type_, reason, message)
 
     def about_service(self, name: ObjectName, type_: str, reason: str, message: str) -> bool:

@@ -1,4 +1,4 @@
-"""All sources together: manifests, an API server, or both; one snapshot and this node's view out."""
+"""Joins the sources, manifests, an API server or both, into one snapshot and the view of this node."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
 
 log = get_logger("sources")
 
-_MAX_LOGGED = 20  # of what `proxyd status` has
+_MAX_LOGGED = 20  # Services that are hidden by the cluster's; `proxyd status` has them all
 
 
 class FeedError(ValueError):
-    """A source can't be used: one line."""
+    """A source can't be used; the text is one line."""
 
 
 class Feeds:
     """Follows every source that the settings name, and hands on a snapshot whenever one of them changes.
 
-    Nothing is handed on before each of them has delivered its first full list. Where there are both, nothing
-    that a Service of the cluster has is handed out to one of the manifests, and of a name that both have the
-    cluster's Service is served.
+    Nothing is handed on before every source has delivered its first full list. If there are both manifests
+    and a cluster, manifests never get addresses or nodePorts of the cluster's Services, and of two Services
+    with the same name the cluster's is served.
 
     Args:
-        settings: which there are.
+        settings: name the sources.
         changed: takes each snapshot, in the event loop.
         node_changed: called when what is known of this node has changed.
 
     Raises:
-        FeedError: there is no telling where the API server is, or how to log in to it.
+        FeedError: the settings do not say where the API server is, or how to log in to it.
 
     Attributes:
         missing: configured paths that cannot be read at all.
-        cluster: the API server's part; None where there is none.
+        cluster: the API server's part; None if there is none.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Feeds:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """All that is wrong at the moment."""
+        """Everything that is wrong at the moment."""
         return (*self.manifest_problems, *(self.cluster.problems if self.cluster else ()))
 
     @property
@@ -96,7 +96,7 @@ class Feeds:
 
     @property
     def files(self) -> int:
-        """How many files of manifests there are."""
+        """The number of manifest files."""
         return self._manifests.files if self._manifests else 0
 
     @property
@@ -133,12 +133,12 @@ class Feeds:
         return NodeView(name=name, zone=node.zone, addresses=addresses, pod_cidrs=node.pod_cidrs)
 
     def post_event(self, service: ObjectName, kind: str, reason: str, message: str) -> None:
-        """Post an Event about a Service to the API server, where there is one that has this Service."""
+        """Post an Event about a Service to the API server, if there is one and it has the Service."""
         if self.cluster is not None:
             self.cluster.about_service(service, kind, reason, message)
 
     def first(self) -> tuple[Problem, ...]:
-        """Read the manifests once; what they say is handed on now where there is no API server to wait for.
+        """Read the manifests once, and hand them on unless there is an API server to wait for.
 
         Returns:
             The problems of the manifests.
@@ -148,14 +148,14 @@ class Feeds:
         return self._manifests.first() if self.cluster is None else self._manifests.look()
 
     async def rescan(self, change: Change | None = None) -> None:
-        """Read again what changed in the manifests (None: whatever did), and the kubeconfig."""
+        """Read the manifests that changed (None: look for changes), and the kubeconfig again."""
         if self.cluster is not None:
             self.cluster.reread()
         if self._manifests is not None:
             await self._manifests.rescan(change)
 
     async def follow(self) -> None:
-        """Hand on changes until it is cancelled; does not return."""
+        """Hand on changes until cancelled; does not return."""
         async with asyncio.TaskGroup() as group:
             if self._manifests is not None:
                 group.create_task(self._manifests.follow(), name="source:manifests")
@@ -177,7 +177,7 @@ class Feeds:
         self._hand_on()
 
     def _give_way(self) -> None:
-        """Let the manifests' allocations make room, one time after the other."""
+        """Have the manifests' allocations make room for the cluster's, one change after the other."""
         if self._giving is None or self._giving.done():
             self._giving = spawn(self._give_way_until_done(), name="source:manifests:allocations")
 

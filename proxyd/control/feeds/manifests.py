@@ -1,4 +1,4 @@
-"""The manifests feed: files and standalone controllers in, snapshots out."""
+"""The manifests feed: makes snapshots of files, with the standalone controllers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = get_logger("manifests")
 
 # Problems of one scan that are logged one by one; `proxyd check` shows them all.
 _MAX_LOGGED = 20
-# The largest file that is read once more to say where in it something is.
+# The largest file that is read once more to find the line of a problem.
 _LOCATED_BYTES = 64 << 10
 
 
@@ -64,8 +64,8 @@ class Feed:
         if warning:
             log.warning(warning)
         self._assembled: Assembled | None = None
-        self._elsewhere = NOTHING_TAKEN  # what a cluster has
-        self._held = False  # what a cluster has is not known yet
+        self._elsewhere = NOTHING_TAKEN  # addresses and nodePorts of a cluster's Services
+        self._held = False  # they are not known yet
         self._save_error = ""
         self._lock = asyncio.Lock()
 
@@ -76,7 +76,7 @@ class Feed:
         return self.problems
 
     def look(self) -> tuple[Problem, ...]:
-        """As `first`, but hand on nothing before `give_way`."""
+        """Like `first`, but hand on nothing before `give_way`."""
         self._held = True
         with permanent_objects():
             manifests = self._source.scan()
@@ -87,7 +87,7 @@ class Feed:
         return self.problems
 
     async def give_way(self, taken: Taken) -> None:
-        """Hand out nothing of what Services of a cluster have, from now on."""
+        """Allocate nothing that a cluster's Services have, from now on."""
         held, self._held = self._held, False
         self._elsewhere = taken
         await self.rescan(None if held else frozenset())
@@ -109,7 +109,7 @@ class Feed:
             await self.rescan(change)
 
     def _read(self, change: Change | None) -> tuple[ManifestSet, Assembled, list[Problem]]:
-        """What there is now, and the new problems that are to be logged."""
+        """The manifests as they are now, and the new problems that are to be logged."""
         manifests = self._source.scan(change)
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         assembled = self._assembler.assemble(manifests, self._allocations, now, self._elsewhere)
@@ -148,7 +148,7 @@ class Feed:
 
 
 def _placed(problems: list[Problem]) -> list[Problem]:
-    """The problems with line and column, those of files that are read again in no time."""
+    """The problems, with line and column if their file is small enough to be read again."""
     small = set()
     for path in {problem.file for problem in problems if problem.file and not problem.line}:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Joins what manifests and the cluster have into one snapshot."""
+"""Merges the snapshots of manifests and of the cluster into one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _Slices = Mapping[ObjectName, tuple[EndpointSlice, ...]]
 
 
 class Merger:
-    """Merges one state after another.
+    """Merges one pair of snapshots after another.
 
-    A Service and its slices come from one source. Of a Service that both have the cluster's is served: every
+    A Service and its slices come from one source. If both have a Service, the cluster's is served, as every
     other node serves that one. What did not change is the very same object as before, and a change costs what
     changed.
 
@@ -34,7 +34,7 @@ class Merger:
         self._merged = Snapshot(services=self._services, slices=self._slices)
 
     def merge(self, manifests: Snapshot, cluster: Snapshot) -> Snapshot:
-        """Both in one."""
+        """The two snapshots merged."""
         due = _touched(self._manifests, manifests) | _touched(self._cluster, cluster)
         new_names = manifests.services.keys() != self._manifests.services.keys()
         new_names = new_names or cluster.services.keys() != self._cluster.services.keys()
@@ -65,7 +65,7 @@ class TakenByCluster:
         self.now = Taken()
 
     def update(self, services: Mapping[ObjectName, Service]) -> bool:
-        """Take other Services. Returns whether what they have is not the same any more."""
+        """Take a new state of the Services. Returns whether their addresses or nodePorts have changed."""
         before, self._services = self._services, services
         if all(
             _claims(before.get(name)) == _claims(services.get(name)) for name in touched(before, services)

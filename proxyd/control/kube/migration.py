@@ -14,7 +14,7 @@ from proxyd.host.kubeproxy import Leftover, Mode, kube_proxy_leftovers
 from proxyd.host.limits import can_route
 from proxyd.host.other_proxies import Neighbour, neighbour
 
-log = get_logger("takeover")
+log = get_logger("migration")
 
 _PAUSE = 1.0  # seconds until it is looked at again whether kube-proxy has ended
 
