@@ -1,4 +1,4 @@
-"""What changes the node: routes and rules (netlink), sockets to bind, the VIP guard (nft), limits.
+"""Whatever changes the node: routes and rules (netlink), sockets to bind, the VIP guard (nft), limits.
 
-Everything here can be undone, and is found again after a crash by proxyd's own protocol number and names.
+All of it can be undone. After a crash proxyd finds it again by its own protocol number and names.
 """

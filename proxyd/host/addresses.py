@@ -1,4 +1,4 @@
-"""The node's own addresses, and news of their changes."""
+"""The node's own addresses, and a monitor that tells when they change."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _LINK = struct.Struct("=BBHiII")  # family, padding, type, index, flags, changed
 _IFLA_IFNAME = 3
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 
-# Addresses that only a default route leads to, since no host may have them (RFC 7600, RFC 6666). The kernel
-# is asked how it would reach them; nothing is sent.
+# No host may have these addresses (RFC 7600, RFC 6666), so only a default route leads to them. The kernel is
+# asked for its route to them; nothing is sent.
 _ELSEWHERE = {4: "192.0.0.8", 6: "100::1"}
 
 # linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
@@ -31,18 +31,18 @@ _DRAIN = 1 << 16
 
 
 def node_addresses() -> tuple[NodeAddress, ...]:
-    """Addresses of interfaces that are up, in the kernel's order, each once.
+    """The addresses of interfaces that are up, in the kernel's order, each once.
 
-    Left out: IPv6 link-local addresses, and IPv6 addresses that are not verified or found to be duplicates.
-    VIPs made local by a route are not addresses and do not show. `primary` is, per family, the source that
-    the default route prefers, or else the first global address that is not on a loopback interface.
+    IPv6 link-local addresses are left out, and so are IPv6 addresses that are not verified yet or are
+    duplicates. VIPs that a route makes local are not among them. For each family one address is `primary`:
+    the source that the default route prefers, or else the first global one not on a loopback interface.
 
     Raises:
         OSError: netlink failed.
     """
     with Netlink() as netlink:
         links = _links(netlink)
-        found: dict[str, tuple[str, bool]] = {}  # ip -> interface, may be primary
+        found: dict[str, tuple[str, bool]] = {}  # by ip: interface, and whether it may be primary
         for message in netlink.dump(Message(RTM_GETADDR, _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0))):
             family, _, flags, scope, index = _ADDRESS.unpack_from(message.body)
             seen = attributes(message.body, _ADDRESS.size)
@@ -50,7 +50,7 @@ def node_addresses() -> tuple[NodeAddress, ...]:
                 flags = struct.unpack("=I", seen[_IFA_FLAGS])[0]
             raw = seen.get(_IFA_LOCAL) or seen.get(
                 _IFA_ADDRESS
-            )  # of a point-to-point link ADDRESS is the peer's
+            )  # on a point-to-point link ADDRESS is the peer's
             name, link_flags = links.get(index, ("", 0))
             if raw is None or family not in (socket.AF_INET, socket.AF_INET6) or not link_flags & _IFF_UP:
                 continue
@@ -85,7 +85,7 @@ def _primary(netlink: Netlink, version: int, found: dict[str, tuple[str, bool]])
 
 
 def link_names() -> frozenset[str]:
-    """Names of all interfaces.
+    """The names of all interfaces.
 
     Raises:
         OSError: netlink failed.
@@ -95,7 +95,7 @@ def link_names() -> frozenset[str]:
 
 
 class AddressMonitor:
-    """Says that addresses or interfaces have changed. Wait for `fileno()` to be readable, then `drain()`.
+    """Tells when addresses or interfaces have changed: wait until `fileno()` is readable, then `drain()`.
 
     Raises:
         OSError: netlink is not allowed.
@@ -111,11 +111,11 @@ class AddressMonitor:
             raise
 
     def fileno(self) -> int:
-        """The descriptor to wait for."""
+        """The descriptor, which is readable after a change."""
         return self._socket.fileno()
 
     def drain(self) -> bool:
-        """Take all news. Whether there were any; news that the kernel had to drop count too."""
+        """Take all notifications. Returns whether there were any, also ones that the kernel had to drop."""
         changed = False
         while True:
             try:
@@ -130,5 +130,5 @@ class AddressMonitor:
             changed = True
 
     def close(self) -> None:
-        """Close the descriptor; take it out of the event loop first."""
+        """Close the descriptor; remove it from the event loop before that."""
         self._socket.close()

@@ -1,10 +1,10 @@
-"""Who may change addresses: one process at most in a network namespace."""
+"""The claim of a network namespace's addresses: one process at most has it."""
 
 from __future__ import annotations
 
 import socket
 
-# An abstract name: it belongs to the network namespace, and goes with the process that holds it.
+# An abstract socket belongs to the network namespace, and is gone when the process that holds it ends.
 CLAIM = "proxyd-addresses"
 
 
@@ -12,7 +12,7 @@ def claim_addresses() -> socket.socket | None:
     """Claim the VIP routes, policy rules and nft tables of this network namespace.
 
     Returns:
-        The claim, to be held open for as long as it is needed; None where another process has it.
+        The claim, which holds until it is closed; None if another process has it.
     """
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

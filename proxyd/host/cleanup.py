@@ -1,4 +1,4 @@
-"""What a killed proxyd left on the node: found, counted and removed."""
+"""Finds, counts and removes what a killed proxyd left on the node."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from proxyd.host.nft import table_exists
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import STEERING_TABLE, Steering, steering_routes
 
-_SHOWN = 4  # failures that are told one by one
+_SHOWN = 4  # so many failures are named one by one
 
 
 class Leftovers(NamedTuple):
-    """How many things of proxyd's own are on the node."""
+    """How many of proxyd's own routes, rules and tables are on the node."""
 
     vip_routes: int = 0
     rules: int = 0
@@ -26,11 +26,11 @@ class Leftovers(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """What became of things that were to be removed, a text for each kind.
+    """The result of a removal, with a text for each kind of thing.
 
     Attributes:
-        gone: what was removed, or would be: "2 VIP routes".
-        failed: what could not be, each with the reason.
+        gone: what was removed, or would be, such as "2 VIP routes".
+        failed: what could not be removed, and why.
     """
 
     gone: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Removal(NamedTuple):
 
 
 def find_leftovers() -> Leftovers:
-    """Count what carries proxyd's numbers and names, whoever made it. nft tables need CAP_NET_ADMIN.
+    """Count what has proxyd's numbers and names, whoever made it. To see nft tables takes CAP_NET_ADMIN.
 
     Raises:
         OSError: netlink failed.
@@ -59,7 +59,7 @@ def remove_leftovers(*, dry_run: bool = False) -> Removal:
     """Remove everything that `find_leftovers` counts. Another proxyd that serves here would lose its VIPs.
 
     Args:
-        dry_run: only say what would be removed.
+        dry_run: only tell what would be removed.
 
     Raises:
         OSError: netlink failed.
@@ -69,7 +69,7 @@ def remove_leftovers(*, dry_run: bool = False) -> Removal:
         return Removal(_counted(found))
     steering, routes = Steering(), VipRoutes()
     failed = [*steering.remove(steering.present()).values(), *routes.remove(routes.present()).values()]
-    # Last: it protects the VIPs while there are any.
+    # The guard goes last: it protects the VIPs as long as there are any.
     if found.tables and (reason := VipGuard().remove()):
         failed.append(f"cannot remove the VIP guard: {reason}")
     left = find_leftovers()

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from proxyd.host.netlink import RTM_GETROUTE, Message, Netlink, attribute, attributes, packed, u32, unpacked
 
-# Route protocol number of everything proxyd makes (linux/rtnetlink.h leaves the numbers to administrators);
-# leftovers of a killed process are found by it.
+# The route protocol number of everything that proxyd makes, by which what a killed process left is found.
+# linux/rtnetlink.h leaves such numbers to administrators.
 ROUTE_PROTOCOL = 112
 
 # linux/rtnetlink.h
@@ -28,16 +28,16 @@ def local_route(ip: str, table: int, kind: int, flags: int = 0, source: str | No
 
     Args:
         ip: the address.
-        table: number of the routing table.
+        table: the number of the routing table.
         kind: RTM_NEWROUTE or RTM_DELROUTE.
         flags: NLM_F_*.
-        source: address from which the node's own connections to `ip` come, or the kernel's choice.
+        source: the address from which the node's own connections to `ip` come; None: the kernel chooses.
 
     Raises:
-        ValueError: not an address.
+        ValueError: `ip` is not an address.
     """
     family, address = packed(ip)
-    scope = RT_SCOPE_HOST if family == socket.AF_INET else 0  # IPv6 routes have none
+    scope = RT_SCOPE_HOST if family == socket.AF_INET else 0  # IPv6 routes have no scope
     small = table if table < 256 else 0
     body = [
         _ROUTE.pack(family, 8 * len(address), 0, 0, small, ROUTE_PROTOCOL, scope, RTN_LOCAL, 0),
@@ -51,7 +51,7 @@ def local_route(ip: str, table: int, kind: int, flags: int = 0, source: str | No
 
 
 class LocalRoute(NamedTuple):
-    """One of proxyd's local routes, as the kernel has it."""
+    """One of proxyd's local routes in the kernel."""
 
     ip: str
     source: str | None
@@ -70,13 +70,17 @@ def local_routes(netlink: Netlink, table: int) -> list[LocalRoute]:
         try:
             messages = netlink.dump(Message(RTM_GETROUTE, body + attribute(RTA_TABLE, u32(table))))
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):  # no such table or family
+            if error.errno in (
+                errno.ENOENT,
+                errno.EOPNOTSUPP,
+                errno.EAFNOSUPPORT,
+            ):  # there is no such table or family
                 continue
             raise
         for message in messages:
             header = _ROUTE.unpack_from(message.body)
             seen = attributes(message.body, _ROUTE.size)
-            # Kernels before 4.20 do not filter.
+            # Kernels before 4.20 do not filter the dump.
             if (
                 header[0] != family
                 or header[5] != ROUTE_PROTOCOL
@@ -92,7 +96,7 @@ def local_routes(netlink: Netlink, table: int) -> list[LocalRoute]:
 
 
 class RouteChoice(NamedTuple):
-    """How the kernel would send to an address: route type, interface index, source address."""
+    """The kernel's route to an address: route type, interface index, source address."""
 
     kind: int
     interface: int
@@ -100,11 +104,11 @@ class RouteChoice(NamedTuple):
 
 
 def route_to(netlink: Netlink, ip: str) -> RouteChoice | None:
-    """The kernel's route to an address; None where there is none. Nothing is sent.
+    """The kernel's route to an address; None if there is none. Nothing is sent.
 
     Raises:
         OSError: netlink failed.
-        ValueError: not an address.
+        ValueError: `ip` is not an address.
     """
     family, address = packed(ip)
     body = _ROUTE.pack(family, 8 * len(address), 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, address)

@@ -1,11 +1,11 @@
-"""An nftables table that has the kernel join fragments of datagrams to steered UDP ports before routing.
+"""An nftables table for fragmented datagrams to steered UDP ports: the kernel joins them before routing.
 
-Only the first fragment of a datagram carries its port, so a policy rule would take that one alone, and the
-others would go to the foreign host. The kernel's reassembly in front of routing (nf_defrag_ipv4,
-nf_defrag_ipv6) is switched on by whoever needs it, for a network namespace: connection tracking, or the
-`tproxy` expression. The table has the latter in a chain that nothing leads to, so that no packet pays for it
-and no connection is tracked. What the node forwards is cut into fragments of the former size again.
-Reassembly ends with the table.
+Only the first fragment of a datagram has its port: a policy rule would take that fragment alone, and the
+others would go to the foreign host. The kernel can reassemble before routing (nf_defrag_ipv4,
+nf_defrag_ipv6): connection tracking switches that on for a network namespace, and so does the `tproxy`
+expression. The table has such an expression in a chain that nothing leads to, so no packet pays for it, and
+no connection is tracked. What the node forwards is cut into fragments of their former size again. Reassembly
+ends with the table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from proxyd.host.nft import refused, run, table_exists, which
 
 TABLE = "proxyd-fragments"
 
-# Families (2, 10) and UDP (17) by number, as a node without /etc/protocols cannot tell the names.
+# Families (2, 10) and UDP (17) are numbers: a node without /etc/protocols does not know the names.
 _RULES = f"""
 table inet {TABLE} {{
   chain never {{
@@ -26,13 +26,13 @@ table inet {TABLE} {{
 
 
 class Fragments:
-    """The table of this node, while a UDP port is steered. Needs `nft`, CAP_NET_ADMIN and tproxy."""
+    """This node's table, there while a UDP port is steered. It needs `nft`, CAP_NET_ADMIN and tproxy."""
 
     def sync(self, *, wanted: bool) -> str | None:
-        """Have datagrams put together before routing, or no longer.
+        """Begin or end the reassembly of datagrams before routing.
 
         Returns:
-            None, or one line: why it could not be done.
+            None, or one line that says why it could not be done.
         """
         try:
             exists = table_exists(TABLE)

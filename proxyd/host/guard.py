@@ -1,21 +1,20 @@
-"""The VIP guard: an nftables table that rejects what is sent to a VIP and is not for a service port.
+"""The VIP guard: an nftables table that rejects packets to a VIP which are not for a service port.
 
 A VIP is local to the node, so without the guard VIP:22 would reach the node's own sshd. The rules keep no
-state and do not load connection tracking; what belongs to something that exists is recognised by its packets:
+state and do not load connection tracking. They recognise by a packet alone whether it is from a new client:
 
-- TCP: only a first SYN is rejected. Answers to connections from a VIP, and relays of a service port that was
-  removed, go on. Every other segment passes by the very first rule, as most packets are such.
-- UDP: whatever comes from a service port over `lo` is an answer to the node's own client, whose address is
-  the VIP. With kernels that have the `socket` expression, so is whatever reaches a socket that is bound to
-  the VIP itself.
+- TCP: only a first SYN is rejected. So answers to connections from a VIP pass, and so do relays of a removed
+  service port. The very first rule accepts every other segment, as most packets are such.
+- UDP: a datagram that comes from a service port over `lo` is an answer to the node's own client, whose
+  address is the VIP. So is one to a socket that is bound to the VIP (on kernels with `socket` expressions).
 - SCTP: only an INIT chunk is rejected.
-- IPv6 fragments come by before they are put together (IPv4: after it). All but the first pass; they carry no
-  port, and are nothing without the first.
-- ICMP passes: errors carry path MTU and refusals, and an echo harms nothing.
+- IPv6 fragments pass the hook before they are reassembled (IPv4 ones afterwards). All but the first are
+  accepted: they have no port, and are of no use without the first.
+- ICMP passes: its errors carry path MTU and refusals, and an echo does no harm.
 
-Needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, unguarded. The rules name protocols by
-their numbers (ICMP 1 and 58, UDP 17): a minimal node has no /etc/protocols, and many versions of nft need it
-for names.
+The guard needs the program `nft` and CAP_NET_ADMIN. Without them proxyd works, but unguarded. The rules name
+protocols by number (ICMP 1 and 58, UDP 17): a minimal node has no /etc/protocols, which many versions of nft
+need for names.
 """
 
 from __future__ import annotations
@@ -70,16 +69,16 @@ _BOUND_SOCKET = "meta l4proto 17 socket wildcard 0 accept"
 
 
 class VipGuard:
-    """The guard of this node. Remembers what it last put in force, so that small changes stay small."""
+    """This node's guard. It remembers what it put in force last, so that a small change is a small script."""
 
     def __init__(self) -> None:
         self._vips: frozenset[str] = frozenset()
         self._ports: frozenset[ListenerKey] = frozenset()
-        self._known = False  # whether the two above are what the kernel has
+        self._known = False  # whether the kernel has what the two above say
         self._begun: tuple[frozenset[str], frozenset[ListenerKey], Run] | None = None
 
     def available(self) -> str | None:
-        """None if the guard can be used, else one line: why not, and what to do."""
+        """None if the guard can be used, else one line that says why not, and what to do."""
         if which("nft") is None:
             return "the program `nft` was not found; install nftables"
         try:
@@ -99,12 +98,11 @@ class VipGuard:
     def begin(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> None:
         """Begin to set up a first guard, while the caller goes on; `sync` waits for it, and corrects it.
 
-        It guards VIPs that are to become local, before they are. Nothing happens where there is a guard
-        already.
+        It guards VIPs before they become local. If there is a guard already nothing happens.
 
         Args:
-            vips: as in `sync`, those that will be local.
-            ports: as in `sync`, those that will be listened on.
+            vips: as of `sync`: the addresses that will be local.
+            ports: as of `sync`: the listeners that will be open.
         """
         if self._known or self._begun is not None:
             return
@@ -116,13 +114,12 @@ class VipGuard:
         """Guard these VIPs, all but these ports, in one atomic change. A flushed ruleset is made anew.
 
         Args:
-            vips: addresses that are local by proxyd's routes. Those in 127.0.0.0/8 and ::1 are not guarded.
-            ports: what proxyd listens on. A service port whose listener is closed must not be among them: a
-                daemon bound to all addresses would be reached in its place. Ports of other addresses are
-                ignored.
+            vips: addresses that proxyd's routes make local. Those in 127.0.0.0/8 and ::1 are not guarded.
+            ports: the listeners that are open. A closed one must not be among them: clients would reach a
+                daemon that is bound to all addresses. Ports of other addresses are ignored.
 
         Returns:
-            None, or one line: what went wrong.
+            None, or one line that says what went wrong.
         """
         vips = frozenset(ip for ip in vips if not _loopback(ip))
         ports = frozenset(key for key in ports if key.ip in vips)
@@ -136,7 +133,7 @@ class VipGuard:
             failed = self._change(vips, ports)
             if failed is None:
                 return None
-        # Sets that are not as remembered: somebody else changed the table. Swap it whole.
+        # The sets are not as remembered, as somebody else changed the table: replace all of it.
         failed = self._replace(vips, ports)
         self._known = failed is None
         if failed is None:
@@ -144,7 +141,7 @@ class VipGuard:
         return failed
 
     def remove(self) -> str | None:
-        """Delete the table. None, or one line: what went wrong."""
+        """Delete the table. Returns None, or one line that says what went wrong."""
         self._ended()
         self._known = False
         try:
@@ -155,7 +152,7 @@ class VipGuard:
         return run(f"delete table inet {TABLE}\n")
 
     def _ended(self) -> bool:
-        """Wait for what was begun. Returns whether that is in force."""
+        """Wait for the change that was begun. Returns whether it is in force."""
         if self._begun is None:
             return False
         (self._vips, self._ports, run_of_nft), self._begun = self._begun, None
@@ -163,7 +160,7 @@ class VipGuard:
         return self._known
 
     def _change(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
-        # New ports are let through before their VIP is guarded, and the other way round.
+        # A port is admitted before its VIP is guarded, and a VIP is released before its ports are.
         script = "".join(
             [
                 *elements("add", TABLE, "ports", map(port, ports - self._ports)),
@@ -181,12 +178,12 @@ class VipGuard:
         failed = run(_whole(vips, ports, _BOUND_SOCKET))
         if failed is None:
             return None
-        # A kernel or an nft without the `socket` expression; any other error comes back.
+        # The kernel or nft may lack the `socket` expression; any other error comes again.
         return run(_whole(vips, ports, ""))
 
 
 def _whole(vips: frozenset[str], ports: frozenset[ListenerKey], socket: str) -> str:
-    """A script that makes the table anew. Declared first, it can be deleted whether or not it was there."""
+    """A script that makes the table anew. It adds the table first, so that it can delete it in any case."""
     return "".join(
         [
             f"table inet {TABLE}\ndelete table inet {TABLE}\n",

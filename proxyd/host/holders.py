@@ -1,4 +1,4 @@
-"""Who holds a port: asked when a bind has failed, or whether it would, to tell the operator."""
+"""Finds the process that holds a port, to name it to the operator when a bind has failed or would fail."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from proxyd.state.spec import ListenerKey
 # linux/inet_diag.h, linux/sock_diag.h
 _SOCK_DIAG_BY_FAMILY = 20
 _REQUEST = struct.Struct("=BBBBI")  # family, protocol, extensions, padding, states
-_SOCKET = struct.Struct(
-    ">HH16s16s"
-)  # ports and addresses of source and destination, then interface and cookie
+_SOCKET = struct.Struct(">HH16s16s")  # ports and addresses of source and destination, interface, cookie
 _ANSWER_SOURCE = 4  # family, state, timer, retransmits come before the socket
 _ANSWER_INODE = 68
 _V6ONLY = 11  # INET_DIAG_SKV6ONLY
@@ -30,34 +28,34 @@ _UNCONNECTED = 1 << 7
 _ANY_STATE = 0xFFFFFFFF
 _NUMBERS = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 
-# Conflicts may come in hundreds and must not hold up control. Looking through /proc takes at most this many
-# seconds of processor time, as on a busy machine all else would find nobody ...
+# Conflicts may come in hundreds, and must not hold up control. One search of /proc takes at most so many
+# seconds of processor time (of the clock's time, a busy machine would leave too little) ...
 _SCAN_SECONDS = 0.1
-# ... and a tenth of the time in the long run; what was not used adds up to this many seconds of waiting.
+# ... and all of them a tenth of the time in the long run; unused time adds up to so many seconds.
 _PAUSE = 10
 _SAVED = 5.0
-# A command that is asked for it may look longer.
+# A command that a user waits for may search longer.
 _LONG_SCAN_SECONDS = 1.0
-# Where the program's name may be: `python3 -P -m proxyd run`.
+# The program's name is among so many words of the command line: `python3 -P -m proxyd run`.
 _COMMAND_WORDS = 6
-_NOBODY, _PROXYD = "", "proxyd"  # told apart by identity
+_NOBODY, _PROXYD = "", "proxyd"  # compared by identity
 
 
 class _Scan:
-    """When /proc may be looked through again."""
+    """When /proc may be searched again."""
 
     not_before = 0.0
 
 
 def holder(key: ListenerKey, *, patient: bool = False) -> str:
-    """Name and pid of the process whose socket is in the way of a listener: `nginx (pid 812)`.
+    """Name and pid of the process whose socket is in the way of a listener, such as `nginx (pid 812)`.
 
     Args:
-        key: of the listener.
-        patient: look for as long as a second of processor time; not for the event loop.
+        key: the listener's key.
+        patient: search for up to a second of processor time; not within the event loop.
 
     Returns:
-        "" where that cannot be found: no right to see other processes' descriptors, or no time.
+        "" if the process cannot be found: it takes the right to see other processes' descriptors, and time.
     """
     try:
         inodes = _inodes(key)
@@ -78,12 +76,11 @@ def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
     """Which of many listeners could not be opened now, as another process holds the port. Nothing is bound.
 
     Returns:
-        For each such key who that is, as from `holder`. Left out are sockets of a proxyd, which is likely the
-        one that serves these very listeners; also sockets of unknown processes where a proxyd manages this
-        node's addresses.
+        The holder of each such port, as from `holder`. Sockets of a proxyd are left out: it probably serves
+        these very listeners. So are those of unknown processes where a proxyd manages the node's addresses.
 
     Raises:
-        OSError: the kernel does not say.
+        OSError: netlink failed.
     """
     keys = list(keys)
     sockets: dict[tuple[Protocol, int], list[_Bound]] = {}
@@ -115,7 +112,7 @@ def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
 
 
 class _Bound(NamedTuple):
-    """One socket that is bound to a port."""
+    """A socket that is bound to a port."""
 
     family: int
     address: bytes
@@ -124,14 +121,14 @@ class _Bound(NamedTuple):
     v6only: bool
 
     def in_the_way(self, family: int, address: bytes) -> bool:
-        """Whether nobody else can bind its port at this address."""
+        """Whether it keeps others from binding its port at this address."""
         if any(self.address):
             return (self.family, self.address) == (family, address)
         return self.family == family or (self.family == socket.AF_INET6 and not self.v6only)
 
 
 def _bound(netlink: Netlink, family: int, protocol: Protocol) -> Iterator[_Bound]:
-    """Listening TCP sockets, or UDP sockets that take datagrams of everybody."""
+    """Yields the listening TCP sockets, or the UDP sockets that are not connected."""
     states = _LISTEN if protocol is Protocol.TCP else _UNCONNECTED
     body = _REQUEST.pack(family, _NUMBERS[protocol], 0, 0, states) + _SOCKET.pack(0, 0, b"", b"") + bytes(12)
     for message in netlink.dump(Message(_SOCK_DIAG_BY_FAMILY, body)):
@@ -152,7 +149,7 @@ def _proxyd_is_here() -> bool:
 
 
 def _owners(inodes: set[int], seconds: float) -> dict[int, str]:
-    """Who holds each socket, as far as it can be found in so many seconds of processor time."""
+    """The holder of each socket, as far as it is found within so many seconds of processor time."""
     deadline = time.thread_time() + seconds
     names = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, str] = {}
@@ -183,7 +180,7 @@ def _described(process: int) -> str:
 
 
 def _inodes(key: ListenerKey) -> set[int]:
-    """Sockets bound to the key's port, at its address or at all addresses."""
+    """The inodes of sockets that are bound to the key's port, at its address or at all addresses."""
     if key.protocol is Protocol.SCTP:
         return _sctp_inodes(key)
     protocol = _NUMBERS[key.protocol]
@@ -191,7 +188,7 @@ def _inodes(key: ListenerKey) -> set[int]:
     states = _LISTEN if key.protocol is Protocol.TCP else _ANY_STATE
     found = set()
     with Netlink(NETLINK_SOCK_DIAG) as netlink:
-        # An IPv6 socket at [::] may hold the IPv4 port too.
+        # An IPv6 socket at [::] may hold the IPv4 port as well.
         for asked in {family, socket.AF_INET6}:
             body = (
                 _REQUEST.pack(asked, protocol, 0, 0, states) + _SOCKET.pack(key.port, 0, b"", b"") + bytes(12)
@@ -199,18 +196,18 @@ def _inodes(key: ListenerKey) -> set[int]:
             for message in netlink.dump(Message(_SOCK_DIAG_BY_FAMILY, body)):
                 port, _, source, _ = _SOCKET.unpack_from(message.body, _ANSWER_SOURCE)
                 bound = source[:4] if asked == socket.AF_INET else source
-                # All addresses are in the way of each, and each in the way of all.
+                # A socket at all addresses conflicts with one at any address.
                 if port == key.port and (bound == address or not any(bound) or not any(address)):
                     found.add(struct.unpack_from("=I", message.body, _ANSWER_INODE)[0])
     return found
 
 
 def _sctp_inodes(key: ListenerKey) -> set[int]:
-    """As `_inodes`; sock_diag would need a module of its own for SCTP."""
+    """As `_inodes`, from /proc: sock_diag would need a kernel module of its own for SCTP."""
     found = set()
     lines = Path("/proc/self/net/sctp/eps").read_text(encoding="ascii").splitlines()[1:]
     for line in lines:
-        # Endpoint, socket, style, state, bucket, port, user, inode, addresses: net/sctp/proc.c.
+        # Columns (net/sctp/proc.c): endpoint, socket, style, state, bucket, port, user, inode, addresses.
         _, _, _, _, _, port, _, inode, *ips = line.split()
         if int(port) == key.port and not {key.ip, "0.0.0.0", "::"}.isdisjoint(_short(ip) for ip in ips):
             found.add(int(inode))
@@ -222,10 +219,10 @@ def _short(ip: str) -> str:
 
 
 def _owner(inodes: set[int], seconds: float) -> str:
-    """Who holds one of these sockets; "" where that is not found in so many seconds of processor time."""
+    """The holder of one of these sockets; "" if it is not found within so many seconds of processor time."""
     deadline = time.thread_time() + seconds
     names = {f"socket:[{inode}]" for inode in inodes}
-    # os.scandir and os.readlink: several times faster than Path, and there may be many descriptors.
+    # There may be many descriptors: os.scandir and os.readlink are several times faster than Path.
     with os.scandir("/proc") as folders:
         processes = sorted(int(folder.name) for folder in folders if folder.name.isdigit())
     for process in processes:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from proxyd.host.cleanup import Removal
 from proxyd.host.nft import which
 
-# kubernetes pkg/proxy/userspace/proxier.go, 1.25. KUBE-NODEPORTS, of the iptables mode, is another one.
+# kubernetes 1.25, pkg/proxy/userspace/proxier.go. KUBE-NODEPORTS is a chain of the iptables mode.
 PREFIXES = ("KUBE-PORTALS-", "KUBE-NODEPORT-")
 _TABLES = ("nat", "filter")
 _TIMEOUT = 20.0
@@ -19,7 +19,7 @@ _JUMP = re.compile(r"\s-[jg] (\S+)")
 
 
 class _Tool(NamedTuple):
-    """One kind of iptables: `iptables-nft`, `ip6tables-legacy` ..."""
+    """One variant of iptables, such as `iptables-nft` or `ip6tables-legacy`."""
 
     name: str
     # The file of /proc/net that lists its tables: touching another would load it. "": any may be touched.
@@ -27,13 +27,13 @@ class _Tool(NamedTuple):
 
 
 def remove_userspace_chains(*, dry_run: bool = False) -> Removal:
-    """Remove the chains KUBE-PORTALS-* and KUBE-NODEPORT-*, and the rules that lead to them; nothing else.
+    """Remove the chains KUBE-PORTALS-* and KUBE-NODEPORT-* and the rules that lead to them, and nothing else.
 
     Args:
-        dry_run: only say what would be removed.
+        dry_run: only tell what would be removed.
 
     Returns:
-        A text for each table that had some: "iptables-nft table nat: KUBE-PORTALS-HOST".
+        A text for each table that had such chains: "iptables-nft table nat: KUBE-PORTALS-HOST".
     """
     gone: list[str] = []
     failed: list[str] = []
@@ -61,14 +61,14 @@ def remove_userspace_chains(*, dry_run: bool = False) -> Removal:
 
 
 def removal(table: str, saved: str) -> tuple[str, list[str]]:
-    """What `iptables-restore --noflush` is given to remove the chains that `iptables-save` has shown.
+    """Makes the script by which `iptables-restore --noflush` removes the chains.
 
     Args:
-        table: of iptables.
+        table: the name of the iptables table.
         saved: what `iptables-save -t TABLE` printed.
 
     Returns:
-        The script, and the names of the chains; "" and [] where there are none.
+        The script, and the names of the chains; "" and [] if there are none.
     """
     chains = sorted(
         line[1:].split()[0]
@@ -100,7 +100,7 @@ def _tools() -> Iterator[_Tool]:
 
 
 def loaded_tables(names: str) -> list[str]:
-    """The tables of the older iptables that this network namespace has: `names` is a file of /proc/net."""
+    """The loaded tables of iptables-legacy, as the file `names` of /proc/net lists them."""
     try:
         return Path("/proc/thread-self/net", names).read_text(encoding="ascii").split()
     except OSError:

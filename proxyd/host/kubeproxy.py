@@ -16,8 +16,8 @@ from proxyd.host.nft import which
 _GETCHAIN = 10 << 8 | 4  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN
 _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME = 1, 3
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
-# Chains that take or refuse service traffic (kubernetes pkg/proxy/iptables and pkg/proxy/ipvs, which share
-# some). KUBE-FIREWALL and the canaries are the kubelet's and stay.
+# Chains that take or refuse service traffic; kubernetes pkg/proxy/iptables and pkg/proxy/ipvs share some.
+# KUBE-FIREWALL and the canaries are not among them: they belong to the kubelet.
 _CHAINS = (
     "KUBE-SERVICES",
     "KUBE-NODEPORTS",
@@ -32,14 +32,14 @@ _CHAINS = (
     "KUBE-FW-",
     "KUBE-XLB-",
 )
-_NFT_TABLE = "kube-proxy"  # of its nftables mode, families ip and ip6
-_IPVS_LINK = "kube-ipvs0"  # of its IPVS mode: every VIP is an address of it
-_SHOWN = 4  # names in one line
+_NFT_TABLE = "kube-proxy"  # of the nftables mode, in families ip and ip6
+_IPVS_LINK = "kube-ipvs0"  # of the IPVS mode: every VIP is an address of this interface
+_SHOWN = 4  # so many names are in one line
 _TIMEOUT = 10.0
 
 
 class Mode(enum.StrEnum):
-    """A mode of kube-proxy's."""
+    """A mode of kube-proxy."""
 
     USERSPACE = "userspace"
     IPTABLES = "iptables"
@@ -48,12 +48,12 @@ class Mode(enum.StrEnum):
 
 
 class Leftover(NamedTuple):
-    """What one mode left in one place."""
+    """The things that a mode left in one place."""
 
     mode: Mode
-    place: str  # "nft table ip nat", "interface kube-ipvs0"
+    place: str  # such as "nft table ip nat" or "interface kube-ipvs0"
     names: tuple[str, ...]
-    table: str = ""  # of nftables: family and name
+    table: str = ""  # family and name of an nftables table
 
     def __str__(self) -> str:
         more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
@@ -61,7 +61,7 @@ class Leftover(NamedTuple):
 
     @property
     def removed_by(self) -> str:
-        """The command that removes it."""
+        """The command by which an operator removes it."""
         match self.mode:
             case Mode.USERSPACE:
                 return "proxyd cleanup --kube-proxy"
@@ -74,11 +74,11 @@ class Leftover(NamedTuple):
 
 
 def kube_proxy_leftovers() -> list[Leftover]:
-    """Look for what kube-proxy left. Nothing is changed.
+    """Look for what kube-proxy left; nothing is changed.
 
-    Needs CAP_NET_ADMIN; without it, or where a tool is missing, what cannot be seen is not reported.
+    It needs CAP_NET_ADMIN and the tools of iptables and nftables; what it cannot see it does not report.
     """
-    found: dict[tuple[Mode, str, str], list[str]] = {}  # chains, by mode, place and nft table
+    found: dict[tuple[Mode, str, str], list[str]] = {}  # names of chains, by mode, place and nftables table
     try:
         for family, table, chain in _nft_chains():
             own = table == _NFT_TABLE and family in ("ip", "ip6", "inet")
@@ -109,7 +109,7 @@ def _mode(chain: str) -> Mode | None:
 
 
 def _nft_chains() -> Iterator[tuple[str, str, str]]:
-    """Family, table and name of every nftables chain, those of iptables-nft among them."""
+    """Yields family, table and name of every nftables chain, also of iptables-nft."""
     with Netlink(NETLINK_NETFILTER) as netlink:
         for message in netlink.dump(Message(_GETCHAIN, bytes(4))):
             seen = attributes(message.body, 4)
@@ -121,7 +121,7 @@ def _nft_chains() -> Iterator[tuple[str, str, str]]:
 
 
 def _legacy_chains(program: str, names: str) -> Iterator[tuple[str, str]]:
-    """Table and name of every chain of the older iptables, in loaded tables only: asking loads others."""
+    """Yields table and name of every chain of iptables-legacy, in loaded tables only: asking loads others."""
     save = which(f"{program}-legacy-save") or which(f"{program}-save")
     if save is None:
         return

@@ -1,4 +1,4 @@
-"""What this process may do: how many descriptors it may open, whether it may change routes."""
+"""What this process may do: open descriptors, change routes, and live when memory is short."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ def raise_nofile() -> int:
     """Raise the soft limit on open files to the hard one.
 
     Returns:
-        The limit in force.
+        The limit that is in force now.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # an unlimited hard limit above the kernel's fs.nr_open
+        except (OSError, ValueError):  # the hard limit is unlimited, and fs.nr_open is not
             return soft
     return hard
 
 
 def set_oom_score(score: int) -> str:
-    """Set this process's oom_score_adj, which its children inherit: -1000 never to 1000 first.
+    """Set oom_score_adj of this process and of its later children: from -1000 (never killed) to 1000 (first).
 
     Returns:
-        "", or why it could not be set: lowering it needs CAP_SYS_RESOURCE (proc(5)).
+        "", or why it could not be set. Lowering it needs CAP_SYS_RESOURCE (proc(5)).
     """
     try:
         Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
@@ -39,10 +39,10 @@ def set_oom_score(score: int) -> str:
 
 
 def can_route() -> bool:
-    """Whether routes may be changed in this network namespace.
+    """Whether this process may change routes in its network namespace.
 
-    Asks the kernel to delete a route that cannot exist (proxyd's own for 0.0.0.0). It checks the permission
-    first, so the answer is "not permitted" or "no such route", and nothing changes.
+    The kernel is asked to delete a route that cannot exist, proxyd's own for 0.0.0.0. It checks the
+    permission first, so the answer is "not permitted" or "no such route", and nothing changes.
     """
     try:
         with Netlink() as netlink:

@@ -1,7 +1,7 @@
-"""Netlink: batches of requests with an answer for each, and dumps. Synchronous, over a new socket each time.
+"""Netlink, synchronously: batches of requests, with an answer for each, and dumps.
 
-The messages proxyd needs are few and fixed in the kernel's ABI, so they are written here by hand: a library
-built on asyncio cannot be called from within the loop that control runs in.
+The messages that proxyd needs are few, and part of the kernel's ABI, so they are written by hand: a library
+on top of asyncio cannot be called from code that runs in the event loop.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 
-# Requests per datagram. Every one may fail, and all answers must fit the default receive buffer (212,992
-# bytes, of which the kernel charges about 1 KiB for each).
+# Requests in one datagram. Each may fail, and all answers must fit into the default receive buffer: 212,992
+# bytes, of which the kernel charges about 1 KiB for each.
 _BATCH = 128
-_TIMEOUT = 10.0  # seconds; the kernel answers before the send returns, so this is for a kernel that does not
+_TIMEOUT = 10.0  # seconds; the kernel normally answers before the send returns
 _DUMP_RETRIES = 5
 _RECEIVE = 1 << 16
 
 
 class Message(NamedTuple):
-    """One request (flags without REQUEST and ACK), or one part of a dump."""
+    """A request (its flags without REQUEST and ACK), or one object of a dump."""
 
     kind: int
     body: bytes
@@ -63,24 +63,24 @@ class Message(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why the kernel refused a request: errno, and one line in words."""
+    """Why the kernel refused a request: errno, and one line of text."""
 
     errno: int
     text: str
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
-    """One attribute, padded to four bytes."""
+    """An attribute, padded to a multiple of four bytes."""
     return _ATTRIBUTE.pack(4 + len(payload), kind) + payload + bytes(-len(payload) % 4)
 
 
 def u32(value: int) -> bytes:
-    """A 32-bit number in the byte order of this machine."""
+    """A 32-bit number in this machine's byte order."""
     return struct.pack("=I", value)
 
 
 def attributes(data: bytes, offset: int) -> dict[int, bytes]:
-    """Attributes of a message body from `offset` on, by type without the flags for nesting and byte order."""
+    """The attributes of a message body from `offset` on, by type (without its flags)."""
     found = {}
     while offset + 4 <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
@@ -92,10 +92,10 @@ def attributes(data: bytes, offset: int) -> dict[int, bytes]:
 
 
 def packed(ip: str) -> tuple[int, bytes]:
-    """Address family and network bytes of an address.
+    """The family of an address, and its bytes in network order.
 
     Raises:
-        ValueError: not an IPv4 or IPv6 address.
+        ValueError: `ip` is not an IPv4 or IPv6 address.
     """
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     try:
@@ -105,7 +105,7 @@ def packed(ip: str) -> tuple[int, bytes]:
 
 
 def unpacked(address: bytes) -> str:
-    """Canonical text of the 4 or 16 network bytes of an address."""
+    """The canonical text of an address of 4 or 16 bytes in network order."""
     return str(ipaddress.ip_address(address))
 
 
@@ -113,7 +113,7 @@ class Netlink:
     """A netlink socket in the network namespace of the calling thread: a context manager for one thread.
 
     Raises:
-        OSError: netlink is not allowed (a sandbox), or there are no descriptors left.
+        OSError: a sandbox forbids netlink, or no descriptor is left.
     """
 
     __slots__ = ("_sequence", "_socket")
@@ -128,7 +128,7 @@ class Netlink:
                 try:
                     self._socket.setsockopt(_SOL_NETLINK, option, 1)
                 except OSError as error:
-                    if error.errno != errno.ENOPROTOOPT:  # an older kernel only says less
+                    if error.errno != errno.ENOPROTOOPT:  # an older kernel explains errors less
                         raise
         except OSError:
             self._socket.close()
@@ -147,10 +147,10 @@ class Netlink:
         self._socket.close()
 
     def batch(self, messages: Sequence[Message]) -> list[Failure | None]:
-        """Carry out every message, in order; one that fails does not stop the others.
+        """Send all requests, in order; one that fails does not stop the others.
 
         Returns:
-            For each message None, or why it failed.
+            None for each request, or why it failed.
 
         Raises:
             OSError: the socket itself failed.
@@ -160,7 +160,7 @@ class Netlink:
             part = messages[start : start + _BATCH]
             first = self._sequence + 1
             self._sequence += len(part)
-            # Failures are always answered; only the last message asks for an answer when it succeeds.
+            # The kernel answers every failure. Only the last request asks for an answer to its success.
             self._socket.send(
                 b"".join(
                     self._encode(message, first + i, _NLM_F_ACK if i == len(part) - 1 else 0)
@@ -177,11 +177,11 @@ class Netlink:
         return results
 
     def one(self, message: Message) -> Failure | None:
-        """Carry out one message; see `batch`."""
+        """Send one request; see `batch`."""
         return self.batch([message])[0]
 
     def dump(self, message: Message) -> list[Message]:
-        """Every object of a kind.
+        """All objects of a kind.
 
         Raises:
             OSError: the kernel refused, or the socket failed.
@@ -193,10 +193,10 @@ class Netlink:
         raise OSError(errno.EAGAIN, "the kernel's tables change too fast to be read")
 
     def get(self, message: Message) -> Message:
-        """The one object that the message asks for.
+        """The one object that the request asks for.
 
         Raises:
-            OSError: the kernel refused (errno as it gave it), or the socket failed.
+            OSError: the kernel refused, with its errno, or the socket failed.
         """
         self._sequence += 1
         self._socket.send(self._encode(message, self._sequence, 0))
@@ -222,7 +222,7 @@ class Netlink:
                     continue
                 interrupted = interrupted or bool(flags & _NLM_F_DUMP_INTR)
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
-                    # DONE carries an errno too, and no copy of the request.
+                    # DONE has an errno as well, but no copy of the request.
                     failure = _failure(body, flags | _NLM_F_CAPPED) if len(body) >= 4 else None
                     if failure is not None:
                         raise OSError(*failure)

@@ -1,4 +1,4 @@
-"""Tables of nftables: scripts given to the program `nft`, and whether a table exists (asked by netlink)."""
+"""Changes tables of nftables by scripts for the program `nft`, and asks netlink whether a table exists."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ _SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sb
 _GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _NFTA_TABLE_NAME = 1
 _NFPROTO_INET = 1
-# By number, as a node without /etc/protocols cannot tell the names.
+# Protocols are numbers: a node without /etc/protocols does not know the names.
 _NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
-# What a client is told that may not connect. Nothing is kept of connections: what belongs to one that exists
-# is recognised by its packets, a TCP (6) segment that is not a first SYN, an SCTP (132) packet that does not
-# begin with INIT.
+# The answer to a client that may not connect. The rules keep no state of connections: by its packet alone
+# they see that a client is new, by a first SYN of TCP (6) or an INIT chunk of SCTP (132).
 REJECT_NEW_TCP = """
     tcp flags & (fin | syn | rst | ack) == syn reject with tcp reset
     meta l4proto 6 accept
 """
-# "Port unreachable" leaves an SCTP client trying for minutes; "protocol unreachable" ends it at once. IPv6
+# After "port unreachable" an SCTP client tries for minutes; "protocol unreachable" ends it at once, but IPv6
 # has no such message.
 REJECT_OTHER = """
     meta l4proto 132 @th,96,8 != 1 accept
@@ -37,7 +36,7 @@ REJECT_OTHER = """
 
 
 def which(program: str) -> str | None:
-    """Path of a program, found in the system's folders even if PATH lacks them; None if there is none."""
+    """The path of a program, in PATH or in the system's own folders; None if it is not installed."""
     return shutil.which(program, path=_SEARCH)
 
 
@@ -57,7 +56,7 @@ def table_exists(table: str) -> bool:
 
 
 def refused(error: OSError) -> str:
-    """One line for an error of `table_exists`: why, and what to do."""
+    """One line of text for an error of `table_exists`: why, and what to do."""
     if error.errno in (errno.EPERM, errno.EACCES):
         return "nftables needs root or CAP_NET_ADMIN"
     return f"nftables cannot be used: {error.strerror or error}"
@@ -69,7 +68,7 @@ def port(key: ListenerKey) -> str:
 
 
 def elements(verb: str, table: str, name: str, members: Iterable[str]) -> list[str]:
-    """Commands that add or delete elements of the sets NAME4 and NAME6."""
+    """The commands that add elements to, or delete them from, the sets NAME4 and NAME6."""
     families: dict[int, list[str]] = {4: [], 6: []}
     for element in members:
         families[6 if ":" in element else 4].append(element)
@@ -81,10 +80,10 @@ def elements(verb: str, table: str, name: str, members: Iterable[str]) -> list[s
 
 
 class Run:
-    """One run of nft, which begins at once: all of the script happens or nothing.
+    """A run of nft, which begins at once. Either all of the script happens or nothing.
 
     Args:
-        script: what nft is given.
+        script: the commands.
     """
 
     def __init__(self, script: str) -> None:
@@ -95,7 +94,7 @@ class Run:
             self._failed = "the program `nft` was not found; install nftables"
             return
         try:
-            # From memory: nobody has to wait until nft has read what a pipe does not hold.
+            # nft reads from a file in memory: into a pipe a long script would have to be fed.
             with os.fdopen(os.memfd_create("proxyd-nft"), "w+b") as file:
                 file.write(script.encode())
                 file.seek(0)
@@ -106,7 +105,7 @@ class Run:
             self._failed = f"nft did not run: {error}"
 
     def wait(self) -> str | None:
-        """Wait for its end. None, or one line: what nft said. To be called once."""
+        """Wait for its end; to be called once. Returns None, or one line that nft printed."""
         process = self._process
         if process is None:
             return self._failed
@@ -126,5 +125,5 @@ class Run:
 
 
 def run(script: str) -> str | None:
-    """Give nft a script: all of it happens or nothing. None, or one line: what nft said."""
+    """Run nft with a script, of which all happens or nothing. Returns None, or one line that nft printed."""
     return Run(script).wait()

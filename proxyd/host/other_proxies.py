@@ -1,4 +1,4 @@
-"""Which other proxy of this node holds an address that proxyd is to answer at: HTTP and the kernel tell."""
+"""Finds the other proxy of this node that holds an address of proxyd's, by HTTP and by asking the kernel."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ _MODES = {"userspace", "iptables", "ipvs", "nftables", "kernelspace"}
 
 
 class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
-    """Who holds an address.
+    """The holder of an address.
 
-    `kind` is told by what it answers; `process` is its name and pid, "" where they can't be read from here.
+    Attributes:
+        kind: "kube-proxy" or "proxyd", as it answers; "" for anything else.
+        mode: the mode of a kube-proxy, if it tells.
+        process: its name and pid; "" if they can't be read.
     """
 
-    kind: str  # "kube-proxy", "proxyd", or "" for what is no proxy
-    mode: str = ""  # of a kube-proxy, where it says it
+    kind: str
+    mode: str = ""
     process: str = ""
 
     def __str__(self) -> str:
@@ -38,7 +41,7 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def neighbour(address: tuple[str, int]) -> Neighbour | None:
-    """Who listens at an address; None where nobody does. Takes seconds where somebody does not answer."""
+    """The process that listens at an address; None if none does. It takes seconds if that does not answer."""
     ip, port = address
     process = holder(ListenerKey(ip, port, Protocol.TCP), patient=True)
     host = _ANY.get(ip, ip)
@@ -59,7 +62,7 @@ def neighbour(address: tuple[str, int]) -> Neighbour | None:
 
 
 def _get(host: str, port: int, path: str) -> tuple[str, int, str] | None:
-    """The Server header, status and body of an answer; None where nobody answers, or not in HTTP."""
+    """The Server header, status and body of an answer; None if there is none, or not in HTTP."""
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
     try:
         connection.request("GET", path)
@@ -76,7 +79,7 @@ def _get(host: str, port: int, path: str) -> tuple[str, int, str] | None:
 
 
 def _is_health(body: str) -> bool:
-    """Whether kube-proxy's health server answers so (kubernetes pkg/proxy/healthcheck/proxier_health.go)."""
+    """Whether kube-proxy's health server answers like this (pkg/proxy/healthcheck/proxier_health.go)."""
     try:
         answer = json.loads(body)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Refusing new clients of steered addresses: an nftables table in front of routing.
+"""An nftables table that refuses new clients of steered addresses, before routing.
 
-A policy rule of type `unreachable` is no refusal: over IPv6 and UDP clients take the ICMP error for something
-that will pass, and the kernel sends few of them. This table answers as a closed port does, and lets
-established connections be.
+A policy rule of type `unreachable` is not enough: over IPv6 and UDP clients take its ICMP error for a
+temporary one, and the kernel limits how many it sends. This table answers as a closed port does, and leaves
+established connections alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from proxyd.state.spec import ListenerKey
 
 TABLE = "proxyd-refusal"
 
-# Before connection tracking (-200) and address translation: what is refused makes no entries there.
+# It is before connection tracking (-200) and address translation: refused packets make no entries there.
 _RULES = f"""
 table inet {TABLE} {{
   set ports4 {{ type ipv4_addr . inet_proto . inet_service; }}
@@ -31,16 +31,16 @@ table inet {TABLE} {{
 
 
 class Refusal:
-    """The table of this node, while something is refused. Needs `nft`, CAP_NET_ADMIN and Linux 5.9."""
+    """This node's table, there while something is refused. It needs `nft`, CAP_NET_ADMIN and Linux 5.9."""
 
     def __init__(self) -> None:
-        self._keys: frozenset[ListenerKey] | None = None  # what was last put in force; None: not known
+        self._keys: frozenset[ListenerKey] | None = None  # those that are refused now; None: not known
 
     def sync(self, keys: frozenset[ListenerKey]) -> str | None:
-        """Refuse new clients of these, and of no others.
+        """Refuse new clients of these keys, and of no others.
 
         Returns:
-            None, or one line: why it could not be done.
+            None, or one line that says why it could not be done.
         """
         try:
             exists = table_exists(TABLE)

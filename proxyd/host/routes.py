@@ -1,11 +1,11 @@
-"""VIPs made local by host-scope routes: `local VIP dev lo table local proto 112`.
+"""Makes VIPs local by host-scope routes: `local VIP dev lo table local proto 112`.
 
-Such a route makes the kernel deliver the VIP's packets here and lets a listener bind it. No source address is
-set. For IPv4 the node's own connections then come from the VIP itself, which is always reachable from here; a
-route with `src` would be deleted by the kernel together with the address it names. For IPv6 the kernel
-chooses an address of the node.
+With such a route the kernel delivers the VIP's packets on this node, and a listener can bind it. The route
+has no source address. Over IPv4 the node's own connections to the VIP then come from the VIP itself, which
+the node always reaches; the kernel would delete a route with `src` together with the address that `src`
+names. Over IPv6 the kernel chooses an address of the node.
 
-Needs CAP_NET_ADMIN.
+It needs CAP_NET_ADMIN.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from proxyd.host.netlink import NLM_F_CREATE, NLM_F_EXCL, RTM_DELROUTE, RTM_NEWR
 
 __all__ = ["ROUTE_PROTOCOL", "VipRoutes"]
 
-# A route that is to be removed and is not there.
+# The errors of removing a route that does not exist.
 _GONE = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
 
 class VipRoutes:
-    """The VIPs of this node. Keeps nothing itself: the kernel's table is the record."""
+    """The VIPs of this node. It keeps no record: the kernel's table is the record."""
 
     def present(self) -> frozenset[str]:
-        """VIPs that carry proxyd's protocol number, whichever process made them.
+        """The VIPs whose routes have proxyd's protocol number, whichever process made them.
 
         Raises:
             OSError: netlink failed.
@@ -36,7 +36,7 @@ class VipRoutes:
             return frozenset(route.ip for route in local_routes(netlink, RT_TABLE_LOCAL))
 
     def add(self, ips: Iterable[str]) -> dict[str, str]:
-        """Make addresses local. One that is so already, by such a route or as the node's own, stays as it is.
+        """Make addresses local. One that is local already, by a route or as the node's own, stays as it is.
 
         Returns:
             One line for each address that failed.
@@ -51,7 +51,7 @@ class VipRoutes:
         )
 
     def remove(self, ips: Iterable[str]) -> dict[str, str]:
-        """Remove routes that `add` made, and no others. One that is gone already is no failure.
+        """Remove routes that `add` made, and no others. A route that is gone already is no failure.
 
         Returns:
             One line for each address that failed.
@@ -94,7 +94,7 @@ def is_local(ip: str) -> bool:
 
     Raises:
         OSError: netlink failed.
-        ValueError: not an address.
+        ValueError: `ip` is not an address.
     """
     with Netlink() as netlink:
         choice = route_to(netlink, ip)

@@ -1,7 +1,6 @@
 """Listening SCTP sockets, bound to one address or several, with every option that relays inherit.
 
-Imported with the first SCTP listener that is to be opened, and so only where the feature gate SCTPSupport is
-on.
+It is imported when the first SCTP listener is opened, and so only if the feature gate SCTPSupport is on.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ def open_endpoint(
     """Open one socket, bind it to all addresses that can be bound, and listen.
 
     Args:
-        specs: of one home, or a single one.
-        options: of all SCTP sockets.
-        backlog: of the listening socket.
+        specs: the listeners that share the socket.
+        options: those of all SCTP sockets.
+        backlog: the length of the socket's queue of new associations.
 
     Returns:
-        The socket, or None where nothing could be bound, and what failed.
+        The socket (None if no address could be bound), and the failures.
     """
     failed: dict[ListenerKey, BindFailed] = {}
     try:
@@ -59,7 +58,7 @@ def open_endpoint(
             failed[spec.key] = error
     if len(failed) < len(specs):
         try:
-            # Last: an association gets the addresses that were bound when it began.
+            # Listening begins last: an association gets the addresses that were bound when it began.
             opened.listen(backlog)
         except OSError as error:
             failed |= {spec.key: _why(error, spec) for spec in specs if spec.key not in failed}
@@ -70,10 +69,10 @@ def open_endpoint(
 
 
 def add_address(opened: socket.socket, spec: ListenerSpec) -> None:
-    """Bind one more address, also of a socket that listens: new associations learn of it.
+    """Bind one more address, also while the socket listens: new associations get it.
 
     Raises:
-        BindFailed: with what to do.
+        BindFailed: why, and what to do.
     """
     key = spec.key
     if ":" in key.ip and opened.family == socket.AF_INET:
@@ -83,7 +82,7 @@ def add_address(opened: socket.socket, spec: ListenerSpec) -> None:
         try:
             opened.setsockopt(SOL_SCTP, BINDX_ADD, value)
         except OSError as error:
-            # As with TCP: for IPv6 the kernel looks for an address, not for a route.
+            # As for TCP: over IPv6 the kernel looks for an address of the node, not for a route.
             if error.errno != errno.EADDRNOTAVAIL or ":" not in key.ip or not is_local(key.ip):
                 raise
             opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
@@ -96,10 +95,10 @@ def add_address(opened: socket.socket, spec: ListenerSpec) -> None:
 
 
 def remove_address(opened: socket.socket, key: ListenerKey) -> None:
-    """Give one of several addresses up. Associations that have it keep it.
+    """Unbind one of several addresses. Associations that have it keep it.
 
     Raises:
-        OSError: it is the last one, or not bound.
+        OSError: the address is the last one, or is not bound.
     """
     opened.setsockopt(SOL_SCTP, BINDX_REM, addresses([key.ip], key.port))
 
@@ -107,7 +106,7 @@ def remove_address(opened: socket.socket, key: ListenerKey) -> None:
 def bound_to(opened: socket.socket) -> frozenset[str] | None:
     """The addresses that a listening socket is bound to; None without pysctp, which alone can ask."""
     try:
-        import _sctp  # noqa: PLC0415 - the extra `sctp`; its Python layer makes sockets of its own
+        import _sctp  # noqa: PLC0415 - from the extra `sctp`; its Python layer would make sockets of its own
     except ImportError:
         return None
     try:
@@ -149,7 +148,7 @@ def _set_buffers(opened: socket.socket, size: int) -> None:
         with contextlib.suppress(PermissionError):
             opened.setsockopt(socket.SOL_SOCKET, force, size)
             continue
-        # As large as net.core.rmem_max and wmem_max allow.
+        # The kernel limits both to net.core.rmem_max and wmem_max.
         opened.setsockopt(socket.SOL_SOCKET, plain, size)
 
 

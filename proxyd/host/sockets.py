@@ -1,4 +1,4 @@
-"""Sockets to bind: one for each listener spec, with every option that accepted sockets are to inherit."""
+"""Opens a socket for a listener spec, with every option that accepted sockets are to inherit."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from proxyd.host.holders import holder
 from proxyd.host.routes import is_local
 from proxyd.state.spec import ListenerKey, ListenerSpec
 
-# The kernel lowers it to net.core.somaxconn (4096 since Linux 5.4).
+# The kernel limits it to net.core.somaxconn (4096 since Linux 5.4).
 BACKLOG = 4096
 
-# A peer that vanished is noticed after 60 + 4 * 15 = 120 s: before the 5 minutes after which firewalls and
-# clouds usually forget idle connections, at one small packet a minute.
+# It takes 60 + 4 * 15 = 120 s to notice that a peer has vanished, and one small packet a minute. Firewalls
+# and clouds usually forget idle connections after 5 minutes.
 KEEPALIVE_IDLE = 60
 KEEPALIVE_INTERVAL = 15
 KEEPALIVE_COUNT = 4
 
-# Never given to listeners: without them nobody could ask what is wrong, no worker be started again, and a
-# worker, which holds the same listeners under the same limit, could relay nothing.
+# Listeners never get the last so many descriptors: the admin API needs some, and so does starting a worker. A
+# worker, which has the same listeners and the same limit, needs them to relay.
 SPARE_DESCRIPTORS = 128
 
-# linux/in.h and linux/in6.h; the socket module does not have them all
+# linux/in.h and linux/in6.h; the socket module lacks some of them
 _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-# Of a UDP listener: a burst of some 10,000 small datagrams, or 60 of the largest.
+# The buffer of a UDP listener has room for some 10,000 small datagrams, or 60 of the largest.
 _UDP_BUFFER = 4 * 1024 * 1024
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 
 
 class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the status and at its raise
-    """A listener could not be opened. The text is one line: why, and what to do.
+    """A listener could not be opened.
 
     Attributes:
-        message: the text.
-        retryable: it may work later without a change of proxyd's own privileges or settings.
-        exhausted: descriptors or memory ran out, or the kernel lacks the protocol: opening others now is no
-            use.
-        taken: somebody else has the address.
+        message: why, and what to do, in one line.
+        retryable: whether it may work later without a change of proxyd's own privileges or settings.
+        exhausted: whether other listeners can't be opened either: descriptors or memory ran out, or the
+            kernel lacks the protocol.
+        taken: whether somebody else has the address.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the s
 
 
 def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
-    """Open, bind and (not for UDP) listen. SCTP: see `proxyd.host.sctp`.
+    """Open and bind a TCP or UDP socket, and listen with TCP. For SCTP see `proxyd.host.sctp`.
 
-    The socket is non-blocking and close-on-exec. TCP: TCP_NODELAY and keepalive, which accepted sockets
-    inherit, and SO_REUSEADDR (a restart is not held up by old connections). SO_REUSEPORT is never set: it
-    would hide conflicts. An IPv6 socket takes IPv6 only. A steered one is transparent: bound to an address
-    that is not the node's.
+    The socket is non-blocking and close-on-exec. A TCP socket has TCP_NODELAY and keepalive, which accepted
+    sockets inherit, and SO_REUSEADDR, so that old connections do not hold up a restart. SO_REUSEPORT is never
+    set: it would hide conflicts. An IPv6 socket takes IPv6 only. A steered one is transparent, as its address
+    is not the node's.
 
     Raises:
-        BindFailed: with what to do.
+        BindFailed: why, and what to do.
     """
     key = spec.key
     family = socket.AF_INET6 if ":" in key.ip else socket.AF_INET
@@ -96,13 +96,13 @@ def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
 def _socket(family: int, protocol: Protocol) -> socket.socket:
     flags = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     if protocol is Protocol.UDP:
-        # No SO_REUSEADDR: for UDP it would let another process take the port away.
+        # A UDP socket has no SO_REUSEADDR: it would let another process take the port away.
         opened = socket.socket(family, socket.SOCK_DGRAM | flags)
         for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
             try:
                 opened.setsockopt(socket.SOL_SOCKET, force, _UDP_BUFFER)
             except PermissionError:
-                # As large as net.core.rmem_max and wmem_max allow.
+                # The kernel limits both to net.core.rmem_max and wmem_max.
                 opened.setsockopt(socket.SOL_SOCKET, plain, _UDP_BUFFER)
         return opened
     opened = socket.socket(family, socket.SOCK_STREAM | flags, socket.IPPROTO_TCP)
@@ -116,7 +116,7 @@ def _socket(family: int, protocol: Protocol) -> socket.socket:
 
 
 def leave_spare(opened: socket.socket) -> None:
-    """Raise what the kernel would, while some descriptors are left. It gives out the lowest free number."""
+    """Raises EMFILE when few descriptors are left: the socket has the lowest number that was free."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if opened.fileno() >= limit - SPARE_DESCRIPTORS:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -139,8 +139,8 @@ def _bind(opened: socket.socket, key: ListenerKey) -> None:
     try:
         opened.bind((key.ip, key.port))
     except OSError as error:
-        # For IPv6 the kernel looks for an address, not for a route. Free binding passes over that check, so
-        # the route is asked for here: without one the listener would be open and never reached.
+        # Over IPv6 the kernel looks for an address of the node, not for a route. Free binding skips that
+        # check, so the route is looked for here: without one nobody would reach the listener.
         if error.errno != errno.EADDRNOTAVAIL or ":" not in key.ip or not is_local(key.ip):
             raise
         opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
@@ -148,7 +148,7 @@ def _bind(opened: socket.socket, key: ListenerKey) -> None:
 
 
 def explained(error: OSError, key: ListenerKey) -> BindFailed:
-    """What to tell an operator of a listener that could not be opened."""
+    """The failure to open a listener, with a text for the operator."""
     match error.errno:
         case errno.EADDRINUSE:
             who = holder(key) or "another process"

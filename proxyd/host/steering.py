@@ -5,17 +5,17 @@ Of an externalIP or load-balancer IP the node takes (address, protocol, port) an
     ip rule: priority 112, to IP ipproto tcp dport PORT, lookup 7112, protocol 112
     table 7112: local IP dev lo src <an address of the node>, protocol 112
 
-All other ports of IP are routed as before. `src` concerns only connections that the node itself opens:
-without it they would come from IP, and the answers to IP's other ports would be routed away. A packet that
-comes from a pod or from outside brings its own source, which no route changes. Answers leave from IP, because
+All other ports of IP are routed as before. `src` matters only to connections that the node itself opens:
+without it they would come from IP, and the answers of IP's other ports would be routed to the foreign host. A
+packet from a pod or from outside has its own source, which no route changes. Answers leave from IP, because
 the listener is bound transparently.
 
-Where there is no endpoint an `unreachable` rule takes the place of the other, and new clients are refused
-before routing where nftables can be used (see refusal.py).
+Where there is no endpoint the rule is an `unreachable` one, and if nftables can be used new clients are
+refused before routing (see refusal.py).
 
-The rules are a linear list, walked for every packet that is not local: right for tens of addresses. Needs
-Linux 4.17 and CAP_NET_ADMIN. Fragments of a datagram after the first have no port; while a UDP port is
-steered they are put together before routing (see fragments.py).
+The kernel walks the list of rules for every packet that is not local: that is right for tens of addresses. It
+needs Linux 4.17 and CAP_NET_ADMIN. The fragments of a datagram after the first have no port; while a UDP port
+is steered they are reassembled before routing (see fragments.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from proxyd.host.refusal import Refusal
 from proxyd.state.spec import ListenerKey
 from proxyd.state.spec import Steering as Action
 
-# After the table `local` (priority 0) and before those of networks plug-ins and `main` (32766).
+# The rules come after that of table `local` (0), and before those of network plug-ins and `main` (32766).
 RULE_PRIORITY = 112
 STEERING_TABLE = 7112
 
@@ -72,12 +72,7 @@ _Rule = tuple[ListenerKey, Action]
 
 
 class Steering:
-    """The policy rules of this node. The kernel's rules are the record: nothing else has to survive.
-
-    Attributes:
-        trouble: "", or one line: why clients without an endpoint get no proper refusal, only an ICMP error or
-            silence; why large datagrams are lost; or what `refuse_new` and `refresh` could not read.
-    """
+    """The policy rules of this node. It keeps no record of them: the kernel's rules are the record."""
 
     def __init__(self) -> None:
         self._troubles: dict[str, str] = {}
@@ -87,11 +82,15 @@ class Steering:
 
     @property
     def trouble(self) -> str:
-        """See above."""
+        """What does not work, in one line; "" if all does.
+
+        Clients without an endpoint may get an ICMP error or silence in place of a refusal, fragmented
+        datagrams may be lost, or `refuse_new` and `refresh` could not read the rules.
+        """
         return "; ".join(text for text in self._troubles.values() if text)
 
     def present(self) -> dict[ListenerKey, Action]:
-        """What proxyd's rules do now, whichever process made them. Of two rules for a key the first counts.
+        """What proxyd's rules do now, whichever process made them. For two rules of a key the first counts.
 
         Raises:
             OSError: netlink failed.
@@ -102,17 +101,16 @@ class Steering:
     def set(self, wanted: Mapping[ListenerKey, Action]) -> dict[ListenerKey, str]:
         """Put rules in force; other keys keep theirs.
 
-        A rule that changes is made before the old one goes, so that in between the old one is still in force
-        and the traffic is never routed to the foreign host. Bind the listener before LOCAL is set, and set
-        UNREACHABLE before it is closed. Routes of LOCAL keys are made anew where they are missing or their
-        source is gone.
+        The new rule of a key is made before the old one is deleted, so its traffic is never routed to the
+        foreign host. Bind the listener before setting LOCAL, and set UNREACHABLE before closing it. Routes of
+        LOCAL keys are made anew if they are missing, or if their source is gone.
 
         Returns:
             One line for each key that failed.
         """
         try:
             with Netlink() as netlink:
-                # Only what no rule delivers may be refused, also if this process dies in between.
+                # Refused may be only what no rule delivers, also if this process dies in between.
                 self._refuse(_unreachable(netlink).difference(wanted))
                 failed = _set(netlink, wanted)
                 self._refuse(_unreachable(netlink))
@@ -122,7 +120,7 @@ class Steering:
             return {key: f"cannot steer {key}: {error.strerror or error}" for key in wanted}
 
     def remove(self, keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
-        """Take rules away, and the routes of addresses that no rule needs any more.
+        """Remove rules, and the routes of addresses that no rule needs any more.
 
         Returns:
             One line for each key that failed. A rule that is gone already is no failure.
@@ -141,10 +139,10 @@ class Steering:
             return {key: f"cannot stop steering {key}: {error.strerror or error}" for key in keys}
 
     def refuse_new(self, keys: frozenset[ListenerKey]) -> None:
-        """Refuse new clients of these LOCAL keys alone: the listeners are closed while relays live on.
+        """Refuse new clients of these LOCAL keys alone: their listeners are closed while relays live on.
 
-        Without it they would hang: the kernel cannot answer from an address that is not its own. Lasts until
-        the next call; UNREACHABLE keys are refused in any case. See `trouble`.
+        New clients would hang else, as the kernel cannot answer from an address that is not its own. The
+        next call replaces these keys. UNREACHABLE ones are refused in any case. For failures see `trouble`.
         """
         self._refused_too = keys
         try:
@@ -166,10 +164,10 @@ class Steering:
         self._troubles["fragments"] = lost if reason else ""
 
     def refresh(self) -> dict[ListenerKey, str]:
-        """Repair the routes of all LOCAL rules. To be called when the node's addresses have changed.
+        """Repair the routes of all LOCAL rules; to be called when the node's addresses have changed.
 
-        The kernel deletes a route whose source address goes away; the node's own connections would then be
-        lost, and those of others routed to the foreign host.
+        The kernel deletes a route when its source address goes away. Without it the node's own connections
+        are lost, and those of others are routed to the foreign host.
 
         Returns:
             One line for each key whose route could not be made; see also `trouble`.
@@ -186,7 +184,7 @@ class Steering:
 
 
 def steering_routes() -> list[str]:
-    """Addresses that have a route in proxyd's table.
+    """The addresses that have a route in proxyd's table.
 
     Raises:
         OSError: netlink failed.
@@ -238,13 +236,16 @@ def _rules(netlink: Netlink) -> list[_Rule]:
         try:
             messages = netlink.dump(Message(RTM_GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)))
         except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):  # no policy rules for this family
+            if error.errno in (
+                errno.EOPNOTSUPP,
+                errno.EAFNOSUPPORT,
+            ):  # there are no policy rules for this family
                 continue
             raise
         for message in messages:
             header = _RULE.unpack_from(message.body)
             seen = attributes(message.body, _RULE.size)
-            # The numbers of priority and protocol together are proxyd's mark.
+            # Proxyd's rules have its priority and its protocol number.
             if (
                 header[0] != family
                 or seen.get(_FRA_PROTOCOL) != bytes([ROUTE_PROTOCOL])
@@ -314,5 +315,5 @@ def _make_routes(netlink: Netlink, ips: set[str]) -> dict[str, str]:
 def _drop_unused_routes(netlink: Netlink) -> None:
     needed = {key.ip for key, steering in _rules(netlink) if steering is Action.LOCAL}
     unused = [route.ip for route in local_routes(netlink, STEERING_TABLE) if route.ip not in needed]
-    # A route that no rule leads to does nothing; one that stays is found by the next cleanup.
+    # A route that no rule leads to does no harm, and the next cleanup finds it.
     netlink.batch([local_route(ip, STEERING_TABLE, RTM_DELROUTE) for ip in unused])
