@@ -1,4 +1,4 @@
 """Kubernetes objects as frozen structs: decoding, defaults, validation with field paths.
 
-Everything here is pure: plain values in, plain values out. No sockets, no clock, no files.
+All of it is pure: plain values in, plain values out, without sockets, clock or files.
 """

@@ -1,4 +1,4 @@
-"""IP addresses and CIDRs as Kubernetes accepts them, and the addresses that nothing may be forwarded to."""
+"""Reads IP addresses and CIDRs as Kubernetes does, and knows the addresses that may not be endpoints."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-# The range that VIPs come from where proxyd runs without root. Endpoints in it would be proxyd's own
-# listeners.
+# The range of VIPs where proxyd runs without root. An endpoint in it would be a listener of proxyd's own.
 LOOPBACK_SERVICE_CIDR = "127.96.0.0/16"
 
 _LINK_LOCAL_MULTICAST: dict[int, Network] = {4: IPv4Network("224.0.0.0/24"), 6: IPv6Network("ff02::/16")}
-_CACHED = 16384  # texts; about 3 MB
+_CACHED = 16384  # so many texts take about 3 MB
 
 
 @lru_cache(_CACHED)
 def parse_ip(text: str) -> Address | None:
-    """The address that `text` is, or None.
+    """The address that a text stands for, or None.
 
     As in Kubernetes, numbers with leading zeros and zone identifiers are refused, and an IPv4 address written
     as IPv6 (::ffff:10.0.0.1) is the IPv4 address.
@@ -37,14 +36,14 @@ def parse_ip(text: str) -> Address | None:
 
 @lru_cache(_CACHED)
 def canonical_ip(text: str) -> str:
-    """The one way to write the address `text`; what is no address is returned as it is."""
+    """The canonical text of an address; a text that is no address is returned as it is."""
     address = parse_ip(text)
     return text if address is None else str(address)
 
 
 @lru_cache(1024)
 def parse_cidr(text: str) -> Network | None:
-    """The network that `text` is, or None. Bits after the prefix are dropped, as in Kubernetes."""
+    """The network that a text stands for, or None. Bits after the prefix are dropped, as in Kubernetes."""
     if not re.fullmatch(r"[0-9A-Fa-f.:]+/(0|[1-9][0-9]{0,2})", text):
         return None
     try:
@@ -54,7 +53,7 @@ def parse_cidr(text: str) -> Network | None:
 
 
 def not_an_ip(text: str) -> str:
-    """Why `text` is not an address, to follow the text in a message."""
+    """Why a text is not an address, as a message continues after the text."""
     if re.search(r"(^|\.)0[0-9]", text) and ":" not in text:
         return "is not an IP address: leading zeros are not allowed"
     return "is not an IP address"
@@ -62,13 +61,13 @@ def not_an_ip(text: str) -> str:
 
 @lru_cache(_CACHED)
 def special(text: str, *, allow_loopback: bool = False) -> str:
-    """Why traffic may not be sent to, or taken for, an address; "" where it may.
+    """Why an address may be neither that of an endpoint nor that of a listener; "" if it may.
 
     The texts for IPv4 are those of Kubernetes (pkg/apis/core/validation, ValidateNonSpecialIP).
 
     Args:
         text: an address that `parse_ip` accepts.
-        allow_loopback: do not mind loopback addresses.
+        allow_loopback: whether a loopback address is allowed.
     """
     address = parse_ip(text)
     if address is None:
@@ -88,10 +87,9 @@ def special(text: str, *, allow_loopback: bool = False) -> str:
 
 @lru_cache(_CACHED)
 def refused_endpoint(text: str, service_cidrs: tuple[str, ...], *, allow_loopback: bool) -> str:
-    """Why `text` may not be an endpoint's address; "" where it may.
+    """Why a text may not be an endpoint's address; "" if it may.
 
-    Besides the special ranges these are the addresses that VIPs come from: such an endpoint would be a
-    service again, perhaps the same one.
+    Beside the special ranges those of VIPs are refused: such an endpoint would be a Service again.
     """
     if reason := special(text, allow_loopback=allow_loopback):
         return reason

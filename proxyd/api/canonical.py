@@ -1,4 +1,4 @@
-"""The one form of a valid object: addresses in canonical text, defaults filled in, v1beta1 slices as v1."""
+"""The canonical form of a valid object: canonical addresses, defaults filled in, v1beta1 slices as v1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From one parsed document to objects: finds the kind, fits the type, validates, and makes it canonical."""
+"""Turns a parsed document into objects: finds the kind, fits the type, validates, makes it canonical."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from proxyd.api.validate import KubeObject, validate
 __all__ = ["Decoded", "KubeObject", "Rules", "decode"]
 
 _BETA = "discovery.k8s.io/v1beta1"
-# Accepted versions, the newest first.
+# The versions that are accepted, the newest one first.
 _KINDS: dict[str, tuple[type[KubeObject], tuple[str, ...]]] = {
     "Service": (Service, ("v1",)),
     "Endpoints": (Endpoints, ("v1",)),
@@ -38,25 +38,25 @@ _KNOWN = {name.lower(): name for name in _VERSIONS}
 
 
 class Decoded(msgspec.Struct, frozen=True, kw_only=True):
-    """What a document held. Objects with an error are not among `objects`.
+    """What a document holds. `objects` are those without an error.
 
-    The `..._places` are as long as what they stand for, and say where in the *document* it is, as keys and
-    indexes from its root: ("items", 3, "spec", "ports", 0, "port").
+    The `..._places` have an entry for each object, problem or rejected one. It says where in the *document*
+    that is, as keys and indexes from the root: ("items", 3, "spec", "ports", 0, "port").
     """
 
     objects: tuple[KubeObject, ...] = ()
     object_places: tuple[Path, ...] = ()
     problems: tuple[Problem, ...] = ()
     problem_places: tuple[Path, ...] = ()
-    # Objects with an error, by kind and name: an earlier good version of one may stay in force.
+    # Kinds and names of objects with an error. An earlier good version of one may stay in force.
     rejected: tuple[tuple[str, ObjectName], ...] = ()
     rejected_places: tuple[Path, ...] = ()
-    # False: the document holds something that may be one of our objects, and it cannot be said which.
+    # False: a part of the document may be an object that proxyd uses, and it does not tell which one.
     complete: bool = True
 
 
 class _Subject(NamedTuple):
-    """What a problem is about: "" for what cannot be read."""
+    """The kind and name of the object that a problem is about; "" for what cannot be read."""
 
     kind: str
     name: str
@@ -101,7 +101,7 @@ class _Collector:
         )
 
     def unusable(self, subject: _Subject, place: Path, path: Path, message: str) -> None:
-        """Report what cannot be known as any object."""
+        """Report a part of the document that does not tell which object it is."""
         self.complete = False
         self.report(subject, place, path, message)
 
@@ -126,10 +126,10 @@ class _Collector:
 
 
 def decode(raw: object, rules: Rules) -> Decoded:
-    """Decode a parsed document: one object, or a list of them (`kind: List`, `ServiceList` ...).
+    """Decode a parsed document: an object, or a list of objects (`kind: List`, `ServiceList` ...).
 
-    Each object is good or bad by itself. Kinds that proxyd does not use are left out with a warning; another
-    version of a kind that it does use is an error. The function raises nothing, whatever `raw` is made of.
+    Each object is good or bad by itself. A kind that proxyd does not use is left out with a warning; an
+    unknown version of a kind that it uses is an error. The function raises nothing, whatever `raw` is.
     """
     out = _Collector(rules)
     head = _head(raw, (), ("", ""), out)
@@ -151,7 +151,7 @@ def decode(raw: object, rules: Rules) -> Decoded:
 
 
 def _head(raw: object, place: Path, inherited: tuple[str, str], out: _Collector) -> tuple[str, str] | None:
-    """Return apiVersion and kind, if both are readable and of a kind to go on with."""
+    """The apiVersion and the kind, if both can be read and proxyd uses the kind."""
     if not isinstance(raw, dict):
         out.unusable(
             _NOTHING, place, (), f"expected an object (a map with apiVersion and kind), got {shown(raw)}"
@@ -184,7 +184,7 @@ def _head(raw: object, place: Path, inherited: tuple[str, str], out: _Collector)
 
 
 def _foreign(version: str, accepted: tuple[str, ...]) -> bool:
-    """Whether `version` is of another API group, as serving.knative.dev/v1, which has a Service too."""
+    """Whether a version is of another API group: serving.knative.dev/v1 has a Service, too."""
     group, _, _ = version.rpartition("/")
     return "." in group and all(group != ours.rpartition("/")[0] for ours in accepted)
 
@@ -198,7 +198,7 @@ def _ignore(subject: _Subject, place: Path, kind: str, version: str, out: _Colle
 
 
 def _subject(kind: object, raw: dict[str, object]) -> _Subject:
-    """What to call an object in messages: as much of "Service prod/web" as can be read."""
+    """Kind and name of an object for messages, as far as they can be read."""
     meta = raw.get("metadata")
     name = meta.get("name") if isinstance(meta, dict) else None
     namespace = meta.get("namespace") if isinstance(meta, dict) else None
@@ -215,7 +215,7 @@ def _subject(kind: object, raw: dict[str, object]) -> _Subject:
 def _items(
     raw: object, head: tuple[str, str], out: _Collector
 ) -> Iterator[tuple[object, Path, tuple[str, str]]]:
-    """Each item of a list, its place, and the apiVersion and kind it has where it does not say."""
+    """Yields each item of a list, its place, and its apiVersion and kind where it gives none."""
     items = raw.get("items") if isinstance(raw, dict) else None
     version, kind = head
     if items is None:
@@ -223,7 +223,7 @@ def _items(
     if not isinstance(items, list | tuple):
         out.unusable(_Subject(kind, ""), (), ("items",), f"expected a list, got {shown(items)}")
         return
-    # The API server leaves both out in the items of a ServiceList, not in those of a List.
+    # The items of a ServiceList have neither, as the API server writes it; those of a List have both.
     inherited = (version, _LISTS[kind]) if _LISTS[kind] else ("", "")
     for i, item in enumerate(items):
         yield item, ("items", i), inherited

@@ -27,7 +27,7 @@ class EndpointPort(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class EndpointConditions(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """Conditions of an endpoint. Missing means ready, serving and not terminating."""
+    """Conditions of an endpoint. If they are missing it is ready, serving and not terminating."""
 
     ready: bool | None = None
     serving: bool | None = None
@@ -47,7 +47,7 @@ class ForNode(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class EndpointHints(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """Who should use an endpoint."""
+    """The zones and nodes that should use an endpoint."""
 
     for_zones: tuple[ForZone, ...] = ()
     for_nodes: tuple[ForNode, ...] = ()
@@ -76,7 +76,7 @@ class EndpointSlice(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
     @property
     def service(self) -> ObjectName:
-        """The Service this slice belongs to: the label's, or else the one of the slice's own name."""
+        """The Service that this slice belongs to: the one in its label, or else the one of its own name."""
         meta = self.metadata
         return ObjectName(meta.namespace, meta.labels.get(SERVICE_NAME_LABEL) or meta.name)
 

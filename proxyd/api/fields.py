@@ -1,4 +1,4 @@
-"""Fields that are mistyped: what no Kubernetes object has there, and what looks like something it has."""
+"""Finds mistyped fields: those that no Kubernetes object has, and that look like one that it has."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from msgspec import inspect
 from proxyd.api.findings import Findings, Path, clip
 from proxyd.api.shape import shape_of
 
-# Close enough to be meant; of two words of five letters one letter may differ, or two be swapped.
+# A field this similar is probably meant: in a word of five letters one may differ, or two be swapped.
 _CLOSE = 0.75
-# The comparison takes time in proportion to the length of the words.
+# Longer names are not compared, which would take long.
 _LONGEST = 60
 
-# Fields of the Kubernetes API, up to 1.34, that the structs here leave out: they are no mistakes.
+# The fields of the Kubernetes API, up to 1.34, that the structs here leave out: they are not mistyped.
 _UNUSED = {
     "Service": ("apiVersion", "kind"),
     "Endpoints": ("apiVersion", "kind"),
@@ -59,9 +59,9 @@ _UNUSED = {
 
 
 def check_fields(raw: object, kind: type, found: Findings) -> None:
-    """Add to `found` a warning for each field of a document that is likely a mistyped one.
+    """Add to `found` a warning for each field of a document that is probably mistyped.
 
-    A field that is like none of the known ones is passed over: it may be of a newer Kubernetes.
+    A field that looks like no known one gets none: a newer Kubernetes may have it.
     """
     for path, name, meant in _unknown(raw, shape_of(kind), ()):
         found.warning((*path, name), f'unknown field "{clip(name)}": did you mean {meant}?')
@@ -89,7 +89,7 @@ def _unknown(value: object, shape: inspect.Type, path: Path) -> Iterator[tuple[P
 
 
 def _meant(name: str, known: tuple[str, ...]) -> str:
-    """The known field that `name` looks like; "" where there is none."""
+    """The known field that a name looks like; "" if there is none."""
     plain = {_plain(one): one for one in known}
     if _plain(name) in plain:
         return plain[_plain(name)]
@@ -100,5 +100,5 @@ def _meant(name: str, known: tuple[str, ...]) -> str:
 
 
 def _plain(name: str) -> str:
-    """`name` without what people vary: capitals, dashes and underscores."""
+    """A name in lower case, without dashes and underscores."""
     return name.replace("_", "").replace("-", "").lower()

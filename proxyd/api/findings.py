@@ -16,7 +16,7 @@ _SHOWN_BITS = 128
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, at a path of the object."""
+    """An error or a warning, at a path of the object."""
 
     path: Path
     message: str
@@ -24,7 +24,7 @@ class Finding(NamedTuple):
 
 
 class Findings:
-    """What was found so far."""
+    """The errors and warnings that were found so far."""
 
     __slots__ = ("found",)
 
@@ -32,11 +32,11 @@ class Findings:
         self.found: list[Finding] = []
 
     def error(self, path: Path, message: str) -> None:
-        """The object cannot be used."""
+        """Add an error: the object cannot be used."""
         self.found.append(Finding(path, message, Severity.ERROR))
 
     def warning(self, path: Path, message: str) -> None:
-        """The object can be used, but likely not as its author thinks."""
+        """Add a warning: the object can be used, but maybe not as its author thinks."""
         self.found.append(Finding(path, message, Severity.WARNING))
 
     @property

@@ -1,4 +1,4 @@
-"""What every Kubernetes object carries."""
+"""The metadata of every Kubernetes object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms of names in Kubernetes. Each check returns why a text is not such a name, or "" where it is."""
+"""The forms of names in Kubernetes. Each check returns why a text is not such a name, or ""."""
 
 from __future__ import annotations
 

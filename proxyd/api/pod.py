@@ -1,4 +1,4 @@
-"""Pod (core/v1): as much as decides whether it is an endpoint."""
+"""Pod (core/v1): the fields that decide whether it is an endpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proxyd.api.service import Protocol
 
 
 class PodPhase(enum.StrEnum):
-    """Where a Pod is in its life."""
+    """The phase of a Pod."""
 
     PENDING = "Pending"
     RUNNING = "Running"

@@ -1,4 +1,4 @@
-"""What is wrong with an object: one line each."""
+"""Problems of objects and files; each is one line of text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operator decided that the validation of objects depends on."""
+"""The operator's settings on which the validation of objects depends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of validation.
 
     Raises:
-        ValueError: a service CIDR is not one.
+        ValueError: a service CIDR is not valid.
     """
 
     node_port_range: tuple[int, int] = DEFAULT_NODE_PORT_RANGE  # first and last
-    service_cidrs: tuple[str, ...] = ()  # where VIPs come from: no endpoint may be in there
+    service_cidrs: tuple[str, ...] = ()  # the ranges of VIPs: no endpoint may be in them
     allow_loopback_endpoints: bool = False  # endpoints in 127.0.0.0/8 and ::1, for local testing
-    unknown_fields: bool = False  # warn of fields that no Kubernetes object has and that look like one it has
+    unknown_fields: bool = False  # warn of fields that are probably mistyped
 
     def __post_init__(self) -> None:
         for text in self.service_cidrs:

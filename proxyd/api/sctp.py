@@ -1,4 +1,4 @@
-"""Annotations that give SCTP further addresses: of a Service, of a Pod, of endpoints."""
+"""The annotations by which a Service, a Pod or endpoints have further addresses for SCTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from proxyd.api.addresses import parse_ip, refused_endpoint
 from proxyd.api.findings import Findings, Path, shown
 from proxyd.api.service import SCTP_ADDRESSES, SCTP_ENDPOINT_ADDRESSES
 
-# The kernel takes more, but an INIT chunk that lists them all should fit into one packet.
+# The kernel takes more, but an INIT chunk with all of them should fit into one packet.
 MAX_FURTHER = 15
 
 
@@ -61,10 +61,10 @@ def written(further: Mapping[str, tuple[str, ...]]) -> str:
 def further_addresses(
     annotations: Mapping[str, str], service_cidrs: tuple[str, ...]
 ) -> Mapping[str, tuple[str, ...]]:
-    """What `proxyd.io/sctp-endpoint-addresses` says, without addresses that endpoints may not have.
+    """The content of `proxyd.io/sctp-endpoint-addresses`, without addresses that endpoints may not have.
 
-    {} where it is wrong. Only an endpoint on loopback may have a loopback address: that was admitted for a
-    local test.
+    It is {} if the annotation is wrong. Only an endpoint on loopback may have another loopback address:
+    somebody allowed it for a local test.
     """
     text = annotations.get(SCTP_ENDPOINT_ADDRESSES)
     if text is None:
@@ -88,7 +88,7 @@ def further_addresses(
 
 
 def service_addresses(annotations: Mapping[str, str]) -> tuple[str, ...]:
-    """What `proxyd.io/sctp-addresses` says; () where it is missing or wrong."""
+    """The content of `proxyd.io/sctp-addresses`; () if it is missing or wrong."""
     text = annotations.get(SCTP_ADDRESSES)
     if text is None:
         return ()

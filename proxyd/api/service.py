@@ -12,8 +12,7 @@ from proxyd.api.meta import ObjectMeta
 class Protocol(enum.StrEnum):
     """Transport protocol of a service port."""
 
-    # That of Enum is written in Python: it would be half the cost of every table whose keys have a member in
-    # them.
+    # Enum's own is written in Python: half of the time of a mapping whose keys have a member in them.
     __hash__ = str.__hash__
 
     TCP = "TCP"
@@ -58,7 +57,7 @@ MAX_AFFINITY_SECONDS = 86400
 
 
 class ServicePort(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
-    """One port of a Service. `target_port` is resolved to `port` where it is missing."""
+    """A port of a Service."""
 
     port: int
     name: str = ""
@@ -69,7 +68,7 @@ class ServicePort(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
     @property
     def target(self) -> int | str:
-        """`targetPort`, or `port` where it was not given (or given as 0 or "")."""
+        """`targetPort`, or `port` if it is missing, 0 or ""."""
         return self.target_port or self.port
 
 
@@ -109,13 +108,13 @@ class ServiceSpec(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
     @property
     def all_cluster_ips(self) -> tuple[str, ...]:
-        """Every clusterIP that was given: `clusterIPs`, or else `clusterIP`; never "" or "None"."""
+        """All clusterIPs: `clusterIPs`, or else `clusterIP`; never "" or "None"."""
         given = self.cluster_ips or ((self.cluster_ip,) if self.cluster_ip else ())
         return tuple(ip for ip in given if ip and ip != "None")
 
     @property
     def headless(self) -> bool:
-        """`clusterIP: None`."""
+        """Whether it has `clusterIP: None`."""
         return self.cluster_ip == "None" or "None" in self.cluster_ips
 
     @property

@@ -1,7 +1,7 @@
-"""From parsed documents (maps, lists, scalars) to structs, with every type error found and named.
+"""Converts parsed documents (maps, lists, scalars) to structs, and finds every type error.
 
-`msgspec.convert` does the work for a right document. It stops at the first error, and does not know that
-`null` and an empty enum value mean "missing" in Kubernetes; so what it refuses is walked here once more.
+`msgspec.convert` does it for a right document. It stops at the first error, and does not know that `null` and
+an empty enum value mean "missing" in Kubernetes. So a document that it refuses is walked through here.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from proxyd.api.findings import Findings, Path, shown
 
 T = TypeVar("T")
 
-# msgspec lets integers of thousands of digits and lone surrogates through as ValueError.
+# For integers of thousands of digits and lone surrogates msgspec raises a plain ValueError.
 _REFUSED = (msgspec.ValidationError, ValueError)
 
-_SHAPES: dict[type, inspect.Type] = {}  # of the few kinds of objects there are
+_SHAPES: dict[type, inspect.Type] = {}  # of the few kinds of objects
 
 
 def shape_of(kind: type) -> inspect.Type:
-    """What a struct type is made of."""
+    """The structure of a struct type."""
     return _SHAPES.get(kind) or _SHAPES.setdefault(kind, inspect.type_info(kind))
 
 
 def fit(raw: object, kind: type[T], found: Findings) -> T | None:
-    """`raw` as a `kind` (a struct type), or None with the errors added to `found`."""
+    """Converts `raw` to a struct type; on errors it returns None, and adds them to `found`."""
     with suppress(*_REFUSED):
         return msgspec.convert(raw, kind)
     mine = Findings()
@@ -38,13 +38,13 @@ def fit(raw: object, kind: type[T], found: Findings) -> T | None:
         return None
     try:
         return msgspec.convert(clean, kind)
-    except _REFUSED as error:  # a rule of msgspec that the walk does not know
+    except _REFUSED as error:  # by a rule of msgspec that `_clean` does not know
         found.error((), str(error))
         return None
 
 
 def _clean(value: object, shape: inspect.Type, path: Path, found: Findings) -> object:
-    """`value` without nulls and unknown fields. What does not fit is reported and left as it is."""
+    """A value without nulls and unknown fields. A part of a wrong type is reported, and stays as it is."""
     match shape:
         case inspect.StructType():
             return _clean_struct(value, shape, path, found)
@@ -54,7 +54,7 @@ def _clean(value: object, shape: inspect.Type, path: Path, found: Findings) -> o
             expected = "a list"
         case inspect.DictType():
             if isinstance(value, dict):
-                # Go decodes a null among strings as "".
+                # Go decodes a null among strings to "".
                 return {
                     key: "" if item is None else _clean(item, shape.value_type, (*path, key), found)
                     for key, item in value.items()
@@ -64,7 +64,7 @@ def _clean(value: object, shape: inspect.Type, path: Path, found: Findings) -> o
             some = [member for member in shape.types if not isinstance(member, inspect.NoneType)]
             if len(some) == 1:
                 return _clean(value, some[0], path, found)
-            # int | str is the only union of two in these objects.
+            # These objects have no other union of two types than int | str.
             if isinstance(value, int | str) and not isinstance(value, bool):
                 return value
             expected = "an integer or a name"

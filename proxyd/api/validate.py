@@ -1,4 +1,4 @@
-"""Validation of objects with field paths: what the Kubernetes API server would refuse, proxyd refuses."""
+"""Validation of objects, with field paths: proxyd refuses what the Kubernetes API server would refuse."""
 
 from __future__ import annotations
 

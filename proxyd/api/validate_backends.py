@@ -1,4 +1,4 @@
-"""Validation of what endpoints come from: Endpoints, EndpointSlices and Pods."""
+"""Validation of the objects that endpoints come from: Endpoints, EndpointSlices and Pods."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _check_slice_address(text: str, kind: str, path: Path, rules: Rules, found: 
 
 
 def check_pod(pod: Pod, rules: Rules, found: Findings) -> None:
-    """Add to `found` all that would make a Pod a wrong endpoint. One that does not run yet has no address."""
+    """Add to `found` what keeps a Pod from being an endpoint. It may have no address: it may not run yet."""
     sctp.check_annotations(pod.metadata.annotations, found)
     status = pod.status
     if status.pod_ip:
@@ -101,7 +101,7 @@ def check_pod(pod: Pod, rules: Rules, found: Findings) -> None:
     for i, entry in enumerate(status.pod_ips):
         path: Path = ("status", "podIPs", i, "ip")
         if i == 0 and status.pod_ip:
-            # The same address, which has been checked, or a contradiction.
+            # It must equal podIP, which has been checked.
             if parse_ip(entry.ip) != parse_ip(status.pod_ip):
                 found.error(path, f"{shown(entry.ip)} is not the podIP {shown(status.pod_ip)}")
         elif entry.ip:

@@ -112,7 +112,7 @@ def _check_cluster_ips(spec: ServiceSpec, found: Findings) -> None:
             or first == spec.cluster_ip
             or (parse_ip(first) or 1) == (parse_ip(spec.cluster_ip) or 2)
         ):
-            given = []  # it is among the several
+            given = []  # clusterIPs has it
         else:
             found.error((*several, 0), f"{shown(first)} is not the clusterIP {shown(spec.cluster_ip)}")
         given += [((*several, i), ip) for i, ip in enumerate(spec.cluster_ips)]
@@ -215,7 +215,7 @@ def _check_ip(text: str, path: Path, found: Findings) -> None:
 
 
 def _check_vip(text: str, path: Path, found: Findings) -> None:
-    """A VIP may be a loopback address, which needs no root; one that no client can connect to is refused."""
+    """Refuses VIPs that no client can connect to. A loopback address is allowed: it needs no root."""
     address = parse_ip(text)
     if address is None:
         found.error(path, f"{shown(text)} {not_an_ip(text)}")

@@ -1,6 +1,6 @@
-"""From objects to what the node should hold open: Snapshot -> DesiredState -> Plan.
+"""From objects to what the node should have open: Snapshot -> DesiredState -> Plan.
 
-Pure functions of immutable values. The words: a *snapshot* is every object known at one moment; the *desired
-state* is every listener, balancer and address the node should have for it; a *plan* is the difference between
-two host states.
+All of it is pure functions of immutable values. A *snapshot* has every object known at one moment. The
+*desired state* has every listener, balancer and address that the node should have for it. A *plan* is the
+difference between two host states.
 """

@@ -1,4 +1,4 @@
-"""Which entries of two large mappings are not the same objects, and mappings that know it of themselves."""
+"""Finds the entries in which two large mappings differ, fast for mappings that remember their changes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TypeVar
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
-# How many derivations a mapping remembers: who looks at every state, or nearly, needs one or two.
+# A mapping remembers so many derivations. A reader that sees nearly every state needs one or two.
 _REMEMBERED = 8
 
 
 class Derived(dict[_K, _V]):
-    """A mapping that remembers by which keys it may differ from those that it was derived from, see `derive`.
+    """A mapping that remembers in which keys it may differ from those that it was derived from.
 
-    Looking at each of ten thousand entries takes milliseconds, since none of them is in the processor's
-    cache. It is not to be changed in place.
+    To compare each of ten thousand entries takes milliseconds, as none of them is in the processor's cache.
+    It must not be changed in place: `derive` makes a changed copy.
     """
 
     __slots__ = ("_steps", "_token")
@@ -29,7 +29,7 @@ class Derived(dict[_K, _V]):
         self._steps: tuple[tuple[object, tuple[_K, ...]], ...] = ()  # token and keys of each derivation
 
     def derive(self, changes: Mapping[_K, _V | None]) -> Derived[_K, _V]:
-        """A copy with these entries put in; None removes one. The same mapping where there are none."""
+        """A copy with these entries; None removes one. Without changes it is the same mapping."""
         if not changes:
             return self
         new = Derived(self)
@@ -42,35 +42,35 @@ class Derived(dict[_K, _V]):
         return new
 
     def since(self, old: Mapping[_K, object]) -> Iterable[_K] | None:
-        """The keys by which this may differ from an earlier mapping, in order of change; None: unknown."""
+        """The keys in which this may differ from an earlier mapping, in order of change; None: unknown."""
         if old is self:
             return ()
         if not isinstance(old, Derived):
             return None
         for number in range(len(self._steps) - 1, -1, -1):
-            if self._steps[number][0] is old._token:  # noqa: SLF001 - one of its own kind
+            if self._steps[number][0] is old._token:  # noqa: SLF001 - it is of this class
                 return dict.fromkeys(key for _, keys in self._steps[number:] for key in keys)
         return None
 
 
 def changed_keys(old: Mapping[_K, object], new: Mapping[_K, object]) -> Iterable[_K] | None:
-    """The keys by which two mappings may differ; None where all entries must be looked at for that."""
+    """The keys in which two mappings may differ; None if only a comparison of all entries can tell."""
     if old is new:
         return ()
     return new.since(old) if isinstance(new, Derived) else None
 
 
 def same_keys(old: Mapping[_K, object], new: Mapping[_K, object]) -> bool:
-    """Whether both have the very same keys in the same order. False may also mean: it takes longer to say.
+    """Whether two mappings have the same keys (the same Python objects) in the same order.
 
-    True where one was copied from the other and values were replaced. No key is hashed: a tenth of the time
-    of looking each up.
+    That is so if one was copied from the other and values were replaced. No key is hashed: that takes a tenth
+    of the time of looking up each one.
     """
     return old is new or (len(old) == len(new) and all(map(is_, old, new)))
 
 
 def touched(old: Mapping[_K, object], new: Mapping[_K, object]) -> set[_K]:
-    """The keys whose value is not the same object in both; those that only one has included."""
+    """The keys whose value is not the same Python object in both, and the keys that only one of them has."""
     missing = object()
     known = changed_keys(old, new)
     if known is not None:
@@ -83,6 +83,6 @@ def touched(old: Mapping[_K, object], new: Mapping[_K, object]) -> set[_K]:
 
 
 def replaced(old: Mapping[_K, _V], new: Mapping[_K, _V]) -> list[tuple[_V, _V]]:
-    """The old and the new value wherever they are not the same object, of mappings with the same keys."""
+    """Yields the old and the new value where they are not the same Python object; the keys must be equal."""
     pairs = zip(old.values(), new.values(), strict=True)
     return list(compress(pairs, map(is_not, old.values(), new.values())))

@@ -1,4 +1,4 @@
-"""What the node should hold for a snapshot: listeners, balancers, addresses, and who gets a contested one."""
+"""The desired state: listeners, balancers, addresses, and who gets an address that several Services want."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Order: TypeAlias = tuple[bool, str, str, str]
 
 
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
-    """The host state to reach, and the listeners that are not to be opened, each with the reason."""
+    """The host state to reach, and the status of each listener that is not to be opened."""
 
     host: HostState = HostState()
     unopened: tuple[ListenerStatus, ...] = ()
@@ -40,10 +40,9 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
 class Planner:
     """Computes desired states, and remembers what led to the last one.
 
-    The result depends on the arguments alone: the memory only saves the work for Services that did not change
-    (the same immutable objects, compared by identity). A change of a few Services that touches no address of
-    any other is put into a copy of the last result, so that one change among thousands costs little more than
-    one among ten.
+    The result depends on the arguments alone. The memory saves the work for Services that did not change (the
+    same immutable Python objects). A change of a few Services that touches no address of any other is put
+    into a copy of the last result, so one change among thousands costs little more than one among ten.
     """
 
     def __init__(self) -> None:
@@ -69,7 +68,7 @@ class Planner:
             if old != new:
                 changes.append((old, new))
         if self._merged is None or not self._merged.patch(changes):
-            self._merged = None  # what is half changed is of no use, should merging fail
+            self._merged = None  # a half changed one is of no use if merging fails
             self._merged = _Merged(self._wishes.values())
         return self._merged.result
 
@@ -78,8 +77,7 @@ def desired_state(snapshot: Snapshot, node: NodeView, options: Options) -> Desir
     """The desired state of a node.
 
     Where two service ports want the same address, port and protocol, the Service that was created first keeps
-    it; of two created at the same moment the first by namespace and name. The other's status says who holds
-    it.
+    it; of two created at the same moment the first by namespace and name. The other's status names it.
     """
     return Planner().desired(snapshot, node, options)
 
@@ -88,16 +86,16 @@ _NO_WISHES = ServiceWishes(order=(False, "", "", ""))
 
 
 class _Merged:
-    """The wishes of all Services joined into a desired state, and what is needed to change it a little."""
+    """The desired state that the wishes of all Services come to, and what it takes to change a part of it."""
 
     def __init__(self, all_wishes: Iterable[ServiceWishes]) -> None:
-        self._holders: dict[ListenerKey, ListenerSpec] = {}  # also of listeners without endpoints
-        self._contested: set[ListenerKey] = set()  # wanted more than once
+        self._holders: dict[ListenerKey, ListenerSpec] = {}  # also listeners without endpoints
+        self._contested: set[ListenerKey] = set()  # those that are wanted more than once
         self._vips: dict[str, int] = {}  # how many Services want each
         listeners: dict[ListenerKey, ListenerSpec] = {}
         balancers: dict[BalancerKey, BalancerSpec] = {}
         steering: dict[ListenerKey, Steering] = {}
-        self._unopened: dict[_Order, tuple[ListenerStatus, ...]] = {}  # of the Services that have any
+        self._unopened: dict[_Order, tuple[ListenerStatus, ...]] = {}  # by Service, if it has any
         for wishes in sorted(all_wishes, key=attrgetter("order")):
             unopened = list(wishes.unopened)
             for vip in wishes.vips:
@@ -107,7 +105,7 @@ class _Merged:
                 holder = self._holders.setdefault(key, listener)
                 if holder is not listener:
                     self._contested.add(key)
-                    # The same service port may want an address twice, say as externalIP and load-balancer IP.
+                    # A service port may want an address twice, as externalIP and as load-balancer IP.
                     if holder.service_port != listener.service_port:
                         unopened.append(_conflict(listener, holder))
                     continue
@@ -132,9 +130,9 @@ class _Merged:
         )
 
     def patch(self, changes: Iterable[tuple[ServiceWishes, ServiceWishes]]) -> bool:
-        """Put other wishes of some Services in place of their old ones; False where they must be merged anew.
+        """Replace the wishes of some Services. Returns whether that was possible.
 
-        That is where the order of Services would matter: an address that is wanted twice.
+        It is not if an address is wanted twice: the order of Services matters, and all wishes must be merged.
         """
         changes = list(changes)
         if not changes:
@@ -188,7 +186,7 @@ class _Merged:
         balancers: dict[BalancerKey, BalancerSpec | None],
         steering: dict[ListenerKey, Steering],
     ) -> None:
-        """Note what becomes of listeners and balancers (None: it goes), and change the rest."""
+        """Replace these listeners and balancers (None: it goes), and derive the new result."""
         keys = {listener.key for listener in new.listeners}
         for listener in old.listeners:
             if listener.key not in keys:
@@ -218,13 +216,13 @@ class _Merged:
 
 
 def _changed(before: Mapping[_K, _V], changes: Mapping[_K, _V | None]) -> Mapping[_K, _V]:
-    """The mapping with these changes; the very same one where they change nothing."""
+    """The mapping with these changes; the same Python object if they change nothing."""
     assert isinstance(before, Derived)
     return before.derive({key: value for key, value in changes.items() if before.get(key) != value})
 
 
 def _unopened(wishes: ServiceWishes) -> tuple[ListenerStatus, ...]:
-    """What a Service is not to have open, where it has all that it wishes for to itself."""
+    """The listeners of a Service that are not to be opened, apart from conflicts with other Services."""
     without = (
         status_of(listener, ListenerState.NO_ENDPOINTS)
         for listener in wishes.listeners

@@ -1,14 +1,14 @@
-"""Which endpoints of a service port take traffic.
+"""Selects the endpoints of a service port that take traffic.
 
 The contract, as in kubernetes pkg/proxy/topology.go, for one service port and one address family:
 
-- The candidates are the endpoints of every slice of the Service that has a port of the same *name* and
-  protocol; only `addresses[0]` counts, and the same ip:port in several slices is one candidate, as usable as
-  the most usable of them.
-- Policy Cluster: the ready ones. If hints may be used, and all of them have node hints and one names this
-  node: those; else if all have zone hints and one names this node's zone: those; else all. No ready one at
-  all: those that still serve while they terminate.
-- Policy Local: the same among the endpoints on this node, without hints.
+- The candidates are the endpoints of each slice of the Service that has a port of the same *name* and
+  protocol. Only `addresses[0]` counts. The same ip:port in several slices is one candidate, as usable as the
+  most usable of them.
+- With policy Cluster the ready ones are used. If hints may be used, all ready ones have node hints and one of
+  these names this node, only those that name it are used; else the same goes for zone hints and this node's
+  zone. If there is no ready one, those that still serve while they terminate are used.
+- With policy Local the same is done among the endpoints on this node, without hints.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _FAMILIES = {"IPv4": 4, "IPv6": 6}
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One endpoint of a service port, and what is known of it."""
+    """An endpoint of a service port, and what slices say of it."""
 
     endpoint: Endpoint
     ready: bool
     serving: bool
     terminating: bool
     node: str = ""
-    zones: frozenset[str] = frozenset()  # hinted
-    nodes: frozenset[str] = frozenset()  # hinted
+    zones: frozenset[str] = frozenset()  # those that hints name
+    nodes: frozenset[str] = frozenset()  # those that hints name
 
     @property
     def rank(self) -> int:
-        """How usable it is: ready, or else serving while it terminates, or else neither."""
+        """How usable it is: most if it is ready, less if it serves while it terminates, else not."""
         return 2 if self.ready else 1 if self.serving and self.terminating else 0
 
 
@@ -134,6 +134,6 @@ def _address_order(candidate: Candidate) -> tuple[int, int]:
     ip, port = candidate.endpoint
     if ":" in ip:
         return int(ipaddress.IPv6Address(ip)), port
-    # Canonical, so it needs no checking: a fifth of the time.
+    # A canonical address needs no checking: this takes a fifth of the time.
     a, b, c, d = map(int, ip.split("."))
     return a << 24 | b << 16 | c << 8 | d, port

@@ -1,4 +1,4 @@
-"""Why a Service gets its endpoints: every endpoint that was considered, and whether and why it is used."""
+"""Explains a Service's endpoints: which ones were considered, and whether and why each is used."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FAMILIES = {"IPv4": 4, "IPv6": 6}
 
 
 class Considered(msgspec.Struct, frozen=True, kw_only=True):
-    """One endpoint that was considered for a service port under a traffic policy.
+    """An endpoint that was considered for a service port under a traffic policy.
 
-    `address` is ip:port, or only what is known of it. `target` is the object behind it (`Pod prod/a`), ""
-    where the slice does not say. `reason` says in a few words why it is used or left out.
+    `address` is ip:port, or the part of it that is known. `target` is the object behind it (`Pod prod/a`), ""
+    if the slice names none. `reason` says in a few words why it is used or left out.
     """
 
     port: str  # the service port's name
@@ -38,7 +38,7 @@ def considered(
 ) -> tuple[Considered, ...]:
     """Every endpoint of the slices, in their order, for each service port and each traffic policy in use.
 
-    None for ExternalName and headless Services, which need no proxy.
+    There are none for ExternalName and headless Services, which need no proxy.
     """
     wishes = service_wishes(service, slices, node, options)
     keys = dict.fromkeys(listener.balancer for listener in wishes.listeners)
@@ -69,7 +69,7 @@ def _name(service: Service, port: ServicePort) -> ServicePortName:
 
 
 class _Judge:
-    """What becomes of one endpoint of a slice, for one service port and policy."""
+    """Explains one endpoint of a slice, for one service port and policy."""
 
     def __init__(
         self, port: ServicePort, policy: TrafficPolicy, one: EndpointSlice, item: SliceEndpoint

@@ -1,11 +1,11 @@
-"""Which SCTP listeners of a Service are addresses of one multi-homed endpoint.
+"""Groups the SCTP listeners of a Service into homes: the listeners of a home are addresses of one socket.
 
-Those of one service port and one port number, if the same endpoints are meant for their clients: the same
-traffic policy and the same source ranges. NodePorts stay single: the node's addresses come and go, and are
-not the Service's.
+A home has the listeners of one service port and one port number with the same traffic policy and the same
+source ranges, so that the same endpoints are meant for all clients. NodePorts are not grouped: the node's
+addresses come and go, and are not the Service's.
 
-All of a home's listeners share a balancer, of the family of the first address that has endpoints, since a
-client that came over one may go on over another.
+A client that came over one address may go on over another. So all listeners of a home share a balancer, whose
+family is that of the first address that has endpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def at_home(listeners: Sequence[ListenerSpec], usable: Collection[BalancerKey]) 
     """The SCTP listeners of one service port, each with its home.
 
     Args:
-        listeners: that are to be opened, in the order of who is first.
+        listeners: those that are to be opened; the first of each home decides.
         usable: the balancers that have endpoints.
     """
     groups: dict[tuple[TrafficPolicy, tuple[str, ...]], list[ListenerSpec]] = {}
@@ -42,7 +42,7 @@ def at_home(listeners: Sequence[ListenerSpec], usable: Collection[BalancerKey]) 
 
 
 def with_further(balancer: BalancerSpec, further: Mapping[str, tuple[str, ...]]) -> BalancerSpec:
-    """A balancer whose endpoints have these further addresses, named by the first of each."""
+    """A balancer whose endpoints have these further addresses (by an endpoint's own)."""
     mine = {endpoint.ip: further[endpoint.ip] for endpoint in balancer.endpoints if endpoint.ip in further}
     return msgspec.structs.replace(balancer, further=mine) if mine else balancer
 

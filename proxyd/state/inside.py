@@ -1,9 +1,9 @@
-"""Who is inside of the cluster: its Pods and this node, whom externalTrafficPolicy Local does not shut out.
+"""Clients inside of the cluster, Pods and this node, use a Service in spite of externalTrafficPolicy Local.
 
-Of a Service with that policy and without an endpoint on this node, traffic from outside is refused here: the
-load balancer is to send it to another node. What a Pod of this node sends to the load balancer's address
-never gets there, as that address is taken here; so it goes to any endpoint (kubernetes
-pkg/proxy/iptables/proxier.go: "pod traffic" and "LOCAL traffic" of the KUBE-EXT- chains).
+If a Service with that policy has no endpoint on this node, traffic from outside is refused: the load balancer
+should send it to another node. But what a Pod of this node sends to the load balancer's address never gets
+there, as this node takes that address. So any endpoint may serve it, as in kubernetes
+pkg/proxy/iptables/proxier.go ("pod traffic" and "LOCAL traffic" of the KUBE-EXT- chains).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from proxyd.state.spec import BalancerKey, BalancerSpec, ListenerSpec
 
 
 def inside_ranges(node: NodeView, options: Options) -> tuple[str, ...]:
-    """CIDRs of the cluster's Pods, and this node's addresses; () where the Pods' are not known."""
+    """The CIDRs of the cluster's Pods and this node's addresses; () if the Pods' are not known."""
     pods = node.pod_cidrs if options.pods_by_node else options.pod_cidrs
     return (*pods, *(address.ip for address in node.addresses)) if pods else ()
 
@@ -30,12 +30,12 @@ def admit_inside(
     ranges: tuple[str, ...],
     balance: Callable[[BalancerKey], BalancerSpec],
 ) -> list[ListenerSpec]:
-    """Give listeners at foreign addresses that have no endpoint on this node to the clients inside.
+    """Open listeners at foreign addresses without an endpoint on this node for clients inside alone.
 
     Args:
-        listeners: of one service port.
-        chosen: balancers by key; those of such listeners are added.
-        ranges: as from `inside_ranges`.
+        listeners: those of one service port.
+        chosen: the balancers by key; those of such listeners are added.
+        ranges: as `inside_ranges` returns them.
         balance: makes a balancer.
     """
     if not ranges:
@@ -44,7 +44,7 @@ def admit_inside(
     for listener in listeners:
         key = listener.balancer
         shut = listener.steered and key.policy is TrafficPolicy.LOCAL and not chosen[key].endpoints
-        # With ranges of the Service's own only who is in both might come: too few to go to any length.
+        # A Service with source ranges of its own stays shut: few clients would be in both ranges.
         if shut and not listener.source_ranges:
             everywhere = key._replace(policy=TrafficPolicy.CLUSTER)
             mine = tuple(one for one in ranges if ipaddress.ip_network(one).version == key.family)

@@ -1,4 +1,4 @@
-"""The difference between what the node holds and what it should hold."""
+"""The plan: the difference between what the node has and what it should have."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _V = TypeVar("_V")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do, in the order of the fields: addresses come before listeners, and go after them.
+    """What to do, in the order of the fields: addresses are added before listeners, and removed after them.
 
-    `change` names listeners that keep their socket but not their spec: another balancer, other source ranges.
+    `change` has listeners that keep their socket and get another spec, such as another balancer.
     """
 
     add_vips: frozenset[str] = frozenset()
@@ -38,10 +38,10 @@ NOTHING = Plan()
 
 
 def plan(observed: HostState, desired: HostState) -> Plan:
-    """What turns `observed` into `desired`; empty (false) where they are equal.
+    """What turns `observed` into `desired`; empty (false) if they are equal.
 
-    A listener whose spec differs keeps its socket, unless the socket itself must be another one (steered or
-    not, of another SCTP endpoint): then it is both closed and opened, and closing comes first.
+    A listener whose spec differs keeps its socket, unless it needs another one, as it is steered now or
+    belongs to another SCTP home: then it is closed first and opened after that.
     """
     opened: list[ListenerSpec] = []
     changed: list[ListenerSpec] = []
@@ -75,15 +75,14 @@ def _without(some: frozenset[str], others: frozenset[str]) -> frozenset[str]:
 def _difference(
     observed: Mapping[_K, _V], desired: Mapping[_K, _V]
 ) -> tuple[list[tuple[_V | None, _V]], list[_K]]:
-    """What is there and what is wanted, wherever the two differ, and the keys that are not wanted."""
+    """What is there and what is wanted, for each key in which they differ, and the keys that must go."""
     known = changed_keys(observed, desired)
     if known is not None:
         return _known_difference(observed, desired, known)
     if same_keys(observed, desired):
-        # As ever where only endpoints change, or nothing. No key is hashed, which is most of the time
-        # otherwise.
+        # That is usual, as mostly endpoints change. No key is hashed, which would take most of the time.
         return [(held, wanted) for held, wanted in replaced(observed, desired) if held != wanted], []
-    if observed == desired:  # quick: what is the same object is not compared
+    if observed == desired:  # it is fast, as a Python object equals itself
         return [], []
     differing: list[tuple[_V | None, _V]] = []
     for key, wanted in desired.items():
@@ -96,7 +95,7 @@ def _difference(
 def _known_difference(
     observed: Mapping[_K, _V], desired: Mapping[_K, _V], keys: Iterable[_K]
 ) -> tuple[list[tuple[_V | None, _V]], list[_K]]:
-    """The same of mappings that can differ by these keys only."""
+    """As `_difference`, for mappings that can differ in these keys only."""
     differing: list[tuple[_V | None, _V]] = []
     gone: list[_K] = []
     for key in keys:

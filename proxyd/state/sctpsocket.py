@@ -1,7 +1,6 @@
-"""Numbers and layouts of the kernel's SCTP sockets (RFC 6458, linux/sctp.h), for control and workers alike.
+"""Numbers and layouts of the kernel's SCTP sockets (RFC 6458, linux/sctp.h), for control and workers.
 
-Everything here is a pure function of bytes: the standard library's `socket` has the calls, but none of the
-numbers.
+The standard library's `socket` has the calls, but none of the numbers. All functions are pure, of bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ EVENTS_WANTED = bytes([0, 1, 0, 0, 0, 1, 1, 0, 0, 0])  # association, shutdown, 
 
 
 class Status(NamedTuple):
-    """What the kernel says of an association."""
+    """The state of an association, from the kernel."""
 
     streams_in: int
     streams_out: int
@@ -76,14 +75,13 @@ def read_initmsg(value: bytes) -> tuple[int, int]:
 def message_key(rcvinfo: bytes) -> tuple[int, int, int]:
     """Stream, flags and payload protocol identifier of a message, from its RCVINFO.
 
-    The identifier is the four bytes of the wire as they lie in memory: whoever sends them on unchanged is
-    right.
+    The identifier is four bytes as they came from the wire; they are sent on unchanged.
     """
     return _RCVINFO.unpack_from(rcvinfo)
 
 
 def send_control(key: tuple[int, int, int]) -> list[tuple[int, int, bytes]]:
-    """The control message that sends a message as it came: see `message_key`."""
+    """The control message by which a message is sent as it came; see `message_key`."""
     stream, flags, ppid = key
     return [(SOL_SCTP, SNDINFO, _SNDINFO.pack(stream, flags & UNORDERED, ppid, 0, 0))]
 
@@ -95,7 +93,7 @@ def sent_on(control: list[tuple[int, int, bytes]]) -> int:
 
 
 def notification(data: bytes | memoryview) -> tuple[int, int]:
-    """Type of a notification, and the state where it is an ASSOC_CHANGE."""
+    """The type of a notification, and the state in an ASSOC_CHANGE."""
     kind, _, _, state = _NOTIFICATION.unpack_from(data)
     return kind, state
 
@@ -107,7 +105,7 @@ def status(value: bytes) -> Status:
 
 
 def read_address(sockaddr: bytes) -> str:
-    """The IP address of a socket address, as IPv4 where it is mapped into IPv6; "" for another family."""
+    """The IP address in a socket address, as IPv4 if it is mapped into IPv6; "" for another family."""
     family = int.from_bytes(sockaddr[:2], "little" if _LITTLE else "big")
     if family == _AF_INET:
         return str(ipaddress.IPv4Address(sockaddr[4:8]))
@@ -120,10 +118,10 @@ def read_address(sockaddr: bytes) -> str:
 def addresses(ips: Iterable[str], port: int) -> bytes:
     """Socket addresses one after the other, as BINDX_ADD, BINDX_REM and CONNECTX take them.
 
-    IPv4 ones may be given to an IPv6 socket as they are.
+    An IPv6 socket takes IPv4 addresses as they are.
 
     Raises:
-        ValueError: not an IP address.
+        ValueError: one is not an IP address.
     """
     packed = bytearray()
     for ip in ips:
@@ -136,7 +134,7 @@ def addresses(ips: Iterable[str], port: int) -> bytes:
 
 
 def unmapped(ip: str) -> str:
-    """An address as people write it: an IPv4 one without the `::ffff:` that an IPv6 socket shows."""
+    """The usual text of an address: an IPv6 socket puts `::ffff:` before IPv4 ones, which is removed."""
     return ip[7:] if ip.startswith("::ffff:") and "." in ip else ip
 
 

@@ -1,4 +1,4 @@
-"""A snapshot: every object known at one moment, and the node it is seen from."""
+"""The input of planning: every object known at one moment, the node, and the operator's settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from proxyd.api.service import Service
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Services, and the slices of each. Endpoints objects and Pods have been turned into slices before."""
+    """Services and the slices of each. Endpoints objects and Pods have been turned into slices before."""
 
     services: Mapping[ObjectName, Service] = {}
     slices: Mapping[ObjectName, tuple[EndpointSlice, ...]] = {}  # by Service
@@ -27,12 +27,12 @@ class NodeAddress(msgspec.Struct, frozen=True, order=True, kw_only=True):
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """The node as planning sees it. VIPs that proxyd itself made local are not among `addresses`."""
+    """The node as planning sees it. `addresses` are without the VIPs that proxyd itself made local."""
 
     name: str = ""
     zone: str = ""
     addresses: tuple[NodeAddress, ...] = ()
-    pod_cidrs: tuple[str, ...] = ()  # of its Pods, as the API server has it
+    pod_cidrs: tuple[str, ...] = ()  # those of its Pods, as the API server has them
 
 
 class VipMode(msgspec.Struct, frozen=True):
@@ -44,14 +44,14 @@ class VipMode(msgspec.Struct, frozen=True):
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator decided that planning depends on."""
+    """The operator's settings on which planning depends."""
 
     vip_mode: VipMode = VipMode(route=True)
     nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all
     bind_addresses: tuple[str, ...] = ()  # NodePorts are opened on these only; () = all
     pod_cidrs: tuple[str, ...] = ()  # of the cluster's Pods; () = not known
-    pods_by_node: bool = False  # the Node's podCIDRs instead
+    pods_by_node: bool = False  # the Node's podCIDRs are used instead
     localhost_nodeports: bool = True  # NodePorts are opened on loopback addresses too
-    steer_external_ips: bool = True  # policy rules for foreign addresses may be made
+    steer_external_ips: bool = True  # policy rules may take foreign addresses
     vip_ranges: tuple[str, ...] = ()  # CIDRs that clusterIPs come from
-    protocols: frozenset[str] = frozenset({"TCP"})  # that this build relays with the gates given
+    protocols: frozenset[str] = frozenset({"TCP"})  # those that this build relays with its feature gates

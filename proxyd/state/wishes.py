@@ -1,4 +1,4 @@
-"""What one Service wishes for, regardless of all others: listeners, balancers, VIPs."""
+"""The wishes of one Service, regardless of all others: listeners, balancers, VIPs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _GATES = {Protocol.SCTP: "SCTPSupport"}
 
 
 class ServiceWishes(msgspec.Struct, frozen=True, kw_only=True):
-    """What a Service wishes for.
+    """The wishes of a Service.
 
-    `listeners` whose balancer is not in `balancers` have no endpoint. `order` sorts Services by who may take
-    an address first: by creation, then by name.
+    A listener has no endpoint if its balancer is not in `balancers`. Of two Services that want an address the
+    first by `order` gets it: by creation, then by name.
     """
 
     order: tuple[bool, str, str, str]
@@ -46,7 +46,7 @@ class ServiceWishes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Frontend(msgspec.Struct, frozen=True):
-    """One address and port that clients of a service port use."""
+    """An address and port at which clients reach a service port."""
 
     ip: str
     port: int
@@ -56,9 +56,9 @@ class Frontend(msgspec.Struct, frozen=True):
 def service_wishes(
     service: Service, slices: tuple[EndpointSlice, ...], node: NodeView, options: Options
 ) -> ServiceWishes:
-    """What a Service wishes for on a node.
+    """The wishes of a Service on a node.
 
-    ExternalName and headless Services wish for nothing: there is nothing to proxy.
+    ExternalName and headless Services have none, as there is nothing to proxy.
     """
     meta, spec = service.metadata, service.spec
     order = (not meta.creation_timestamp, meta.creation_timestamp, meta.namespace, meta.name)
@@ -131,7 +131,7 @@ def _frontends(service: Service, port: ServicePort, node: NodeView, options: Opt
         for ingress in service.status.load_balancer.ingress:
             if not ingress.ip or ingress.ip_mode == "Proxy":
                 continue
-            # A load balancer may have addresses that the Service has no use for.
+            # A load balancer may have addresses of a family that the Service does not have.
             if _family(ingress.ip) in families or port.protocol is Protocol.SCTP:
                 yield Frontend(ingress.ip, port.port, Role.LOAD_BALANCER)
     if port.node_port and spec.type in (ServiceType.NODE_PORT, ServiceType.LOAD_BALANCER):
@@ -141,7 +141,7 @@ def _frontends(service: Service, port: ServicePort, node: NodeView, options: Opt
 
 
 def nodeport_addresses(node: NodeView, options: Options) -> tuple[str, ...]:
-    """The node addresses for NodePorts, as --nodeport-addresses and --bind-address admit them."""
+    """The node addresses that --nodeport-addresses and --bind-address admit for NodePorts."""
     wanted = options.nodeport_addresses
     networks = [ipaddress.ip_network(cidr, strict=False) for cidr in wanted if cidr != "primary"]
     chosen = []
@@ -164,7 +164,7 @@ def nodeport_addresses(node: NodeView, options: Options) -> tuple[str, ...]:
 def _listener(
     service: Service, name: ServicePortName, frontend: Frontend, local_ips: set[str], options: Options
 ) -> tuple[ListenerSpec, tuple[ListenerState, str] | None]:
-    """The wish for one frontend, and the reason it can't be granted, if there is one."""
+    """The listener for a frontend, and the reason why it can't be opened, if there is one."""
     spec = service.spec
     internal = frontend.role in (Role.CLUSTER_IP, Role.SCTP_ADDRESS)
     policy = spec.internal_traffic_policy if internal else spec.external_traffic_policy
@@ -183,7 +183,7 @@ def _listener(
         key=ListenerKey(ip, frontend.port, name.protocol),
         balancer=BalancerKey(name, policy, family),
         role=frontend.role,
-        # SCTP looks for its addresses in the kernel's table of local ones alone.
+        # SCTP finds its addresses in the kernel's table of local ones alone, so they can't be steered.
         steered=not internal
         and not ours
         and not mapped_from
@@ -195,11 +195,10 @@ def _listener(
     if (
         frontend.role is Role.EXTERNAL_IP
         and options.vip_mode.serve
-        and name.protocol is not Protocol.SCTP  # whose associations have addresses of both
+        and name.protocol is not Protocol.SCTP  # its associations have addresses of both families
         and family not in _families(service)
     ):
-        # kubernetes pkg/proxy/serviceport.go: each family's proxy takes its own addresses, and needs a
-        # clusterIP.
+        # kubernetes pkg/proxy/serviceport.go: a family's proxy takes its addresses if it has a clusterIP.
         refusal = (
             ListenerState.DISABLED,
             (
@@ -238,7 +237,7 @@ def _balancer(
 def _further(
     service: Service, slices: tuple[EndpointSlice, ...], options: Options
 ) -> dict[str, tuple[str, ...]]:
-    """Other addresses of SCTP endpoints, by the first; a slice knows better than its Service."""
+    """Further addresses of SCTP endpoints, by an endpoint's own; slices win over their Service."""
     said: dict[str, tuple[str, ...]] = {}
     for metadata in (service.metadata, *(one.metadata for one in slices)):
         said.update(further_addresses(metadata.annotations, options.vip_ranges))
@@ -246,7 +245,7 @@ def _further(
 
 
 def _udp_idle_seconds(service: Service, port: ServicePort) -> float | None:
-    """What the Service's annotation says; None where it is missing or wrong, of which a warning tells."""
+    """The seconds in the Service's annotation; None if it is missing or wrong, of which a warning tells."""
     text = service.metadata.annotations.get(UDP_IDLE_TIMEOUT)
     if text is None or port.protocol is not Protocol.UDP:
         return None
@@ -257,21 +256,21 @@ def _udp_idle_seconds(service: Service, port: ServicePort) -> float | None:
 
 
 def _source_ranges(service: Service, family: int) -> tuple[str, ...]:
-    """The ranges of one family; where all are of the other, these, so that not everybody may connect."""
+    """The ranges of one family; if it has none, those of the other, so that not everybody may connect."""
     ranges = tuple(text.strip() for text in service.spec.load_balancer_source_ranges)
     mine = tuple(text for text in ranges if (":" in text) == (family == 6))
     return mine or ranges
 
 
 def _families(service: Service) -> frozenset[int]:
-    """The address families of a Service: of its clusterIPs, or else as `ipFamilies` says, or else IPv4."""
+    """The address families of a Service: those of its clusterIPs, or else `ipFamilies`, or else IPv4."""
     spec = service.spec
     given = frozenset(_family(ip) for ip in spec.all_cluster_ips)
     return given or frozenset(6 if f == "IPv6" else 4 for f in spec.ip_families) or frozenset({4})
 
 
 def _is_vip(ip: str, local_ips: set[str], options: Options) -> bool:
-    """Whether an address is for proxyd to make local: from the service range, and not the node's own."""
+    """Whether proxyd has to make an address local: it is in the service range, and not the node's own."""
     address = parse_ip(ip)
     ranges = [network for cidr in options.vip_ranges if (network := parse_cidr(cidr)) is not None]
     return ip not in local_ips and address is not None and any(address in network for network in ranges)
