@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from proxyd.control.config.settings import Settings
-from proxyd.control.feeds.joined import Feeds
+from proxyd.control.feeds.joined import JoinedFeed
 from proxyd.control.lifecycle import Lifecycle
 from proxyd.control.reconcile.reconciler import Reconciler
 from proxyd.control.runtime.accesslog import AccessLog
@@ -44,7 +44,7 @@ class Core:
     supervisor: Supervisor
     old_workers: DrainingWorkers
     access: AccessLog
-    feed: Feeds = field(init=False)
+    feed: JoinedFeed = field(init=False)
     node: NodeView
     snapshot: Snapshot = field(default_factory=Snapshot)
     turns: int = 0

@@ -29,7 +29,7 @@ from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.control.runtime.tasks import cancel, spawn
 from proxyd.control.servers import Servers
 from proxyd.control.signals import handle_signals, hold_signals
-from proxyd.control.startup import claim, interruptible, make_core, make_feeds, prepare_process, read_first
+from proxyd.control.startup import claim, interruptible, make_core, make_feed, prepare_process, read_first
 from proxyd.control.upgrade import Upgrade, admin_socket
 from proxyd.control.workers.handover import Handover, answer, checking, take
 from proxyd.control.workers.orphans import Orphans
@@ -195,7 +195,7 @@ class Daemon:
     async def _start_feed(self) -> None:
         core, settings = self._core, self._core.settings
         migrating = spawn(migration.migrate(settings), name="migration")
-        core.feed = make_feeds(settings, self._loop.snapshot_changed, self._node_changed)
+        core.feed = make_feed(settings, self._loop.snapshot_changed, self._node_changed)
         self._loop.node_changed()
         # After an upgrade a signal must not end the program at once: clients are connected, and their relays
         # drain.

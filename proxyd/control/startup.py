@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from proxyd.control.config.options import StartError
 from proxyd.control.config.settings import Settings
 from proxyd.control.core import Core
-from proxyd.control.feeds.joined import FeedError, Feeds
+from proxyd.control.feeds.joined import FeedError, JoinedFeed
 from proxyd.control.lifecycle import Lifecycle
 from proxyd.control.reconcile.reconciler import Reconciler
 from proxyd.control.runtime.accesslog import AccessLog
@@ -135,16 +135,16 @@ def _make_reconciler(
     )
 
 
-def make_feeds(
+def make_feed(
     settings: Settings, changed: Callable[[Snapshot], None], node_changed: Callable[[], None]
-) -> Feeds:
-    """The sources that the settings name; see `Feeds`.
+) -> JoinedFeed:
+    """The sources that the settings name; see `JoinedFeed`.
 
     Raises:
         StartError: a source can't be used.
     """
     try:
-        return Feeds(settings, changed, node_changed)
+        return JoinedFeed(settings, changed, node_changed)
     except FeedError as error:
         raise StartError(str(error), 3) from None
 
@@ -169,7 +169,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def read_first(feed: Feeds) -> None:
+def read_first(feed: JoinedFeed) -> None:
     """Read the manifests once, and hand them on unless there is a cluster to wait for.
 
     Args:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.service import Service, ServicePort, ServiceSpec, ServiceType
-from proxyd.control.feeds.merge import Merger, TakenByCluster
+from proxyd.control.feeds.merge import SnapshotMerger, TakenByCluster
 from proxyd.state.snapshot import Snapshot
 
 NAMES = [ObjectName("prod", name) for name in "abc"]
@@ -48,14 +48,14 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 def test_a_merger_that_remembers_answers_like_a_new_one(
     states: list[tuple[Snapshot, Snapshot]], data: st.DataObject
 ) -> None:
-    merger = Merger()
+    merger = SnapshotMerger()
     manifests, cluster = Snapshot(), Snapshot()
     for new_manifests, new_cluster in states:
         # Mostly one of the two stays as it was.
         which = data.draw(st.sampled_from(["manifests", "cluster", "both"]))
         manifests = manifests if which == "cluster" else new_manifests
         cluster = cluster if which == "manifests" else new_cluster
-        merged, fresh = merger.merge(manifests, cluster), Merger()
+        merged, fresh = merger.merge(manifests, cluster), SnapshotMerger()
         assert merged == fresh.merge(manifests, cluster)
         assert (
             merger.hidden
@@ -67,7 +67,7 @@ def test_a_merger_that_remembers_answers_like_a_new_one(
 
 @given(snapshots(), snapshots())
 def test_a_service_and_its_slices_come_from_one_source(manifests: Snapshot, cluster: Snapshot) -> None:
-    merged = Merger().merge(manifests, cluster)
+    merged = SnapshotMerger().merge(manifests, cluster)
     assert merged.services.keys() == manifests.services.keys() | cluster.services.keys()
     for name, service in merged.services.items():
         source = cluster if name in cluster.services else manifests

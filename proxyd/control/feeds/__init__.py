@@ -1,1 +1,1 @@
-"""What joins the sources into one snapshot: manifests, the API server, and the merge of both."""
+"""Follows the sources, manifests and an API server, and joins their objects into one snapshot."""

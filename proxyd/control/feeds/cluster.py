@@ -78,7 +78,7 @@ class ClusterFeed:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong at the moment."""
+        """The problems of the moment."""
         return self._source.problems
 
     @property

@@ -12,8 +12,8 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.control.config.settings import Settings
 from proxyd.control.feeds.facts import SourceFacts
-from proxyd.control.feeds.manifests import Feed
-from proxyd.control.feeds.merge import Merger, TakenByCluster
+from proxyd.control.feeds.manifests import ManifestFeed
+from proxyd.control.feeds.merge import SnapshotMerger, TakenByCluster
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.runtime.tasks import spawn
 from proxyd.sources.manifests.watch import Change
@@ -31,7 +31,7 @@ class FeedError(ValueError):
     """A source can't be used; the text is one line."""
 
 
-class Feeds:
+class JoinedFeed:
     """Follows every source that the settings name, and hands on a snapshot whenever one of them changes.
 
     Nothing is handed on before every source has delivered its first full list. If there are both manifests
@@ -48,7 +48,7 @@ class Feeds:
 
     Attributes:
         missing: configured paths that cannot be read at all.
-        cluster: the API server's part; None if there is none.
+        cluster: the feed of the API server; None if there is none.
     """
 
     def __init__(
@@ -60,33 +60,33 @@ class Feeds:
         self._settings = settings
         self._changed = changed
         self._node_changed = node_changed
-        self._read: Snapshot | None = None  # what the manifests say
-        self._merger = Merger()
+        self._from_manifests: Snapshot | None = None
+        self._merger = SnapshotMerger()
         self._taken = TakenByCluster()
-        self._giving: asyncio.Task[None] | None = None
+        self._withholding: asyncio.Task[None] | None = None
         self._node: object = None
         self._eligible = True
         self._hidden: tuple[Problem, ...] = ()
         self.cluster: ClusterFeed | None = (
             _cluster(settings, self._cluster_changed) if settings.cluster else None
         )
-        self._manifests = Feed(settings, self._manifests_changed) if settings.manifests else None
+        self._manifests = ManifestFeed(settings, self._manifests_changed) if settings.manifests else None
 
     @property
     def synced(self) -> bool:
         """Whether every source has delivered its first full list."""
-        return (self._manifests is None or self._read is not None) and (
+        return (self._manifests is None or self._from_manifests is not None) and (
             self.cluster is None or self.cluster.synced
         )
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong at the moment."""
+        """The problems of the moment."""
         return (*self.manifest_problems, *(self.cluster.problems if self.cluster else ()))
 
     @property
     def manifest_problems(self) -> tuple[Problem, ...]:
-        """What is wrong with manifests."""
+        """The problems of manifests, also Services that the cluster's of the same name hide."""
         return (*(self._manifests.problems if self._manifests else ()), *self._hidden)
 
     @property
@@ -120,7 +120,7 @@ class Feeds:
         return self.cluster is None or self.cluster.eligible
 
     def node_view(self, addresses: tuple[NodeAddress, ...]) -> NodeView:
-        """This node: its Node's zone, and which of its addresses the Node names as the primary ones."""
+        """This node with these addresses; zone, Pod CIDRs and primary addresses are those of its Node."""
         node = self.cluster.node if self.cluster else None
         name = self._settings.node_name
         if node is None:
@@ -145,7 +145,7 @@ class Feeds:
         """
         if self._manifests is None:
             return ()
-        return self._manifests.first() if self.cluster is None else self._manifests.look()
+        return self._manifests.first() if self.cluster is None else self._manifests.first_unallocated()
 
     async def rescan(self, change: Change | None = None) -> None:
         """Read the manifests that changed (None: look for changes), and the kubeconfig again."""
@@ -163,7 +163,7 @@ class Feeds:
                 group.create_task(self.cluster.run(), name="source:cluster")
 
     def _manifests_changed(self, snapshot: Snapshot) -> None:
-        self._read = snapshot
+        self._from_manifests = snapshot
         self._hand_on()
 
     def _cluster_changed(self) -> None:
@@ -172,40 +172,42 @@ class Feeds:
         if self._node is not cluster.node or self._eligible != cluster.eligible:
             self._node, self._eligible = cluster.node, cluster.eligible
             self._node_changed()
-        if self._manifests is not None and (self._taken.update(cluster.services) or self._read is None):
-            self._give_way()
+        if self._manifests is not None and (
+            self._taken.update(cluster.services) or self._from_manifests is None
+        ):
+            self._withhold()
         self._hand_on()
 
-    def _give_way(self) -> None:
+    def _withhold(self) -> None:
         """Have the manifests' allocations make room for the cluster's, one change after the other."""
-        if self._giving is None or self._giving.done():
-            self._giving = spawn(self._give_way_until_done(), name="source:manifests:allocations")
+        if self._withholding is None or self._withholding.done():
+            self._withholding = spawn(self._withhold_until_done(), name="source:manifests:allocations")
 
-    async def _give_way_until_done(self) -> None:
+    async def _withhold_until_done(self) -> None:
         assert self._manifests is not None
-        given = None
-        while given is not self._taken.now:
-            given = self._taken.now
-            await self._manifests.give_way(given)
+        withheld = None
+        while withheld is not self._taken.now:
+            withheld = self._taken.now
+            await self._manifests.withhold(withheld)
 
     def _hand_on(self) -> None:
         if not self.synced:
             return
         if self.cluster is None:
-            assert self._read is not None
-            self._changed(self._read)
-        elif self._read is None:
+            assert self._from_manifests is not None
+            self._changed(self._from_manifests)
+        elif self._from_manifests is None:
             self._changed(self.cluster.snapshot)
         else:
             before = self._merger.hidden
-            snapshot = self._merger.merge(self._read, self.cluster.snapshot)
+            snapshot = self._merger.merge(self._from_manifests, self.cluster.snapshot)
             if self._merger.hidden is not before:
-                self._tell_hidden()
+                self._report_hidden()
             self._changed(snapshot)
 
-    def _tell_hidden(self) -> None:
-        told, self._hidden = set(self._hidden), tuple(map(_hidden, self._merger.hidden))
-        for problem in [problem for problem in self._hidden if problem not in told][:_MAX_LOGGED]:
+    def _report_hidden(self) -> None:
+        known, self._hidden = set(self._hidden), tuple(map(_hidden, self._merger.hidden))
+        for problem in [problem for problem in self._hidden if problem not in known][:_MAX_LOGGED]:
             log.warning(str(problem))
 
 

@@ -31,13 +31,13 @@ _MAX_LOGGED = 20
 _LOCATED_BYTES = 64 << 10
 
 
-class Feed:
+class ManifestFeed:
     """Follows manifests and hands on a snapshot whenever they change.
 
     Attributes:
-        problems: all that is wrong at the moment.
+        problems: the problems of the moment.
         missing: configured paths that cannot be read at all.
-        files: how many there are.
+        files: how many files there are.
         synced_at: Unix time of the last scan; 0: none yet.
     """
 
@@ -64,8 +64,8 @@ class Feed:
         if warning:
             log.warning(warning)
         self._assembled: Assembled | None = None
-        self._elsewhere = NOTHING_TAKEN  # addresses and nodePorts of a cluster's Services
-        self._held = False  # they are not known yet
+        self._withheld = NOTHING_TAKEN  # addresses and nodePorts that a cluster's Services have
+        self._waits_for_cluster = False  # it is not known yet what they have
         self._save_error = ""
         self._lock = asyncio.Lock()
 
@@ -75,9 +75,9 @@ class Feed:
             self._take(*self._read(None))
         return self.problems
 
-    def look(self) -> tuple[Problem, ...]:
-        """Like `first`, but hand on nothing before `give_way`."""
-        self._held = True
+    def first_unallocated(self) -> tuple[Problem, ...]:
+        """Like `first`, but allocate and hand on nothing before `withhold` is called."""
+        self._waits_for_cluster = True
         with permanent_objects():
             manifests = self._source.scan()
         self.synced_at = time.time()
@@ -86,11 +86,11 @@ class Feed:
         self.problems = manifests.problems
         return self.problems
 
-    async def give_way(self, taken: Taken) -> None:
-        """Allocate nothing that a cluster's Services have, from now on."""
-        held, self._held = self._held, False
-        self._elsewhere = taken
-        await self.rescan(None if held else frozenset())
+    async def withhold(self, taken: Taken) -> None:
+        """From now on allocate nothing that is taken by a cluster's Services."""
+        waited, self._waits_for_cluster = self._waits, False
+        self._withheld = taken
+        await self.rescan(None if waited else frozenset())
 
     async def rescan(self, change: Change | None = None) -> None:
         """Read again what changed, and hand on a snapshot if it differs.
@@ -98,8 +98,8 @@ class Feed:
         Args:
             change: what may have changed; None: anything.
         """
-        if self._held:
-            return  # `give_way` will look at everything
+        if self._waits_for_cluster:
+            return  # `withhold` reads everything
         async with self._lock:
             self._take(*await in_thread(self._read, change))
 
@@ -112,7 +112,7 @@ class Feed:
         """The manifests as they are now, and the new problems that are to be logged."""
         manifests = self._source.scan(change)
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        assembled = self._assembler.assemble(manifests, self._allocations, now, self._elsewhere)
+        assembled = self._assembler.assemble(manifests, self._allocations, now, self._withheld)
         return manifests, assembled, self._new(assembled.problems)
 
     def _new(self, problems: tuple[Problem, ...]) -> list[Problem]:

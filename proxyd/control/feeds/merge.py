@@ -14,12 +14,12 @@ from proxyd.state.snapshot import Snapshot
 _Slices = Mapping[ObjectName, tuple[EndpointSlice, ...]]
 
 
-class Merger:
+class SnapshotMerger:
     """Merges one pair of snapshots after another.
 
     A Service and its slices come from one source. If both have a Service, the cluster's is served, as every
-    other node serves that one. What did not change is the very same object as before, and a change costs what
-    changed.
+    other node serves that one. What did not change is the same Python object as before; a merge takes time
+    for what changed alone.
 
     Attributes:
         hidden: Services of the manifests that are not served, because the cluster has one of the same name.
