@@ -88,7 +88,7 @@ class ManifestFeed:
 
     async def withhold(self, taken: Taken) -> None:
         """From now on allocate nothing that is taken by a cluster's Services."""
-        waited, self._waits_for_cluster = self._waits, False
+        waited, self._waits_for_cluster = self._waits_for_cluster, False
         self._withheld = taken
         await self.rescan(None if waited else frozenset())
 
