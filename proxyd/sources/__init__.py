@@ -1,1 +1,1 @@
-"""Where objects come from: manifests with the controllers that stand in for a cluster's, and the API server."""
+"""The sources of objects: manifests, with controllers in place of a cluster's, and the API server."""
