@@ -1,23 +1,25 @@
-"""Which class relays a protocol: proxyd's own, or the one that another distribution brings.
+"""Which class relays a protocol, proxyd's own or another distribution's; and the interface of such a class.
 
-Listeners are found by protocol name in the entry-point group `proxyd.listeners`. Control looks once, after it
+Listener classes are found by protocol name in the entry-point group `proxyd.listeners`. Control looks once, after it
 has started the workers, and tells the workers `module:class` only where that is not proxyd's own; so a worker never looks
 through installed distributions, and imports the class of a protocol with its first listener.
+
+A listener class is a `Factory` of a `Listener`, which makes a `Relay` of each client; the other Protocols are optional.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:  # control looks here too, and is free of the data plane
     from proxyd.relay.engine.balancer import Balancer
     from proxyd.relay.engine.plane import Plane
-    from proxyd.relay.ipc.messages import ListenerConfig
+    from proxyd.relay.ipc.messages import ListenerConfig, LiveConnection
 
 GROUP = "proxyd.listeners"
 OWN = {
@@ -25,20 +27,19 @@ OWN = {
     "UDP": "proxyd.relay.udp.listener:UdpListener",
     "SCTP": "proxyd.relay.sctp.listener:SctpListener",
 }
+USUAL = ("TCP",)  # what nearly every worker relays
 _DISTRIBUTION = "proxyd"
+
+_Part = TypeVar("_Part")
 
 
 class Listener(Protocol):
-    """What relays the clients of one listening socket.
+    """What relays the clients of one listening socket. `Factory` says how it is made.
 
-    It is made with `(config: ListenerConfig, fd: int, balancer: Balancer, plane: Plane)`, owns the descriptor from then
-    on, and raises OSError where it can't be watched. It registers with `plane.poller`; whatever it relays it puts into
-    `plane.relays` with `plane.opened(relay)` and takes out with `plane.closed(relay)`. A relay has `dial_due(now)`,
-    `tick(now)` and `crash()`; one with `abort(reason)` and `listener` is ended when its time to drain is over, one with
-    `service` and `live(now)` is listed.
-
-    A listener may also have `endpoints_changed()`, called after endpoints of its balancer were removed, and
-    `linger(seconds)`, called instead of `close` when the worker ends: whether there is something to wait for.
+    It watches the socket with `plane.poller`; where a method that is called for an event raises, `crash()` of its object is
+    called, if it has that. Each relay is put into the plane with `plane.opened(relay)` and taken out with
+    `plane.closed(relay)`. The address of a listener that accepts no more is free when it has reported
+    `plane.reporter.drained(id)`.
     """
 
     id: int
@@ -54,14 +55,98 @@ class Listener(Protocol):
         """How many relays of it are alive."""
 
     def close(self) -> None:
-        """Stop accepting; relays go on. `plane.reporter.drained(id)` is called when none is left."""
+        """Stop accepting; relays go on. `drained` is reported when none is left, and may be reported at once."""
+
+
+class Relay(Protocol):
+    """What joins a client with its endpoint, as the timers of the plane see it."""
+
+    def dial_due(self, now: float) -> None:
+        """The time is over that was given with `plane.dial_until`. `now` is in monotonic seconds."""
+
+    def tick(self, now: float) -> None:
+        """Do what is done once a second."""
+
+    def crash(self) -> None:
+        """End after an internal error, one that this relay's own code has raised."""
+
+
+# Optional parts. Whatever has the members of one has that part: it need not inherit, and is not registered.
+
+
+@runtime_checkable
+class FollowsEndpoints(Listener, Protocol):
+    """A listener that is told when endpoints of its balancer were removed."""
+
+    def endpoints_changed(self) -> None:
+        """Some have `removed` set, and are not among the balancer's any more."""
+
+
+@runtime_checkable
+class Lingers(Listener, Protocol):
+    """A listener that is asked, instead of closed, when the worker ends."""
+
+    def linger(self, seconds: float) -> bool:
+        """Take no more. Whether there is something to wait for, at most so long; else it is closed after that."""
+
+
+@runtime_checkable
+class Drains(Relay, Protocol):
+    """A relay that can be ended: when its closed listener's time to drain is over, or the worker ends."""
+
+    listener: Listener
+
+    def abort(self, reason: str) -> None:
+        """End at once."""
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A relay that is shown among the live connections."""
+
+    @property
+    def service(self) -> str:
+        """Name of its service port, namespace/name:port."""
+
+    def live(self, now: float) -> LiveConnection | None:
+        """What it is and does at this moment, in monotonic seconds; None where it has ended."""
+
+
+def _asking(part: type[_Part]) -> Callable[[object], TypeGuard[_Part]]:
+    """A function that says whether an object has a part. It asks once for each class: asking a Protocol is slow."""
+    known: dict[type, bool] = {}
+
+    def has(thing: object) -> TypeGuard[_Part]:
+        kind = type(thing)
+        if kind not in known:
+            known[kind] = isinstance(thing, part)
+        return known[kind]
+
+    return has
+
+
+# mypy takes a Protocol for a class to be instantiated (python/mypy#4717).
+follows_endpoints = _asking(FollowsEndpoints)  # type: ignore[type-abstract]
+lingers = _asking(Lingers)  # type: ignore[type-abstract]
+drains = _asking(Drains)  # type: ignore[type-abstract]
+is_listed = _asking(Listed)  # type: ignore[type-abstract]
 
 
 class Factory(Protocol):
     """A listener class."""
 
     def __call__(self, config: ListenerConfig, fd: int, balancer: Balancer, plane: Plane, /) -> Listener:
-        """Make one."""
+        """Make a listener.
+
+        Args:
+            config: what control said.
+            fd: the socket, bound and, but for UDP, listening; owned by the listener from now on.
+            balancer: of new relays.
+            plane: of the worker.
+
+        Raises:
+            OSError: it can't be watched.
+        """
 
 
 class Found(NamedTuple):

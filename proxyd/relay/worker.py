@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 import uvloop
@@ -33,7 +32,17 @@ from proxyd.relay.ipc.messages import (
 from proxyd.relay.ipc.options import Options
 from proxyd.relay.ipc.slots import MAX_SLOTS, Slots
 from proxyd.relay.privileges import drop_privileges
-from proxyd.relay.registry import Listener, load
+from proxyd.relay.registry import (
+    USUAL,
+    FollowsEndpoints,
+    Listed,
+    Listener,
+    drains,
+    follows_endpoints,
+    is_listed,
+    lingers,
+    load,
+)
 
 # Messages taken in one turn of the loop, so that a long update does not hold up the relays.
 _MESSAGES_AT_ONCE = 8
@@ -74,7 +83,7 @@ class Worker:
         self._balancers: dict[int, Balancer] = {}
         self._listeners: dict[int, Listener] = {}
         self._closed: dict[int, Listener] = {}  # closed, with relays left
-        self._following: dict[Balancer, set[Any]] = {}  # listeners that want to know of removed endpoints
+        self._following: dict[Balancer, set[FollowsEndpoints]] = {}  # listeners, by their balancer
         self._drain_until: dict[Listener, float] = {}
         self._drain_timer: asyncio.TimerHandle | None = None
         self._shutdown_timer: asyncio.TimerHandle | None = None
@@ -94,9 +103,8 @@ class Worker:
         self._plane.on_empty = None
         for listener in list(self._listeners.values()):
             listener.close()
-        for relay in list(self._plane.relays):
-            if hasattr(relay, "abort"):
-                relay.abort("drained")
+        for relay in list(filter(drains, self._plane.relays)):
+            relay.abort("drained")
         for timer in (self._drain_timer, self._shutdown_timer):
             if timer is not None:
                 timer.cancel()
@@ -204,7 +212,7 @@ class Worker:
             self._reporter.trouble(f"from control: listener {config.id} was given twice")
             self._close(CloseListener(config.id))
         self._listeners[config.id] = listener
-        if hasattr(listener, "endpoints_changed"):
+        if follows_endpoints(listener):
             self._following.setdefault(listener.balancer, set()).add(listener)
 
     def _close(self, closing: CloseListener) -> None:
@@ -226,7 +234,7 @@ class Worker:
 
     def _follow_no_more(self, listener: Listener) -> None:
         following = self._following.get(listener.balancer)
-        if following is not None:
+        if following is not None and follows_endpoints(listener):
             following.discard(listener)
             if not following:
                 del self._following[listener.balancer]
@@ -248,16 +256,15 @@ class Worker:
         due = {listener for listener, until in self._drain_until.items() if until <= limit}
         for listener in due:
             del self._drain_until[listener]
-        for relay in list(self._plane.relays):
-            if hasattr(relay, "abort") and getattr(relay, "listener", None) in due:
+        for relay in list(filter(drains, self._plane.relays)):
+            if relay.listener in due:
                 relay.abort("drained")
         self._drain_until = {held: until for held, until in self._drain_until.items() if held.open_relays}
         self._set_drain_timer()
 
     def _shut_down(self, drain: float) -> None:
         for number, listener in list(self._listeners.items()):
-            linger = getattr(listener, "linger", None)
-            if linger is None or not linger(drain):
+            if not (lingers(listener) and listener.linger(drain)):
                 self._close(CloseListener(number))
         if not self._plane.relays or drain <= 0:
             self.stop(0)
@@ -272,15 +279,15 @@ class Worker:
 
 
 class _Alive:
-    """Every relay of a worker."""
+    """The relays of a worker that can be listed."""
 
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
 
-    def __iter__(self) -> Iterator[object]:
-        yield from self._plane.relays
+    def __iter__(self) -> Iterator[Listed]:
+        yield from filter(is_listed, self._plane.relays)
         for extension in self._plane.extensions.values():
-            yield from extension
+            yield from filter(is_listed, extension)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -297,8 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
     # A terminal's Ctrl-C reaches the whole process group; when and how to end is control's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # What nearly all need, while files can be read that afterwards may be out of reach.
-    load("TCP")
+    # While files can be read that afterwards may be out of reach.
+    for protocol in USUAL:
+        load(protocol)
     drop_privileges()
     channel = Channel(socket.socket(fileno=given.channel_fd))
     loop = uvloop.new_event_loop()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxyd.relay.ipc.messages import CloseListener, ListenerConfig
+from proxyd.relay.ipc.messages import CloseListener, ListConnections, ListenerConfig
 from tests.support.clients import connect, read_all
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, service, write
@@ -41,6 +41,74 @@ class Parrot:
         self.plane.reporter.drained(self.id)
 """
 
+# One with every optional part: its clients are relays, and each is told what the listener or its relay was told.
+KEEPER = """
+from proxyd.relay.ipc.messages import LiveConnection
+from acme_relay import Parrot
+
+
+class Kept:
+    def __init__(self, listener, client):
+        self.listener, self.client, self.service = listener, client, listener.balancer.name
+        listener.plane.poller.add(client.fileno(), self.ready, 1)
+        listener.plane.opened(self)
+
+    def ready(self, events):
+        if self.client.recv(100) == b"fail":
+            raise ValueError("as it was asked to")
+
+    def dial_due(self, now):
+        pass
+
+    def tick(self, now):
+        pass
+
+    def live(self, now):
+        return LiveConnection("c", self.listener.address, self.service, "e", "GREETING", 1.0, 2, 3, "kept")
+
+    def crash(self):
+        self.abort("crashed")
+
+    def abort(self, reason):
+        self.say(reason)
+        self.listener.plane.poller.close(self.client)
+        self.listener.plane.closed(self)
+        self.listener.ended(self)
+
+    def say(self, what):
+        self.client.send(what.encode() + b".")
+
+
+class Keeper(Parrot):
+    def __init__(self, config, fd, balancer, plane):
+        super().__init__(config, fd, balancer, plane)
+        self.kept = []
+
+    def ready(self, events):
+        self.open_relays += 1
+        self.kept.append(Kept(self, self.socket.accept()[0]))
+        self.kept[-1].say("hello")
+
+    def ended(self, relay):
+        self.kept.remove(relay)
+        self.open_relays -= 1
+        if self.closed and not self.kept:
+            self.plane.reporter.drained(self.id)
+
+    def close(self):
+        self.closed = True
+        self.plane.poller.close_shared(self.socket)
+
+    def endpoints_changed(self):
+        for relay in self.kept:
+            relay.say("changed")
+
+    def linger(self, seconds):
+        for relay in self.kept:
+            relay.say("lingering")
+        return True
+"""
+
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Callable[[str], Path]:
@@ -50,6 +118,7 @@ def installed(tmp_path: Path) -> Callable[[str], Path]:
         info = tmp_path / "acme_relay-1.0.dist-info"
         info.mkdir()
         (tmp_path / "acme_relay.py").write_text(MODULE)
+        (tmp_path / "acme_keeper.py").write_text(KEEPER)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-relay\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[proxyd.listeners]\n{point}\n")
         return tmp_path
@@ -103,3 +172,60 @@ def test_a_protocol_is_added(installed: Callable[[str], Path], monkeypatch: pyte
                     assert client.recv(100) == f"prod/web at 127.0.0.1:{port}".encode()
                 worker.apply(close=[CloseListener(config.id)])
         worker.wait(lambda: any("OTHER is not relayed here" in text for text in worker.trouble))
+
+
+def test_the_optional_parts_of_the_interface(
+    installed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(installed("GREETING = acme_keeper:Keeper")))
+    with WorkerDriver() as worker, listen() as sock:
+        balancer = worker.balancer([1, 2])
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+
+        def opened() -> int:
+            config = ListenerConfig(
+                worker.id(), balancer, "GREETING", address, implementation="acme_keeper:Keeper"
+            )
+            worker.apply(listeners=[config], descriptors=[sock.fileno()])
+            return config.id
+
+        number = opened()
+        with connect_local(sock) as first, connect_local(sock) as second:
+            assert (said(first), said(second)) == (b"hello.", b"hello.")
+            # Listed, with the others of its Service.
+            worker.channel.send(ListConnections(1, 10))
+            worker.wait(lambda: len(worker.live) == 2)
+            assert {record.state for record in worker.live} == {"kept"}
+            # Told of endpoints that are removed.
+            worker.balancer([1], number=balancer)
+            assert (said(first), said(second)) == (b"changed.", b"changed.")
+            # An internal error of one relay ends it alone.
+            first.send(b"fail")
+            assert said(first) == b"crashed."
+            worker.wait(lambda: any("ValueError: as it was asked to" in text for text in worker.trouble))
+            worker.trouble.clear()
+            # Ended when its listener's time is over.
+            worker.apply(close=[CloseListener(number, 0.1)])
+            assert said(second) == b"drained."
+            worker.wait(lambda: number in worker.drained)
+        # The worker's end.
+        opened()
+        with connect_local(sock) as third:
+            assert said(third) == b"hello."
+            worker.shutdown(0.2)
+            assert said(third) == b"lingering."
+            assert said(third) == b"drained."
+
+
+def connect_local(sock: socket.socket) -> socket.socket:
+    return socket.create_connection(sock.getsockname(), DEADLINE)
+
+
+def said(client: socket.socket) -> bytes:
+    """The next word."""
+    word = b""
+    while not word.endswith(b"."):
+        part = client.recv(1)
+        assert part, word
+        word += part
+    return word

@@ -27,6 +27,8 @@ from proxyd.relay.ipc.messages import (
     Connections,
     Drained,
     ListenerConfig,
+    LiveConnection,
+    LiveConnections,
     Ready,
     Shutdown,
     Trouble,
@@ -210,6 +212,7 @@ class WorkerDriver:
         self.drained: list[int] = []
         self.records: list[Connection] = []
         self.dropped = 0
+        self.live: list[LiveConnection] = []  # as `ListConnections` was answered
         self.trouble: dict[str, int] = {}
         self.trouble_messages = 0
         self._ids = iter(range(1, 1 << 16))
@@ -255,6 +258,8 @@ class WorkerDriver:
                 case Connections(records=records, dropped=dropped):
                     self.records += records
                     self.dropped += dropped
+                case LiveConnections(records=records):
+                    self.live += records
                 case Trouble(counts=counts):
                     self.trouble_messages += 1
                     for text, count in counts.items():

@@ -6,10 +6,10 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable
 from time import monotonic
-from typing import Any
+from typing import Protocol
 
 from proxyd.relay.ipc.channel import Channel
-from proxyd.relay.ipc.messages import ListConnections, LiveConnections
+from proxyd.relay.ipc.messages import ListConnections, LiveConnection, LiveConnections
 
 # Relays looked at in one turn: about 0.3 ms where all of them are described.
 LOOKED_AT_ONCE = 200
@@ -18,17 +18,27 @@ MAX_REQUESTS = 4
 _RETRY_SECONDS = 0.01
 
 
+class Listed(Protocol):
+    """A relay that can say what it is and does."""
+
+    @property
+    def service(self) -> str:
+        """Name of its service port, namespace/name:port."""
+
+    def live(self, now: float) -> LiveConnection | None:
+        """What it is and does at this moment; None where it has ended."""
+
+
 class Listings:
     """Answers `ListConnections`, in order, without holding up the relays.
 
     Args:
         loop: for the next turn.
         channel: to control.
-        relays: those of the worker; looked at when a request's turn comes. One that can say how it is doing has
-            `service`, the name of its service port, and `live(now)`, which returns a LiveConnection.
+        relays: those of the worker; looked at when a request's turn comes.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel, relays: Iterable[Any]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel, relays: Iterable[Listed]) -> None:
         self._loop = loop
         self._channel = channel
         self._relays = relays
@@ -89,7 +99,7 @@ class Listings:
 class _Listing:
     """One answer under way. `message` is the part to be sent next."""
 
-    def __init__(self, request: ListConnections, relays: deque[Any]) -> None:
+    def __init__(self, request: ListConnections, relays: deque[Listed]) -> None:
         self.message: LiveConnections | None = None
         self._request = request
         self._relays = relays
@@ -104,16 +114,17 @@ class _Listing:
         records = []
         for _ in range(min(LOOKED_AT_ONCE, len(self._relays))):
             relay = self._relays.popleft()
-            if not hasattr(relay, "live") or relay.done:
-                continue
             service = relay.service
             if prefix and not service.startswith(prefix):
                 continue
             if name and service.partition("/")[2].partition(":")[0] != name:
                 continue
+            record = relay.live(now)
+            if record is None:
+                continue
             if self._left:
                 self._left -= 1
-                records.append(relay.live(now))
+                records.append(record)
             else:
                 self._more += 1
         last = not self._relays

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
+from types import MethodType
+from typing import Protocol, runtime_checkable
 
 from proxyd.relay.engine.pipes import MAX_PIPES, Pipe, Pipes
 from proxyd.relay.engine.poller import Handler, Poller
@@ -42,7 +43,7 @@ _PIPE_PART = 64
 _PIPES_OF_ALL = 32
 
 
-class SharedRelay(Protocol):
+class TimedRelay(Protocol):
     """A relay as the timers see it."""
 
     def dial_due(self, now: float) -> None:
@@ -53,6 +54,14 @@ class SharedRelay(Protocol):
 
     def crash(self) -> None:
         """End after an internal error."""
+
+
+@runtime_checkable
+class Crashable(Protocol):
+    """Whose method an event was dispatched to: it is told when that has raised."""
+
+    def crash(self) -> None:
+        """End, or go on, after an internal error."""
 
 
 class Pausable(Protocol):
@@ -107,8 +116,8 @@ class Plane:
         self.extensions: dict[str, Extension] = {}  # by protocol
         self.records = options.records
         self.idle_seconds = options.tcp_idle_timeout
-        self.relays: set[SharedRelay] = set()
-        self.dialling: dict[SharedRelay, float] = {}  # and until when
+        self.relays: set[TimedRelay] = set()
+        self.dialling: dict[TimedRelay, float] = {}  # and until when
         self.on_empty: Callable[[], None] | None = None  # called when the last relay ended
         self.accepting_paused = False
         self._paused: list[Pausable] = []
@@ -125,19 +134,19 @@ class Plane:
 
     # -- relays ---------------------------------------------------------------------------------------------------
 
-    def opened(self, relay: SharedRelay) -> None:
+    def opened(self, relay: TimedRelay) -> None:
         """Count a relay in."""
         self.relays.add(relay)
         if self._tick_timer is None:
             self._tick_timer = self.loop.call_later(TICK_SECONDS, self._tick)
 
-    def closed(self, relay: SharedRelay) -> None:
+    def closed(self, relay: TimedRelay) -> None:
         """Count a relay out."""
         self.relays.discard(relay)
         if self.on_empty is not None and not self.relays:
             self.on_empty()
 
-    def dial_until(self, relay: SharedRelay, deadline: float) -> None:
+    def dial_until(self, relay: TimedRelay, deadline: float) -> None:
         """Have `relay.dial_due` called at about `deadline`, unless it is taken out of `dialling` before."""
         self.dialling[relay] = deadline
         if self._scan_timer is None:
@@ -220,24 +229,23 @@ class Plane:
 
     # -- errors ---------------------------------------------------------------------------------------------------
 
-    def _guarded(self, relay: SharedRelay, what: Callable[[float], None], now: float) -> None:
+    def _guarded(self, relay: TimedRelay, what: Callable[[float], None], now: float) -> None:
         try:
             what(now)
         except Exception as error:  # noqa: BLE001 one relay's error must not reach another
             self._failed(relay, error)
 
     def _handler_failed(self, handler: Handler, error: Exception) -> None:
-        self._failed(getattr(handler, "__self__", None), error)
+        self._failed(handler.__self__ if isinstance(handler, MethodType) else None, error)
 
     def _failed(self, owner: object, error: Exception) -> None:
         """Report an error in this program, and end the relay that it happened in."""
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         self.reporter.trouble(f"internal error at {where}: {type(error).__name__}: {error}")
-        crash = getattr(owner, "crash", None)
-        if crash is not None:
+        if isinstance(owner, Crashable):
             try:
-                crash()
+                owner.crash()
             except Exception as second:  # noqa: BLE001 nothing more can be done for it
                 self.reporter.trouble(
                     f"internal error while ending a relay: {type(second).__name__}: {second}"

@@ -398,8 +398,10 @@ class SctpRelay:
         """Name of its service port, namespace/name:port."""
         return self._balancer.name
 
-    def live(self, now: float) -> LiveConnection:
-        """What it is and does at this moment."""
+    def live(self, now: float) -> LiveConnection | None:
+        """What it is and does at this moment; None where it has ended."""
+        if self.done:
+            return None
         state, endpoint_path = "connecting", ""
         moved = self._counted
         if self._connected:

@@ -195,8 +195,10 @@ class Relay(Dialler):
         """Name of its service port, namespace/name:port."""
         return self._balancer.name
 
-    def live(self, now: float) -> LiveConnection:
-        """What it is and does at this moment."""
+    def live(self, now: float) -> LiveConnection | None:
+        """What it is and does at this moment; None where it has ended."""
+        if self.done:
+            return None
         state = "connecting"
         if self._connected:
             state = "half-closed" if self.client.eof or self.upstream.eof else "established"

@@ -240,8 +240,10 @@ class Flow(Upstream):
 
     # -- figures --------------------------------------------------------------------------------------------------
 
-    def live(self, now: float) -> LiveConnection:
-        """What it is and does at this moment."""
+    def live(self, now: float) -> LiveConnection | None:
+        """What it is and does at this moment; None where it has ended."""
+        if self.done:
+            return None
         return LiveConnection(
             client=address_text(*client_address(self.key)),
             frontend=self.listener.address,
