@@ -1,10 +1,12 @@
 """Which class relays a protocol, proxyd's own or another distribution's; and the interface of such a class.
 
-Listener classes are found by protocol name in the entry-point group `proxyd.listeners`. Control looks once, after it
-has started the workers, and tells the workers `module:class` only where that is not proxyd's own; so a worker never looks
-through installed distributions, and imports the class of a protocol with its first listener.
+Listener classes are found by protocol name in the entry-point group `proxyd.listeners`. Control looks once,
+after it has started the workers, and tells the workers `module:class` only where that is not proxyd's own; so
+a worker never looks through installed distributions, and imports the class of a protocol with its first
+listener.
 
-A listener class is a `Factory` of a `Listener`, which makes a `Relay` of each client; the other Protocols are optional.
+A listener class is a `Factory` of a `Listener`, which makes a `Relay` of each client; the other Protocols are
+optional.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ _Part = TypeVar("_Part")
 class Listener(Protocol):
     """What relays the clients of one listening socket. `Factory` says how it is made.
 
-    It watches the socket with `plane.poller`; where a method that is called for an event raises, `crash()` of its object is
-    called, if it has that. Each relay is put into the plane with `plane.opened(relay)` and taken out with
-    `plane.closed(relay)`. The address of a listener that accepts no more is free when it has reported
-    `plane.reporter.drained(id)`.
+    It watches the socket with `plane.poller`; where a method that is called for an event raises, `crash()` of
+    its object is called, if it has that. Each relay is put into the plane with `plane.opened(relay)` and
+    taken out with `plane.closed(relay)`. The address of a listener that accepts no more is free when it has
+    reported `plane.reporter.drained(id)`.
     """
 
     id: int

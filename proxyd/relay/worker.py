@@ -52,13 +52,10 @@ class Worker:
     """A worker, in a process of its own or within control.
 
     Args:
-        loop: the event loop that it lives in.
-        channel: to control; owned by the worker from now on.
-        slots: shared positions and counters.
-        index: of the worker: whose counters it writes.
-        options: settings.
-        alone: the process is its own.
-        on_stopped: called once, with an exit code: 0 after a Shutdown, 1 when control is gone. Everything is closed.
+        loop: the event loop that it lives in. channel: to control; owned by the worker from now on. slots:
+        shared positions and counters. index: of the worker: whose counters it writes. options: settings.
+        alone: the process is its own. on_stopped: called once, with an exit code: 0 after a Shutdown, 1 when
+        control is gone. Everything is closed.
     """
 
     def __init__(
@@ -116,7 +113,7 @@ class Worker:
         self._channel.close()
         self._on_stopped(code)
 
-    # -- what control says ----------------------------------------------------------------------------------------
+    # -- what control says -----------------------------------------------------------------------------------
 
     def _readable(self) -> None:
         for _ in range(_MESSAGES_AT_ONCE):
@@ -239,7 +236,7 @@ class Worker:
             if not following:
                 del self._following[listener.balancer]
 
-    # -- draining -------------------------------------------------------------------------------------------------
+    # -- draining --------------------------------------------------------------------------------------------
 
     def _set_drain_timer(self) -> None:
         if self._drain_timer is not None:
@@ -326,7 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _one_by_one(flags: list[str]) -> Options:
     """Options as a daemon before 0.2.0 gives them, a flag for each.
 
-    One that still runs starts the worker that is installed by now where one of its own dies before the upgrade.
+    One that still runs starts the worker that is installed by now where one of its own dies before the
+    upgrade.
     """
     fields = {}
     for flag in flags:

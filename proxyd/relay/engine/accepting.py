@@ -19,7 +19,8 @@ from proxyd.relay.engine.reporter import Reporter
 from proxyd.relay.ipc.messages import ListenerConfig
 from proxyd.relay.ipc.slots import REFUSED
 
-# A listener that is ready turn after turn accepts more at a time; one that is not does not pay for a failing accept.
+# A listener that is ready turn after turn accepts more at a time; one that is not does not pay for a failing
+# accept.
 MAX_BATCH = 16
 # The socket is not, or no longer, one to accept from.
 _UNUSABLE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})

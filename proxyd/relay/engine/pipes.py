@@ -1,7 +1,7 @@
 """Pipes that bulk goes through from one socket to another without being copied: splice(2).
 
-A pipe is on loan for one turn. What the other socket has no room for stays in it, and the pipe with that socket, until it
-has gone. There are few: who gets none copies.
+A pipe is on loan for one turn. What the other socket has no room for stays in it, and the pipe with that
+socket, until it has gone. There are few: who gets none copies.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from time import monotonic
 # fs.pipe-max-size, as it is by default. 256 KiB take 15 % more processor time for each byte, 64 KiB 90 %.
 PIPE_BYTES = 1 << 20
 MAX_PIPES = 16
-# After so long it is tried again whether the user may have more (fs.pipe-user-pages-soft): others close theirs, such as
-# the workers from before an upgrade.
+# After so long it is tried again whether the user may have more (fs.pipe-user-pages-soft): others close
+# theirs, such as the workers from before an upgrade.
 _PAUSE_SECONDS = 1.0
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK

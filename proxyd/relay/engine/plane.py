@@ -1,7 +1,7 @@
 """What all relays of one worker share: poller, receive buffer, counters, limits and coarse timers.
 
-There is no timer for a single relay. One timer of 25 ms runs while something is being dialled, one of a second runs
-while there are relays.
+There is no timer for a single relay. One timer of 25 ms runs while something is being dialled, one of a
+second runs while there are relays.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from proxyd.relay.engine.reporter import Reporter
 from proxyd.relay.ipc.options import Options
 from proxyd.relay.ipc.slots import Slots
 
-# One read, and so the most that is kept for one direction. 256 KiB were about 10 % slower in bulk: they do not stay in
-# the processor's cache. While PENDING_LIMIT bytes are kept in all, reads are tight.
+# One read, and so the most that is kept for one direction. 256 KiB were about 10 % slower in bulk: they do
+# not stay in the processor's cache. While PENDING_LIMIT bytes are kept in all, reads are tight.
 READ_BYTES = 64 * 1024
 TIGHT_READ_BYTES = 16 * 1024
 PENDING_LIMIT = 64 * 1024 * 1024
@@ -38,8 +38,8 @@ PAUSE_SECONDS = 0.15
 _SPARE_DESCRIPTORS = 40
 # One pipe, of two more, for so many descriptors.
 _PIPE_PART = 64
-# Of all workers: half of what fs.pipe-user-pages-soft gives a user. What this user's other programs, as root in any
-# container, and the workers after an upgrade ask for beyond that is cut to two pages each.
+# Of all workers: half of what fs.pipe-user-pages-soft gives a user. What this user's other programs, as root
+# in any container, and the workers after an upgrade ask for beyond that is cut to two pages each.
 _PIPES_OF_ALL = 32
 
 
@@ -132,7 +132,7 @@ class Plane:
         self._pause_timer: asyncio.TimerHandle | None = None
         self.measure_descriptors()
 
-    # -- relays ---------------------------------------------------------------------------------------------------
+    # -- relays ----------------------------------------------------------------------------------------------
 
     def opened(self, relay: TimedRelay) -> None:
         """Count a relay in."""
@@ -168,7 +168,7 @@ class Plane:
         if self.relays and self._tick_timer is None:
             self._tick_timer = self.loop.call_later(TICK_SECONDS, self._tick)
 
-    # -- memory ---------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
 
     def keep(self, size: int) -> None:
         """Count bytes that are kept for a full socket; negative when they have gone."""
@@ -182,7 +182,7 @@ class Plane:
         """A pipe for bulk; none while memory is short."""
         return self.pipes.take() if self.view is self._buffer else None
 
-    # -- limits ---------------------------------------------------------------------------------------------------
+    # -- limits ----------------------------------------------------------------------------------------------
 
     def measure_descriptors(self) -> None:
         """Find how many relays there may be, of two descriptors each, beside what is open now."""
@@ -227,7 +227,7 @@ class Plane:
         for listener in paused:
             listener.resume()
 
-    # -- errors ---------------------------------------------------------------------------------------------------
+    # -- errors ----------------------------------------------------------------------------------------------
 
     def _guarded(self, relay: TimedRelay, what: Callable[[float], None], now: float) -> None:
         try:

@@ -1,14 +1,14 @@
 """One epoll in the event loop: what is ready is dispatched to plain functions, without tasks or transports.
 
-The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop goes on. In a
-process of its own the poller stays for a moment while events come quickly: the way through the loop costs a system call and
-as much of Python as moving a request does. Timers and callbacks of the loop wait for _TURN_SECONDS and one _LINGER_SECONDS at most;
-what `give_way_to` names does not wait.
+The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop
+goes on. In a process of its own the poller stays for a moment while events come quickly: the way through the
+loop costs a system call and as much of Python as moving a request does. Timers and callbacks of the loop wait
+for _TURN_SECONDS and one _LINGER_SECONDS at most; what `give_way_to` names does not wait.
 
 Three rules keep it right:
 
-- A descriptor is closed at the end of the batch. Until then its number cannot be used again, so an event that was
-  already fetched for the old socket cannot reach a new one.
+- A descriptor is closed at the end of the batch. Until then its number cannot be used again, so an event that
+  was already fetched for the old socket cannot reach a new one.
 - An edge is reported once. Who stops before a socket is drained asks for another turn with `again`.
 - An exception in one handler is handed to `on_error` and the rest of the batch goes on.
 """
@@ -29,14 +29,15 @@ PRI = select.EPOLLPRI
 ERR = select.EPOLLERR
 HUP = select.EPOLLHUP
 RDHUP = select.EPOLLRDHUP
-# Registered once for the whole life of a relay's socket. PRI: reading stops short at urgent data, and without it a
-# short read would be taken for a drained socket.
+# Registered once for the whole life of a relay's socket. PRI: reading stops short at urgent data, and without
+# it a short read would be taken for a drained socket.
 EDGES = IN | OUT | PRI | RDHUP | select.EPOLLET
 
 _BATCH = 256
 
-# How long the next events are waited for before the loop is asked; they must have come so soon before. No less than the
-# kernel's tick, 4 ms mostly: a shorter wait programs a timer, which costs more than the wait saves.
+# How long the next events are waited for before the loop is asked; they must have come so soon before. No
+# less than the kernel's tick, 4 ms mostly: a shorter wait programs a timer, which costs more than the wait
+# saves.
 _LINGER_SECONDS = 0.005
 # After so long the loop has its turn, whatever comes.
 _TURN_SECONDS = 0.003

@@ -23,7 +23,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 def send_much(sock: socket.socket) -> None:
-    """Let as much be under way from here as the kernel allows: the news of a start fit in, and nobody waits to send."""
+    """Make the send buffer as large as the kernel allows: all messages of a start fit in, so nobody waits."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNDER_WAY)
     except PermissionError:
@@ -31,11 +31,11 @@ def send_much(sock: socket.socket) -> None:
 
 
 class ChannelError(ValueError):
-    """A message that can't be sent or understood. The channel goes on; descriptors received with it are closed."""
+    """A message that can't be sent or understood. The channel is still usable; its descriptors are closed."""
 
 
 class Channel:
-    """One end of the channel. It never blocks. Both ends use it.
+    """One end of the channel; it never blocks.
 
     Args:
         sock: one socket of the pair; owned by the channel from now on.
@@ -77,10 +77,10 @@ class Channel:
     def receive(self) -> tuple[Message, list[int]] | None:
         """Receive one message and its descriptors, which are close-on-exec; None when there is nothing to read.
 
-        There may be fewer descriptors than were sent where this process has no room for them.
+        There are fewer descriptors than were sent where this process has no room for more.
 
         Raises:
-            ChannelError: something that is not a message has come.
+            ChannelError: what came is no message.
             EOFError: the other end is gone.
         """
         try:
@@ -108,7 +108,7 @@ class Channel:
         raise ChannelError(f"unreadable message: {problem}")
 
     def close(self) -> None:
-        """Close this end; the other sees the end. May be called twice."""
+        """Close this end, which the other end sees. May be called twice."""
         self._socket.close()
 
 

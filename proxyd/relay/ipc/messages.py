@@ -1,4 +1,4 @@
-"""What control and a worker say to each other: msgpack over a Unix SOCK_SEQPACKET pair, one message a datagram.
+"""What control and a worker say to each other: msgpack over a Unix SOCK_SEQPACKET pair, one message a packet.
 
 Descriptors travel as SCM_RIGHTS beside the message that names them, in the order of its `listeners`.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import msgspec
 
-# A datagram carries at most this many descriptors (the kernel's SCM_MAX_FD is 253) ...
+# A packet carries at most this many descriptors; the kernel's SCM_MAX_FD is 253.
 MAX_DESCRIPTORS = 200
-# ... and at most this many bytes, well below the default socket buffer of 212,992.
+# And this many bytes, well below the default socket buffer of 212,992.
 MAX_BYTES = 128 * 1024
 
 
@@ -26,7 +26,7 @@ class BalancerConfig(msgspec.Struct, frozen=True, array_like=True):
     endpoints: list[tuple[str, int, int]]  # ip, port, counter slot
     affinity_seconds: int = 0
     udp_idle_seconds: float | None = None
-    further: dict[str, list[str]] = {}  # SCTP: other addresses of endpoints, by ip
+    further: dict[str, list[str]] = {}  # SCTP: the other addresses of endpoints, by ip
 
 
 class ListenerConfig(msgspec.Struct, frozen=True, array_like=True):
@@ -41,7 +41,7 @@ class ListenerConfig(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CloseListener(msgspec.Struct, frozen=True, array_like=True):
-    """Stop accepting. With `drain`, relays that are still alive after that many seconds are ended."""
+    """Stop accepting. Relays that are alive after `drain` seconds are ended; None: they have all the time."""
 
     id: int
     drain: float | None = None
@@ -68,7 +68,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 class ListConnections(msgspec.Struct, frozen=True, tag="list"):
-    """Which relays are alive? Of one namespace or Service only where they are named; at most `limit` records."""
+    """Which relays are alive? Of one namespace or Service only, where it is named; at most `limit` records."""
 
     request: int  # repeated in the answer
     limit: int
@@ -105,15 +105,15 @@ class Connection(msgspec.Struct, frozen=True, array_like=True):
     bytes_in: int  # client to endpoint
     bytes_out: int  # endpoint to client
     seconds: float
-    reason: str  # why it ended: docs/configuration.md has all of them
+    reason: str  # why it ended; docs/configuration.md lists all reasons
     finished: float  # Unix time
-    protocol: str = ""  # where it is not TCP
+    protocol: str = ""  # "": TCP
     streams: tuple[int, int] = (0, 0)  # SCTP: to the endpoint, to the client
     messages: tuple[int, int] = (0, 0)  # SCTP: to the endpoint, to the client
 
 
 class Connections(msgspec.Struct, frozen=True, tag="connections"):
-    """Finished connections since the last message; `dropped` more did not fit."""
+    """The connections that have finished since the last message; `dropped` more did not fit."""
 
     records: list[Connection]
     dropped: int = 0
@@ -122,8 +122,8 @@ class Connections(msgspec.Struct, frozen=True, tag="connections"):
 class Trouble(msgspec.Struct, frozen=True, tag="trouble"):
     """What an operator should know, each text with how often it was met since the last message.
 
-    A text whose kind is not the text itself is in `kinds`: of one kind are those that tell of the same thing at different
-    endpoints of a Service.
+    A text whose kind is not the text itself is in `kinds`: of one kind are those that tell of the same thing
+    at different endpoints of a Service.
     """
 
     counts: dict[str, int]  # by text
@@ -140,7 +140,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failures(msgspec.Struct, frozen=True, tag="failures"):
-    """What failed since the last message; `dropped` more were of too many different kinds."""
+    """The failures since the last message; `dropped` more were of too many different kinds."""
 
     records: list[Failure]
     dropped: int = 0
@@ -157,9 +157,9 @@ class LiveConnection(msgspec.Struct, frozen=True, array_like=True):
     seconds: float  # since it was accepted
     bytes_in: int  # client to endpoint
     bytes_out: int  # endpoint to client
-    state: str  # connecting, established, half-closed; SCTP: closing; of a UDP flow: unanswered, answered
+    state: str  # connecting, established; TCP: half-closed; SCTP: closing; UDP: unanswered, answered
     streams: tuple[int, int] = (0, 0)  # SCTP: to the endpoint, to the client
-    paths: tuple[str, str] = ("", "")  # SCTP: addresses in use, the client's and the endpoint's
+    paths: tuple[str, str] = ("", "")  # SCTP: primary addresses of the client and the endpoint
 
 
 class LiveConnections(msgspec.Struct, frozen=True, tag="live"):

@@ -1,13 +1,14 @@
-"""Round-robin positions and counters in memory shared by control and its workers.
+"""Round-robin positions and counters in memory that control and its workers share.
 
 One sparse memfd of 64-bit slots; pages that nobody touches cost nothing. Layout:
 
-    [0, MAX_SLOTS)                        round-robin position of each balancer, written by every worker without a lock:
-                                          a lost increment repeats an endpoint, nothing worse
-    then for each worker, MAX_SLOTS rows of FIELDS counters, written by that worker alone, summed by control
+    MAX_SLOTS round-robin positions     one for each balancer. Every worker writes them without a lock: where
+    an
+                                        increment is lost, an endpoint is chosen twice, nothing worse.
+    for each worker, MAX_SLOTS rows     of FIELDS counters, which that worker alone writes, and control sums.
 
-A balancer and an endpoint each own one row; control hands the numbers out. Row 0 is the spare that is used when all
-are taken: its figures are a sum of everything that did not get a row of its own.
+Each balancer and each endpoint owns one row; control hands the numbers out. Row 0 is for all who come when no
+other row is left: its figures are their sum.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ ATTEMPTS = 3  # connects begun
 BYTES_IN = 4  # client to endpoint
 BYTES_OUT = 5  # endpoint to client
 CONNECT_US = 6  # microseconds from connect to connected, added up
-REFUSED = 7  # balancer: turned away (source range, no endpoint left)
+REFUSED = 7  # balancer: clients turned away (source range, no endpoint left)
 DATAGRAMS_IN = 8  # UDP datagrams, SCTP messages: client to endpoint
 DATAGRAMS_OUT = 9  # UDP datagrams, SCTP messages: endpoint to client
-EVICTED = 10  # UDP: flows ended to make room for others
-DROPPED = 11  # UDP: datagrams, for want of descriptors, local ports or memory
-# UDP datagrams, SCTP messages (12, 13) dropped ...
+EVICTED = 10  # UDP: flows that were ended to make room for others
+DROPPED = 11  # UDP: datagrams for which descriptors, local ports or memory were missing
+# UDP datagrams and SCTP messages that were dropped ...
 DROPPED_TO_ENDPOINT = (
-    12  # because the kernel did not take them for the endpoint: its queue is full, they are too large
+    12  # as the kernel did not take them for the endpoint: its queue is full, they are too large
 )
-DROPPED_TO_CLIENT = 13  # because it did not take them for the client
-DROPPED_OVERRUN = 14  # because they came faster than they were read
+DROPPED_TO_CLIENT = 13  # as the kernel did not take them for the client
+DROPPED_OVERRUN = 14  # UDP: as they came faster than they were read
 FIELDS = 16
 
 _ROW = struct.Struct(f"={FIELDS}Q")
@@ -56,7 +57,7 @@ class Slots:
 
     @classmethod
     def create(cls) -> Slots:
-        """Make new slots, all zero. The descriptor is inheritable only where a child is given it.
+        """Make new slots, all zero. Only a child that is given the descriptor inherits it.
 
         Raises:
             OSError: no memory or descriptors.
@@ -76,7 +77,7 @@ class Slots:
         sums: list[int] = []
         for start in range(8 * first, 8 * (first + step * workers), 8 * step):
             row = self._map[start : start + 8 * FIELDS]
-            if row != _ZEROS:  # most have not counted anything
+            if row != _ZEROS:  # most rows have not counted anything
                 counts = _ROW.unpack(row)
                 sums = list(map(add, sums, counts)) if sums else list(counts)
         return sums or [0] * FIELDS

@@ -99,7 +99,7 @@ class SctpRelay:
             return
         self._dial()
 
-    # -- dialling -------------------------------------------------------------------------------------------------
+    # -- dialling --------------------------------------------------------------------------------------------
 
     def _dial(self) -> None:
         """Begin to connect to the next endpoint; when none is left, turn the client away."""
@@ -246,7 +246,7 @@ class SctpRelay:
         self._forget_endpoint()
         self.finish("no endpoint", reset_client=True)
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def reset_by(self, side: Side) -> None:
         """Pass an abort on. What was sent before it has been passed on already."""
@@ -359,7 +359,7 @@ class SctpRelay:
         if endpoint is not None and self._balancer.affinity_seconds:
             self._balancer.ended(self._address[0], endpoint, self.plane.now())
 
-    # -- figures --------------------------------------------------------------------------------------------------
+    # -- figures ---------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """Bring the counters up to date; end a shutdown that nobody answers. Called once a second."""

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from proxyd.relay.engine.plane import Plane
 from proxyd.state.sctpsocket import send_control
 
-# Streams, flags and identifiers whose control message is remembered. Peers use a few; one that makes up others for each
-# message must not fill the memory.
+# Streams, flags and identifiers whose control message is remembered. Peers use a few; one that makes up
+# others for each message must not fill the memory.
 MAX_CONTROLS = 4096
-# Bytes. What the kernel gives without privileges (net.core.wmem_max) is enough for 256 KiB messages, as it doubles that.
+# Bytes. What the kernel gives without privileges (net.core.wmem_max) is enough for 256 KiB messages, as it
+# doubles that.
 MIN_BUFFER = 1024 * 1024
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 

@@ -1,15 +1,15 @@
 """The message path: one side of an SCTP relay, read message by message, each sent to its peer as it came.
 
-A message keeps its boundaries, stream, order (or the lack of it) and payload protocol identifier. The kernel sends a
-message whole or not at all, so a message that arrives in parts is put together first, and of a message that the peer's
-socket has no room for one copy is held: then this side is not read any more, its receive window closes, and the sender
-waits. That is the back-pressure.
+A message keeps its boundaries, stream, order (or the lack of it) and payload protocol identifier. The kernel
+sends a message whole or not at all, so a message that arrives in parts is put together first, and of a
+message that the peer's socket has no room for one copy is held: then this side is not read any more, its
+receive window closes, and the sender waits. That is the back-pressure.
 
-Sockets are edge-triggered for reading. For writing they are watched only while a message is held: the kernel reports room
-with every acknowledgement, which would be an event for each message.
+Sockets are edge-triggered for reading. For writing they are watched only while a message is held: the kernel
+reports room with every acknowledgement, which would be an event for each message.
 
-SCTP knows no half-close. A side that has *ended* sends nothing more (its SHUTDOWN came, behind all its data); one that is
-*deaf* can't be sent to any more; one that is *over* has no association left.
+SCTP knows no half-close. A side that has *ended* sends nothing more (its SHUTDOWN came, behind all its data);
+one that is *deaf* can't be sent to any more; one that is *over* has no association left.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Side:
             self.pending = None
             self.relay.count_dropped(self)
 
-    # -- reading --------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         """Move messages until there are no more, the peer is full, or this side had its share of the turn."""
@@ -265,7 +265,7 @@ class Side:
         if self.peer.pending is None:
             self.peer.shut()
 
-    # -- writing --------------------------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------------------
 
     def _stall(self, data: bytes | memoryview, how: Control) -> None:
         """Keep the message that the peer has no room for, and read no more until it is gone."""

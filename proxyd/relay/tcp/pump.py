@@ -2,17 +2,17 @@
 
 Sockets are edge-triggered, so a side must know at all times why it is not reading:
 
-- it was *drained*: the last read was short. The kernel reports the next byte with a new edge. This does not hold when
-  something other than an empty queue ends a read, which is why after FIN, an error or urgent data (`thorough`) a side
-  reads on until there is nothing more;
-- it is *held*: its peer is not connected yet, or has no room (`peer.pending`), or it has come to its end. An edge that
-  comes meanwhile is noted in `readable` and acted on when the hold is lifted;
+- it was *drained*: the last read was short. The kernel reports the next byte with a new edge. This does not
+  hold when something other than an empty queue ends a read, which is why after FIN, an error or urgent data
+  (`thorough`) a side reads on until there is nothing more;
+- it is *held*: its peer is not connected yet, or has no room (`peer.pending`), or it has come to its end. An
+  edge that comes meanwhile is noted in `readable` and acted on when the hold is lifted;
 - it had its share of this turn and is in the poller's queue for another.
 
 A side is in exactly one of these states whenever no code of it runs.
 
-A side that has brought much, and still fills what it is read into, is *bulk*: a pipe takes the place of the buffer, and
-nothing is copied, until it brings little again.
+A side that has brought much, and still fills what it is read into, is *bulk*: a pipe takes the place of the
+buffer, and nothing is copied, until it brings little again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _ENDING = RDHUP | HUP | ERR | PRI
 _READ = IN | _ENDING
 _WRITE = OUT | HUP | ERR
 _NOWAIT = int(socket.MSG_DONTWAIT)
-# For what is read from a socket whose FIN has come, and no reset: the kernel keeps the last, partial packet back until the
-# FIN, which then goes with it in one packet. It never waits long: a side that has seen a FIN reads on to the end.
+# For what is read from a socket whose FIN has come, and no reset: the kernel keeps the last, partial packet
+# back until the FIN, which then goes with it in one packet. It never waits long: a side that has seen a FIN
+# reads on to the end.
 _MORE_COMES = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
 # From so many bytes on a side may be bulk. Short transfers never pay for the change.
 BULK_BYTES = 1024 * 1024
@@ -254,7 +255,8 @@ class Side:
         assert pending is not None
         try:
             if isinstance(pending, Pipe):
-                # Until it can't: a signal cuts splice(2) short, as when the process is stopped, and then no edge follows.
+                # Until it can't: a signal cuts splice(2) short, as when the process is stopped, and then no
+                # edge follows.
                 while pending.left:
                     self.plane.keep(-pending.drain(self.sock))
                 self.plane.pipes.give(pending)

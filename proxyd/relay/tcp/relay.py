@@ -82,7 +82,7 @@ class Relay(Dialler):
         if events & _DATA_EVENTS and not self.done:
             side.ready(events)
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def reset_by(self, side: Side) -> None:
         """Pass a reset on."""
@@ -153,7 +153,7 @@ class Relay(Dialler):
         else:
             self._plane.poller.close(side.sock)
 
-    # -- figures --------------------------------------------------------------------------------------------------
+    # -- figures ---------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """Bring the counters up to date; end the relay if it is idle for too long. Called once a second."""

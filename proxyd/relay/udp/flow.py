@@ -1,4 +1,4 @@
-"""The life of one UDP flow: the datagrams of one client address at one listener. `udp_upstream` has its endpoint's side."""
+"""A UDP flow, the datagrams of one client address at one listener. `upstream` is its endpoint's side."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from proxyd.relay.udp import gso
 from proxyd.relay.udp.mmsg import NAME6_BYTES, NAME_BYTES, SLOTS, client_address, client_name
 from proxyd.relay.udp.upstream import (
     ANSWERED,
+    DRAINING,
     KEPT_BYTES,
-    LEAVING,
     TALKING,
     WAITING,
     FlowOwner,
@@ -22,24 +22,24 @@ from proxyd.relay.udp.upstream import (
 
 # The receive buffer of a flow that has become a conversation.
 TALKING_BUFFER = 1024 * 1024
-# Replies taken from one flow in one turn once it was ready in so many turns on end. Before, it is one: another read
-# would mostly find nothing, and that costs an exception.
+# Replies taken from a flow in one turn, once it was ready in STREAK turns on end. Before, only one is taken:
+# another read would mostly find nothing, and that costs an exception.
 MAX_BATCH = 16
 STREAK = 4
 
 
 class Flow(Upstream):
-    """One client of one listener. The client's path is in `UdpListener`, the endpoint's is `ready`."""
+    """One client of one listener: `forward` is the way to the endpoint, `ready` the way back."""
 
     __slots__ = ()
 
     listener: FlowOwner[Flow]
     _table: Table[Flow]
 
-    # -- client to endpoint ---------------------------------------------------------------------------------------
+    # -- client to endpoint ----------------------------------------------------------------------------------
 
     def forward(self, data: memoryview | bytes) -> None:
-        """Send a datagram of the client. `UdpListener` has the same written out where it does this most."""
+        """Send a datagram to the endpoint. `Receiver` has these lines written out where it does so most."""
         if self.stage != TALKING:
             self.early(data)
         self.used = self._table.clock
@@ -51,21 +51,21 @@ class Flow(Upstream):
         self.bytes_in += len(data)
         self.datagrams_in += 1
 
-    def forward_train(self, train: memoryview, segment: int) -> bool:
-        """Send a train of the client; False where it must go one by one."""
+    def forward_segments(self, data: memoryview, size: int) -> bool:
+        """Send segments of `size` bytes to the endpoint; False where they have to go one by one."""
         if self.stage != TALKING or self._sock is None:
             return False
         self.used = self._table.clock
         try:
-            self._sock.sendmsg([train], gso.control_for(segment))
+            self._sock.sendmsg([data], gso.control_for(size))
         except OSError:
             return False
-        self.bytes_in += len(train)
-        self.datagrams_in += -(-len(train) // segment)
+        self.bytes_in += len(data)
+        self.datagrams_in += -(-len(data) // size)
         return True
 
     def early(self, data: memoryview | bytes) -> None:
-        """Take a datagram of the client on a flow that is not TALKING yet, before it is sent."""
+        """Take note of a client's datagram, before it is sent, while the flow is not TALKING."""
         if self.stage == WAITING:
             self._kept = bytes(data) if len(data) <= KEPT_BYTES else None
         else:
@@ -73,13 +73,13 @@ class Flow(Upstream):
             self.name = client_name(self.key)
             self.listener.named[self.name] = self
             if self._sock is not None:
-                # As large as net.core.rmem_max allows: a worker has no privilege.
+                # It becomes as large as net.core.rmem_max allows: a worker has no privileges.
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TALKING_BUFFER)
 
-    # -- endpoint to client ---------------------------------------------------------------------------------------
+    # -- endpoint to client ----------------------------------------------------------------------------------
 
     def ready(self, _events: int) -> None:
-        """Take replies. They leave at the end of the batch."""
+        """Take replies, which are sent at the end of the batch."""
         poller = self._poller
         turn = poller.turns
         left = 1
@@ -94,22 +94,23 @@ class Flow(Upstream):
                 self._pass_on()
                 return
         self._last_turn = turn
-        vector = self._vector
+        mmsg = self._mmsg
         recv_into = self._recv_into
         try:
             while left:
-                slot = vector.queued
-                if slot == SLOTS or vector.to != self._fd:
-                    vector.turn_to(self._fd, self.listener.sendto)
+                slot = mmsg.queued
+                if slot == SLOTS or mmsg.to != self._fd:
+                    mmsg.turn_to(self._fd, self.listener.sendto)
                     slot = 0
-                size = recv_into(vector.views[slot])
-                if vector.v6:
-                    vector.names[slot * NAME_BYTES : slot * NAME_BYTES + NAME6_BYTES] = self.key  # type: ignore[assignment]  # bytes here
+                size = recv_into(mmsg.views[slot])
+                if mmsg.v6:
+                    name = slot * NAME_BYTES
+                    mmsg.names[name : name + NAME6_BYTES] = self.key  # type: ignore[assignment]  # bytes here
                 else:
-                    vector.words[slot * 4] = self.key  # type: ignore[assignment]  # int here
-                vector.sizes[2 * slot + 1] = size
-                vector.name = self.name
-                vector.queued = slot + 1
+                    mmsg.words[slot * 4] = self.key  # type: ignore[assignment]  # int here
+                mmsg.sizes[2 * slot + 1] = size
+                mmsg.name = self.name
+                mmsg.queued = slot + 1
                 self.bytes_out += size
                 self.datagrams_out += 1
                 self.used = self._table.clock
@@ -126,8 +127,8 @@ class Flow(Upstream):
             self._refused(error)
 
     def _pass_on(self) -> None:
-        """Take a reply and send it at once: it is the only one of its batch."""
-        view = self._vector.views[0]
+        """Take a reply and send it at once, as it is the only one of its batch."""
+        view = self._mmsg.views[0]
         try:
             size = self._recv_into(view)
         except BlockingIOError:
@@ -143,38 +144,38 @@ class Flow(Upstream):
         try:
             self.listener.sendto(view[:size], name)
         except OSError:
-            self._vector.turn_to(self._fd, self.listener.sendto)
-            self._vector.lost(1)
+            self._mmsg.turn_to(self._fd, self.listener.sendto)
+            self._mmsg.lost(1)
 
     def _bulk(self) -> None:
-        """Receive trains from now on, of an endpoint that had filled a batch."""
-        if self.name is not None and self._sock is not None and gso.start(self._sock):
-            self._poller.handlers[self._sock.fileno()] = self._ready_for_trains
+        """Receive segments from now on: the endpoint has filled a batch."""
+        if self.name is not None and self._sock is not None and gso.enable_gro(self._sock):
+            self._poller.handlers[self._sock.fileno()] = self._ready_gro
 
-    def _ready_for_trains(self, _events: int) -> None:
-        """Take a reply, or some if it has been ready turn after turn; each may be a train."""
+    def _ready_gro(self, _events: int) -> None:
+        """Take a buffer of replies, one or segments; several when the flow has been ready turn after turn."""
         turn = self._poller.turns
         self._streak = self._streak + 1 if turn == self._last_turn + 1 else 0
         self._last_turn = turn
-        vector, sock, name = self._vector, self._sock, self.name
+        mmsg, sock, name = self._mmsg, self._sock, self.name
         assert sock is not None
         assert name is not None
         taken = 0
         try:
             for _ in range(MAX_BATCH if self._streak else 1):
-                slot = vector.queued
-                if slot == SLOTS or vector.to != self._fd:
-                    vector.turn_to(self._fd, self.listener.sendto)
+                slot = mmsg.queued
+                if slot == SLOTS or mmsg.to != self._fd:
+                    mmsg.turn_to(self._fd, self.listener.sendto)
                     slot = 0
-                size, control, _flags, _ = sock.recvmsg_into([vector.views[slot]], gso.CONTROL_BYTES)
-                segment = gso.segment_of(control) if control else 0
+                size, control, _flags, _ = sock.recvmsg_into([mmsg.views[slot]], gso.CONTROL_BYTES)
+                segment = gso.segment_size(control) if control else 0
                 if 0 < segment < size:
-                    vector.flush()  # what came before it
-                    vector.lost(self.listener.send_train(vector.views[slot][:size], segment, name))
+                    mmsg.flush()  # replies that came before
+                    mmsg.lost(self.listener.send_segments(mmsg.views[slot][:size], segment, name))
                     self.datagrams_out += -(-size // segment)
                     taken += size
                 else:
-                    vector.queue(slot, self.key, name, size)
+                    mmsg.queue(slot, self.key, name, size)
                     self.datagrams_out += 1
                 self.used = self._table.clock
                 self.bytes_out += size
@@ -191,20 +192,20 @@ class Flow(Upstream):
             self.stage = ANSWERED
             self._kept = None
             self._tried = ()
-        elif self.stage == LEAVING and self.datagrams_out >= self.datagrams_in:
+        elif self.stage == DRAINING and self.datagrams_out >= self.datagrams_in:
             self.finish("endpoint removed")
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """Leave the listener's table. A reply under way is waited for, for a moment."""
+    def drain(self) -> None:
+        """Make room in the listener's table. If a reply is under way, wait for it for a moment."""
         if self.datagrams_out >= self.datagrams_in:
             self.finish("endpoint removed")
         else:
             self.listener.flows.pop(self.key, None)
             self._unname()
-            self.stage = LEAVING
-            self._table.leaving[self] = self._table.plane.now()
+            self.stage = DRAINING
+            self._table.draining[self] = self._table.plane.now()
 
     def _unname(self) -> None:
         if self.name is not None:
@@ -226,7 +227,7 @@ class Flow(Upstream):
         if flows.get(self.key) is self:
             del flows[self.key]
             self._unname()
-        elif table.leaving.pop(self, None) is None:
+        elif table.draining.pop(self, None) is None:
             return  # it is over already
         self._close()
         self.count()
@@ -238,7 +239,7 @@ class Flow(Upstream):
         if table.plane.records:
             self._record(reason)
 
-    # -- figures --------------------------------------------------------------------------------------------------
+    # -- figures ---------------------------------------------------------------------------------------------
 
     def live(self, now: float) -> LiveConnection | None:
         """What it is and does at this moment; None where it has ended."""

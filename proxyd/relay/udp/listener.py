@@ -1,7 +1,8 @@
-"""UDP listeners: which clients have a flow, and what becomes of flows when their listener, or its balancer, changes or ends.
+"""UDP listeners: who gets a flow, and what becomes of flows when the listener or its endpoints change.
 
-A listener is bound to one address, so that its replies leave from the address the client used, on any node. It belongs
-to one worker alone. `receiver` reads its socket, `flow` is the life of a flow, `table` has what all flows of a worker share.
+A listener is bound to one address, so that replies come from the address that the client used, on any node.
+It belongs to one worker alone. `receiver` reads its socket, `flow` is the life of a flow, `table` is shared
+by all flows of a worker.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from proxyd.relay.udp.flow import Flow
 from proxyd.relay.udp.mmsg import ClientKey, client_address, overruns
 from proxyd.relay.udp.postponed import Postponed
 from proxyd.relay.udp.receiver import Receiver
-from proxyd.relay.udp.table import LEAVE_SECONDS, Listener, Victim, flow_table
+from proxyd.relay.udp.table import DRAIN_SECONDS, Listener, Victim, flow_table
 
 _U32 = (1 << 32) - 1
 
@@ -40,8 +41,8 @@ class UdpListener(Receiver):
         self.closed = False
         self.balancer = balancer
         self._ranges = SourceRanges.of(config, plane.reporter)
-        self._until: float | None = None  # while only replies under way are waited for
-        self.victims: deque[Victim] = deque()  # of its flows those that make room for others next
+        self._until: float | None = None  # while it lingers: when to stop waiting for replies
+        self.victims: deque[Victim] = deque()  # those of its flows that make room for others next
         self.postponed = Postponed(plane.poller, self._later)
         super().__init__(config.address, fd, flow_table(plane))
         self.overruns = overruns(self._socket)  # as counted so far
@@ -53,14 +54,14 @@ class UdpListener(Receiver):
     @property
     def open_relays(self) -> int:
         """How many flows it has."""
-        return len(self.flows) + sum(flow.listener is self for flow in self.table.leaving)
+        return len(self.flows) + sum(flow.listener is self for flow in self.table.draining)
 
     def endpoints_changed(self) -> None:
-        """Let go of the flows to endpoints that were removed: their clients' next datagrams go to others."""
+        """Drain the flows to endpoints that were removed: their clients' next datagrams go to others."""
         for flow in [flow for flow in self.flows.values() if flow.endpoint is None or flow.endpoint.removed]:
-            flow.leave()
+            flow.drain()
 
-    def first(self, key: ClientKey, data: memoryview | bytes) -> None:
+    def open_flow(self, key: ClientKey, data: memoryview | bytes) -> None:
         """Begin a flow with a client's datagram."""
         balancer = self.balancer
         counters = self.plane.counters
@@ -79,13 +80,13 @@ class UdpListener(Receiver):
             flow.bytes_in = len(data)
 
     def _later(self, key: ClientKey, data: bytes) -> None:
-        """Send on what was postponed."""
+        """Send a postponed datagram on."""
         if not self.receives():
             self.plane.counters[self.balancer.row + DROPPED] += 1
             return
         flow = self.flows.get(key)
         if flow is None:
-            self.first(key, data)
+            self.open_flow(key, data)
         else:
             flow.forward(data)
 
@@ -94,7 +95,7 @@ class UdpListener(Receiver):
         return not self.closed and self._until is None and self.table.listeners.get(self.address) is self
 
     def count(self) -> None:
-        """Bring the counter of datagrams that found the receive buffer full up to date."""
+        """Bring the counter up to date of datagrams that found the receive buffer full."""
         lost = overruns(self._socket)
         if lost == self.overruns:
             return
@@ -105,11 +106,11 @@ class UdpListener(Receiver):
         )
 
     def flow_ended(self) -> None:
-        """Close, where the last flow was all that was waited for."""
+        """Close if it lingers and this was its last flow."""
         if self._until is not None and not self.open_relays:
             self.close()
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Close at once, with all flows: the port must be free, and clients must see that nobody is there."""
@@ -119,7 +120,7 @@ class UdpListener(Receiver):
             self.count()
             del self.table.listeners[self.address]
         self.closed = True
-        for flow in [*self.flows.values(), *(f for f in self.table.leaving if f.listener is self)]:
+        for flow in [*self.flows.values(), *(f for f in self.table.draining if f.listener is self)]:
             flow.finish("drained")
         self.sender.end()  # the number may be another socket's next
         self.plane.poller.close_shared(self._socket)
@@ -129,23 +130,23 @@ class UdpListener(Receiver):
             self.plane.closed(self)
 
     def linger(self, seconds: float) -> bool:
-        """Take no more datagrams, and close when the replies under way have come, at most LEAVE_SECONDS from now.
+        """Take no more datagrams, and close when the replies under way have come, in DRAIN_SECONDS at most.
 
         Returns:
-            Whether there is anything to wait for; else it is closed.
+            Whether there is anything to wait for; otherwise it is closed.
         """
         for flow in list(self.flows.values()):
-            flow.leave()
+            flow.drain()
         if seconds <= 0 or not self.open_relays:
             self.close()
             return False
-        self._until = self.plane.now() + min(seconds, LEAVE_SECONDS)
+        self._until = self.plane.now() + min(seconds, DRAIN_SECONDS)
         self.plane.poller.modify(self.fd, 0)
         self.plane.opened(self)
         return True
 
     def tick(self, now: float) -> None:
-        """Close when it has waited long enough. Called once a second while it lingers."""
+        """Close when it has waited long enough. The plane calls this once a second while it lingers."""
         if self._until is not None and now >= self._until:
             self.close()
 
@@ -156,7 +157,7 @@ class UdpListener(Receiver):
         """Go on: an internal error costs the datagrams of one batch."""
 
     def _take_over(self, before: Listener) -> None:
-        """Go on with the flows of a listener that this one replaces, where they still are what was wished for."""
+        """Go on with the flows of the listener that this one replaces, where they may have one here too."""
         self.plane.poller.modify(before.fd, 0)
         before.count()
         self.overruns = before.overruns

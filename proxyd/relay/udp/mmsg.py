@@ -1,7 +1,7 @@
 """Many datagrams in one system call: recvmmsg and sendmmsg through ctypes, over memory that is laid out once.
 
-Per-datagram work touches plain memoryviews only; ctypes is used for the one call. A single datagram goes by the socket's
-own methods, which cost less than that call does (docs/udp.md has the figures).
+The work for each datagram touches plain memoryviews only; ctypes makes the one call. A single datagram goes
+by the socket's own methods, which cost less than that call (docs/udp.md has the figures).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ NAME_BYTES = 32  # room for one sockaddr, of 16 (IPv4) or 28 (IPv6) bytes
 NAME6_BYTES = 28
 _NAME_SIZES = {socket.AF_INET: 16, socket.AF_INET6: NAME6_BYTES}
 
-# What names a client within one listener: the first 8 bytes of its sockaddr_in as a number, or its whole sockaddr_in6.
+# Names a client within one listener: the first 8 bytes of its sockaddr_in as a number, or its whole
+# sockaddr_in6.
 ClientKey = int | bytes
-# The same as the socket module has it: (ip, port), or (ip, port, flow, scope).
+# The same in the form of the socket module: (ip, port), or (ip, port, flow, scope).
 ClientName = tuple[Any, ...]
 
 
@@ -69,11 +70,11 @@ _LEN_STRIDE = ctypes.sizeof(_Message) // 4
 _LEN_OFFSET = _Message.len.offset // 4
 
 
-class Vector:
-    """SLOTS messages, for sockets of one family.
+class MmsgBuffer:
+    """Room for SLOTS messages of sockets of one family, either received or queued to be sent.
 
-    `views[i]` is the buffer of slot i, `names` the memory of all client addresses, `words` the same as 64-bit numbers
-    (`words[4 * i]` is the key of an IPv4 client).
+    `views[i]` is the buffer of slot i; `names` is the memory of all client addresses, and `words` is the same
+    memory as 64-bit numbers: `words[4 * i]` is the key of an IPv4 client.
 
     Args:
         family: AF_INET or AF_INET6.
@@ -83,38 +84,41 @@ class Vector:
         self.v6 = family == socket.AF_INET6
         self.name_size = _NAME_SIZES[socket.AddressFamily(family)]
         # Only the pages that datagrams have touched take memory.
-        self._buffer = ctypes.create_string_buffer(SLOTS * SLOT_BYTES)
+        self._memory = ctypes.create_string_buffer(SLOTS * SLOT_BYTES)
         self._names = ctypes.create_string_buffer(SLOTS * NAME_BYTES)
         self._iovecs = (_Iovec * SLOTS)()
         self._messages = (_Message * SLOTS)()
         for i in range(SLOTS):
-            self._iovecs[i].base = ctypes.addressof(self._buffer) + i * SLOT_BYTES
+            self._iovecs[i].base = ctypes.addressof(self._memory) + i * SLOT_BYTES
             self._iovecs[i].len = SLOT_BYTES
             message = self._messages[i].header
             message.name = ctypes.addressof(self._names) + i * NAME_BYTES
             message.namelen = self.name_size
             message.iov = ctypes.addressof(self._iovecs[i])
             message.iovlen = 1
-        memory = _bytes_of(self._buffer)
-        self.views = [memory[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for i in range(SLOTS)]
+        buffer = _bytes_of(self._memory)
+        self.views = [buffer[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for i in range(SLOTS)]
         self.names = _bytes_of(self._names)
         self.words = self.names.cast("Q")
-        self.sizes = _bytes_of(self._iovecs).cast("L")  # `sizes[2 * i + 1]`: of what is sent from slot i
+        self.sizes = _bytes_of(self._iovecs).cast("L")  # `sizes[2 * i + 1]`: bytes to send from slot i
         self._received = _bytes_of(self._messages).cast("I")
         self._address = ctypes.addressof(self._messages)
-        self.queued = 0  # slots filled: buffer, client and size
-        self.to = -1  # the descriptor by which they leave
-        self.name: ClientName | None = None  # of the client in the slot filled last, where it is known
+        self.queued = 0  # slots that are filled: buffer, client and size
+        self.to = -1  # descriptor to send them by
+        self.name: ClientName | None = (
+            None  # of the client in the slot that was filled last, where it is known
+        )
         self.dropped: dict[int, int] = {}  # datagrams that the kernel refused, by descriptor
-        # Called before the first of a batch is queued: to see that `end` is called after the last.
-        self.to_end: Callable[[], None] | None = None
+        # Called before the first message of a batch is queued; it has to see that `end` is called after the
+        # last.
+        self.on_first: Callable[[], None] | None = None
         self._sendto: Callable[[memoryview, ClientName], object] | None = None
 
     def receive(self, fd: int) -> list[int]:
-        """Receive what there is, at most SLOTS datagrams; their sizes, in the order of the slots.
+        """Receive the datagrams that are there, at most SLOTS; their sizes, in the order of the slots.
 
         Raises:
-            OSError: but not because there is nothing: that is an empty list.
+            OSError: not where none is there: that is an empty list.
         """
         count = _recvmmsg(fd, self._address, SLOTS, _NOWAIT, None)
         if count < 0:
@@ -131,7 +135,7 @@ class Vector:
         return self.words[slot * 4]
 
     def queue(self, slot: int, key: ClientKey, name: ClientName, size: int) -> None:
-        """Queue what has been put into the buffer of the next free slot."""
+        """Queue the `size` bytes that are in the buffer of `slot`, which is the next free one."""
         if isinstance(key, int):
             self.words[slot * 4] = key
         else:
@@ -141,25 +145,25 @@ class Vector:
         self.queued = slot + 1
 
     def turn_to(self, fd: int, sendto: Callable[[memoryview, ClientName], object]) -> None:
-        """Send what is queued; what is queued from now on goes out by `fd`, whose socket's method `sendto` is."""
-        if self.to < 0 and self.to_end is not None:
-            self.to_end()
+        """Send what is queued. Messages are queued from now on for the socket with this descriptor."""
+        if self.to < 0 and self.on_first is not None:
+            self.on_first()
         self.flush()
         self.to = fd
         self._sendto = sendto
 
     def lost(self, count: int) -> None:
-        """Count datagrams that did not leave."""
+        """Count datagrams that were not sent."""
         if count:
             self.dropped[self.to] = self.dropped.get(self.to, 0) + count
 
     def end(self) -> None:
-        """Send what is queued: a batch is over, or the descriptor is about to be closed."""
+        """Send what is queued, as the batch is over, or the descriptor is about to be closed."""
         self.flush()
         self.to = -1
 
     def flush(self) -> None:
-        """Send what is queued. What the kernel refuses is dropped and counted."""
+        """Send what is queued. Messages that the kernel refuses are dropped and counted."""
         first, count = 0, self.queued
         self.queued = 0
         if count == 1 and self.name is not None:
@@ -184,7 +188,7 @@ def _bytes_of(array: Any) -> memoryview:
 
 
 def overruns(sock: Socket) -> int:
-    """How many datagrams have found no room in the receive buffer of a socket since it was made, modulo 2**32."""
+    """How many datagrams found no room in a socket's receive buffer since it was made, modulo 2**32."""
     try:
         figures = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_BYTES)
     except OSError:  # before Linux 4.12
@@ -201,7 +205,7 @@ def client_address(key: ClientKey) -> tuple[str, int]:
 
 
 def client_key(name: ClientName) -> ClientKey:
-    """The key of a client that the socket module has named."""
+    """The key of a client, from its name."""
     if len(name) == 2:
         raw = _NAME4.pack(socket.AF_INET, name[1].to_bytes(2, "big"), socket.inet_aton(name[0]))
         return int.from_bytes(raw, sys.byteorder)
@@ -211,7 +215,7 @@ def client_key(name: ClientName) -> ClientKey:
 
 
 def client_name(key: ClientKey) -> ClientName:
-    """The name of a client that a key stands for."""
+    """The name of a client, from its key."""
     if isinstance(key, int):
         return client_address(key)
     ip, port = client_address(key)

@@ -1,4 +1,4 @@
-"""First datagrams of flows that met a shortage: they are sent once what was ended to make room is closed."""
+"""First datagrams of flows that met a shortage: they are sent once other flows have made room."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _MOST = 64
 
 
 class Postponed:
-    """Of one listener.
+    """The postponed datagrams of one listener.
 
     Args:
-        poller: that closes sockets at the end of a batch.
-        send: sends a datagram of a client on; what meets a shortage again is not kept again.
+        poller: closes sockets at the end of a batch.
+        send: sends a client's datagram on. One that meets a shortage again is not kept again.
     """
 
     def __init__(self, poller: Poller, send: Callable[[ClientKey, bytes], None]) -> None:
@@ -25,7 +25,7 @@ class Postponed:
         self._sending = False
 
     def keep(self, key: ClientKey, data: memoryview | bytes) -> bool:
-        """Keep a datagram for the next turn; False where too many are kept, or it was before."""
+        """Keep a datagram for the next turn; False where it was kept before, or too many are."""
         if self._sending or len(self._kept) >= _MOST:
             return False
         if not self._kept:

@@ -1,7 +1,7 @@
-"""The client's side of a UDP listener: its socket is read, and each datagram goes to the flow of its client.
+"""The client's side of a UDP listener: it hands each datagram of its socket to the flow of the client.
 
-Datagrams are taken singly while they come singly, in batches where there have been some lately, and in trains where one
-client fills the batches.
+It takes datagrams one by one while they come so, in batches when there have been some lately, and as GSO
+segments when one client fills the batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from proxyd.relay.udp.mmsg import SLOTS, ClientKey, ClientName, client_key
 from proxyd.relay.udp.table import FlowTable
 from proxyd.relay.udp.upstream import TALKING
 
-# Batches of a single datagram after which datagrams are taken singly, which costs less as long as they come singly.
+# After this many batches of a single datagram they are taken one by one, which costs less as long as they
+# come so.
 PATIENCE = 4
 _NOTHING = frozenset({errno.EAGAIN, errno.EINTR})
 
@@ -45,22 +46,22 @@ class Receiver(ABC):
         self.named: dict[ClientName, Flow] = {}  # of them the conversations
         self._poller = table.poller
         self._last_turn = 0
-        self._batches = 0  # to be tried yet, of which none has had two datagrams
+        self._patience = 0  # batches of one datagram until they are taken one by one
         self._socket = Socket(fileno=fd)
         self.sendto = self._socket.sendto
         self._receive = self._socket.recvfrom_into
         try:
             self._socket.setblocking(False)
-            self._vector = table.receiver(self._socket.family)
-            self._view = self._vector.views[0]
+            self._mmsg = table.receiver(self._socket.family)
+            self._view = self._mmsg.views[0]
             self.sender = table.sender(self._socket.family)
-            self._poller.add(fd, self._ready_for_trains if gso.started(self._socket) else self._ready, IN)
+            self._poller.add(fd, self._ready_gro if gso.gro_enabled(self._socket) else self._ready, IN)
         except OSError:
             self._socket.close()
             raise
 
     @abstractmethod
-    def first(self, key: ClientKey, data: memoryview | bytes) -> None:
+    def open_flow(self, key: ClientKey, data: memoryview | bytes) -> None:
         """Begin a flow with a client's datagram."""
 
     @abstractmethod
@@ -68,16 +69,17 @@ class Receiver(ABC):
         """Whether it takes datagrams at present."""
 
     def _ready(self, _events: int) -> None:
-        """Send on a datagram, or a batch of them where there have been some lately.
+        """Send a datagram on, or a batch where there have been some lately.
 
-        Level-triggered: what is left is reported again, after everybody else had a turn.
+        The socket is level-triggered: datagrams that are left are reported again, after everybody else had a
+        turn.
         """
-        if self._batches:
-            self._batch()
+        if self._patience:
+            self._ready_batch()
             return
         turn = self._poller.turns
         if turn == self._last_turn + 1:
-            self._batches = PATIENCE
+            self._patience = PATIENCE
         self._last_turn = turn
         try:
             size, name = self._receive(self._view)
@@ -90,7 +92,7 @@ class Receiver(ABC):
             self._unnamed(name, data)
             return
         flow.used = self.table.clock
-        send = flow.send  # an attribute, not a method: so the interpreter finds it faster
+        send = flow.send  # an attribute, not a method: the interpreter finds it faster
         try:
             send(data)
         except OSError as error:
@@ -100,41 +102,41 @@ class Receiver(ABC):
         flow.datagrams_in += 1
 
     def _unnamed(self, name: ClientName, data: memoryview) -> None:
-        """Send on a single datagram of a client that has no conversation."""
+        """Send a datagram on whose client has no conversation."""
         key = client_key(name)
         flow = self.flows.get(key)
         if flow is None:
-            self.first(key, data)
+            self.open_flow(key, data)
         else:
             flow.forward(data)
 
-    def _batch(self) -> None:
-        """Send on a batch."""
-        vector = self._vector
+    def _ready_batch(self) -> None:
+        """Send a batch on."""
+        mmsg = self._mmsg
         try:
-            sizes = vector.receive(self.fd)
+            sizes = mmsg.receive(self.fd)
         except OSError as error:
             self._receive_failed(error)
             return
         if len(sizes) > 1:
-            self._batches = PATIENCE
-            if len(sizes) >= gso.LENGTH and sizes[0] == sizes[1] >= gso.BULK_BYTES:
+            self._patience = PATIENCE
+            if len(sizes) >= gso.BULK_BATCH and sizes[0] == sizes[1] >= gso.BULK_BYTES:
                 self._bulk(len(sizes))
         else:
-            self._batches -= 1
+            self._patience -= 1
         find = self.flows.get
-        views = vector.views
-        words = vector.words
+        views = mmsg.views
+        words = mmsg.words
         clock = self.table.clock
-        v6 = vector.v6
+        v6 = mmsg.v6
         slot = 0
         for size in sizes:
-            key = vector.key(slot) if v6 else words[slot * 4]
+            key = mmsg.key(slot) if v6 else words[slot * 4]
             data = views[slot][:size]
             slot += 1
             flow = find(key)
             if flow is None:
-                self.first(key, data)
+                self.open_flow(key, data)
                 continue
             if flow.stage != TALKING:
                 flow.early(data)
@@ -149,13 +151,13 @@ class Receiver(ABC):
             flow.datagrams_in += 1
 
     def _bulk(self, count: int) -> None:
-        """Receive trains from now on if the batch is one client's."""
-        key = self._vector.key
-        if key(0) == key(count // 2) == key(count - 1) and gso.start(self._socket):
-            self._poller.handlers[self.fd] = self._ready_for_trains
+        """Receive segments from now on if the batch is one client's."""
+        key = self._mmsg.key
+        if key(0) == key(count // 2) == key(count - 1) and gso.enable_gro(self._socket):
+            self._poller.handlers[self.fd] = self._ready_gro
 
-    def _ready_for_trains(self, _events: int) -> None:
-        """Send on a datagram, or some if it has been ready turn after turn; each may be a train."""
+    def _ready_gro(self, _events: int) -> None:
+        """Send a datagram or segments on; several when the socket has been ready turn after turn."""
         turn = self._poller.turns
         more = turn == self._last_turn + 1
         self._last_turn = turn
@@ -168,11 +170,11 @@ class Receiver(ABC):
                 self._receive_failed(error)
                 return
             data = self._view[:size]
-            segment = gso.segment_of(control) if control else 0
+            segment = gso.segment_size(control) if control else 0
             if 0 < segment < size:
                 flow = self.named.get(name)
-                if flow is None or not flow.forward_train(data, segment):
-                    for part in gso.parts(data, segment):
+                if flow is None or not flow.forward_segments(data, segment):
+                    for part in gso.segments(data, segment):
                         self._one(name, part)
                 taken += size
                 if taken > gso.TURN_BYTES:
@@ -187,15 +189,15 @@ class Receiver(ABC):
         else:
             flow.forward(data)
 
-    def send_train(self, train: memoryview, segment: int, name: ClientName) -> int:
-        """Send a train to a client; how many of its datagrams the kernel did not take."""
+    def send_segments(self, data: memoryview, size: int, name: ClientName) -> int:
+        """Send segments of `size` bytes to a client; how many of them the kernel did not take."""
         try:
-            self._socket.sendmsg([train], gso.control_for(segment), 0, name)
+            self._socket.sendmsg([data], gso.control_for(size), 0, name)
         except OSError:
             lost = 0
-            for part in gso.parts(train, segment):
+            for segment in gso.segments(data, size):
                 try:
-                    self.sendto(part, name)
+                    self.sendto(segment, name)
                 except OSError:
                     lost += 1
             return lost

@@ -1,7 +1,8 @@
-"""All UDP flows of one worker: how many there may be, which are ended when there are too many, and when they are idle.
+"""All UDP flows of one worker: how many there may be, which end to make room, and when one is idle.
 
-Nothing here is done for a single datagram. A flow notes the table's coarse clock when it moves something; a pass over
-all flows, each TICK_SECONDS, brings counters up to date and ends what has been idle for too long.
+Nothing here runs for a single datagram. A flow takes note of the table's coarse clock when it moves
+something. A pass over all flows, every TICK_SECONDS, brings counters up to date and ends the flows that have
+been idle for too long.
 """
 
 from __future__ import annotations
@@ -16,53 +17,54 @@ from typing import Protocol
 from proxyd.relay.engine.plane import Plane
 from proxyd.relay.ipc.slots import DROPPED_TO_CLIENT, EVICTED
 from proxyd.relay.udp.flow import Flow
-from proxyd.relay.udp.mmsg import Vector
+from proxyd.relay.udp.mmsg import MmsgBuffer
 from proxyd.relay.udp.upstream import ANSWERED, TALKING, WAITING, FlowOwner
 
 TICK_SECONDS = 0.5
-# For timeouts below 2 s a pass each quarter of them, but no more often than this.
+# For a timeout below 2 s a pass comes every quarter of it, but no more often than this.
 _MIN_TICK_SECONDS = 0.05
-# Until the first reply. Resolvers give up a query after 5 s, and some clients after 5 s more.
+# Until the first reply. Resolvers give a query up after 5 s, and some clients after 5 s more.
 WAIT_SECONDS = 10.0
-# After a single exchange; the usual DNS query is one, from a port that is never used again.
+# After a single exchange: most DNS queries are one, from a port that is never used again.
 BRIEF_SECONDS = 10.0
 # The same while the table fills up.
 HURRIED_SECONDS = 1.0
-# How long a reply under way is waited for when the endpoint is gone.
-LEAVE_SECONDS = 2.0
+# How long a flow waits for a reply under way when its endpoint is gone.
+DRAIN_SECONDS = 2.0
 
 # About 4 KB of memory each, mostly the kernel's.
 MAX_FLOWS = 32_768
-# Of the local ports that the node has; the rest is for its other programs, its own resolver among them.
+# Of the node's local ports; the rest is for its other programs, among them its own resolver.
 _PORT_SHARE = 0.75
-# What a single listener may take of the table.
+# Of the table, for a single listener.
 _LISTENER_SHARE = 0.75
-# How full the table is when single exchanges are forgotten sooner.
+# Of the table: when it is fuller, single exchanges end sooner.
 _HURRIED_SHARE = 0.5
-# One pass over a full table chooses this part of it as those that make room next.
+# One pass over a full table chooses an eighth of it as the flows that make room next.
 _VICTIMS_PART = 8
-# And this part is ended where something else ran out before the table was full.
+# Where something else ran out before the table was full, a thirty-second of it ends.
 _SHORT_PART = 32
-# Idle flows are ended, and busy ones counted, so many at a time, at most 3 ms of work, with a pause for the others between.
+# Idle flows are ended and busy ones counted this many at a time, which takes 3 ms at most, with a pause
+# between.
 _DUE_AT_ONCE = 200
 _PAUSE_SECONDS = 0.005
 
-# A flow, and when it had been used and its stage when it was chosen.
+# A flow, when it had last been used, and its stage, at the time it was chosen.
 Victim = tuple[Flow, float, int]
 
 
 class Listener(FlowOwner[Flow], Protocol):
     """A UDP listener, as the table sees it."""
 
-    victims: deque[Victim]  # of its flows those that make room for others next
+    victims: deque[Victim]  # those of its flows that make room for others next
     overruns: int  # of its socket, as counted so far
 
     def count(self) -> None:
-        """Bring the counter of datagrams that found the receive buffer full up to date."""
+        """Bring the counter up to date of datagrams that found the receive buffer full."""
 
 
 class FlowTable:
-    """Shared by the UDP listeners of one worker.
+    """The flows of all UDP listeners of one worker.
 
     Args:
         plane: of the worker.
@@ -74,37 +76,37 @@ class FlowTable:
         self.counters = plane.counters
         self.clock = plane.now()  # of the last pass
         self.listeners: dict[str, Listener] = {}  # by address
-        self.leaving: dict[Flow, float] = {}  # since when
+        self.draining: dict[Flow, float] = {}  # since when
         self._idle_seconds = plane.options.udp_timeout
         self._ports = int(_local_ports() * _PORT_SHARE / max(plane.options.workers, 1))
-        self._receivers: dict[int, Vector] = {}
-        self._senders: dict[int, Vector] = {}
+        self._receivers: dict[int, MmsgBuffer] = {}
+        self._senders: dict[int, MmsgBuffer] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tick_seconds = TICK_SECONDS
         self._swept = 0.0  # the clock, when flows were last collected
-        # To be ended unless used since then; 0: to be counted.
+        # Flows to be ended unless they were used after this time, or 0: to be counted.
         self._due: deque[tuple[Flow, float]] = deque()
         self._due_timer: asyncio.TimerHandle | None = None
         self._victims: deque[Victim] = deque()  # the flows that make room for others next
-        # How many flows there may be: half of the descriptors, and no more than memory and local ports allow; and how many
-        # of one listener.
+        # How many flows there may be in all and of one listener: half of the descriptors, and no more than
+        # memory and local ports allow.
         self.limit = self._listener_limit = self._measured = 0
         self._measure()
 
-    def receiver(self, family: int) -> Vector:
-        """What listeners of a family receive into."""
+    def receiver(self, family: int) -> MmsgBuffer:
+        """The buffer that listeners of a family receive into."""
         if family not in self._receivers:
-            self._receivers[family] = Vector(family)
+            self._receivers[family] = MmsgBuffer(family)
         return self._receivers[family]
 
-    def sender(self, family: int) -> Vector:
-        """What replies to clients of a family are queued in until the end of the batch."""
+    def sender(self, family: int) -> MmsgBuffer:
+        """The buffer in which replies to clients of a family wait for the end of the batch."""
         if family not in self._senders:
-            sender = self._senders[family] = Vector(family)
-            sender.to_end = self._batch_begun
+            sender = self._senders[family] = MmsgBuffer(family)
+            sender.on_first = self._batch_begun
         return self._senders[family]
 
-    # -- flows ----------------------------------------------------------------------------------------------------
+    # -- flows -----------------------------------------------------------------------------------------------
 
     def opened(self) -> None:
         """Count a flow in."""
@@ -119,12 +121,12 @@ class FlowTable:
         flow.listener.flow_ended()
 
     def __iter__(self) -> Iterator[Flow]:
-        """Every flow that is in a listener's table."""
+        """Every flow but those that are draining."""
         for listener in self.listeners.values():
             yield from listener.flows.values()
 
     def make_room(self, listener: Listener) -> None:
-        """End a flow where there is none left for one more, of this listener or of all."""
+        """End a flow where there is no room for one more of this listener, or of all."""
         if self.plane.max_relays != self._measured:
             self._measure()
         if len(listener.flows) >= self._listener_limit:
@@ -145,10 +147,10 @@ class FlowTable:
     def _evict(self, victims: deque[Victim], listeners: Iterable[Listener]) -> None:
         """End the next of the victims that has not been used since it was chosen.
 
-        Flows that only wait for a last reply go first where they are most of what there is.
+        Where most flows only wait for a last reply, one of these goes first.
         """
-        if len(self.leaving) > self.plane.flows // 2:
-            flow = next(iter(self.leaving))  # the first that was left
+        if len(self.draining) > self.plane.flows // 2:
+            flow = next(iter(self.draining))  # the one that has waited longest
             self.counters[flow.balancer.row + EVICTED] += 1
             flow.finish("evicted")
             return
@@ -162,10 +164,11 @@ class FlowTable:
             victims.extend(self._choose(listeners))
 
     def _choose(self, listeners: Iterable[Listener]) -> list[Victim]:
-        """The longest idle of what fills the table: unanswered flows, or single exchanges if these are more.
+        """The longest idle of the flows that fill the table: unanswered ones, or single exchanges.
 
-        Either is what a flood of one-packet clients leaves; the fewer of the two are the real ones. Conversations go
-        only when there is nothing else. So many are chosen that one pass over all flows serves many new ones.
+        A flood of clients of one packet leaves the one or the other; the fewer of the two are the real
+        clients. Conversations go only when there is nothing else. One pass over all flows chooses enough for
+        many new ones.
         """
         stages: tuple[list[Flow], ...] = ([], [], [])
         for listener in listeners:
@@ -178,7 +181,7 @@ class FlowTable:
         self.plane.reporter.trouble(f"as many UDP flows as there may be: the longest idle are ended{advice}")
         return [(flow, flow.used, flow.stage) for flow in chosen[: len(chosen) // _VICTIMS_PART + 1]]
 
-    # -- time -----------------------------------------------------------------------------------------------------
+    # -- time ------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self._timer = None
@@ -197,7 +200,7 @@ class FlowTable:
                 self._sweep(listener, (WAIT_SECONDS, brief, idle))
         if collect:
             self._swept = now
-        for flow in [flow for flow, since in self.leaving.items() if now - since >= LEAVE_SECONDS]:
+        for flow in [flow for flow, since in self.draining.items() if now - since >= DRAIN_SECONDS]:
             flow.finish("endpoint removed")
         if self._due_timer is None:
             self._go_through()
@@ -206,7 +209,7 @@ class FlowTable:
             self._timer = self.plane.loop.call_later(self._tick_seconds, self._tick)
 
     def _sweep(self, listener: Listener, seconds: tuple[float, float, float]) -> None:
-        """Collect what moved since the last pass, and what has been idle for longer than its stage allows."""
+        """Collect the flows that moved since the last pass, and those that were idle for too long."""
         swept = self._swept
         # `used` may be a tick older than the flow's last datagram.
         limits = {
@@ -221,7 +224,7 @@ class FlowTable:
                 self._due.append((flow, used))
 
     def _go_through(self) -> None:
-        """Count what moved, and end what is idle, some at a time."""
+        """Count the flows that moved and end the idle ones, some at a time."""
         self._due_timer = None
         for _ in range(min(_DUE_AT_ONCE, len(self._due))):
             flow, used = self._due.popleft()
@@ -233,23 +236,24 @@ class FlowTable:
             self._due_timer = self.plane.loop.call_later(_PAUSE_SECONDS, self._go_through)
 
     def _batch_begun(self) -> None:
-        """See that the first reply of a batch, and those that follow, are sent."""
+        """See that the replies of the batch that begins are sent at its end."""
         self.poller.at_end(self.end_batch)
 
     def end_batch(self) -> None:
-        """Send the replies of one batch; count what was dropped of them."""
-        for vector in self._senders.values():
-            vector.end()
-            if vector.dropped:
-                self._note_dropped(vector)
+        """Send the replies of a batch; count those that were dropped."""
+        for mmsg in self._senders.values():
+            mmsg.end()
+            if mmsg.dropped:
+                self._note_dropped(mmsg)
 
-    def _note_dropped(self, vector: Vector) -> None:
-        dropped, vector.dropped = vector.dropped, {}
+    def _note_dropped(self, mmsg: MmsgBuffer) -> None:
+        dropped, mmsg.dropped = mmsg.dropped, {}
         for listener in self.listeners.values():
             if count := dropped.get(listener.fd, 0):
                 self.counters[listener.balancer.row + DROPPED_TO_CLIENT] += count
                 self.plane.reporter.trouble(
-                    f"listener {listener.address}: replies to UDP clients were dropped: the kernel did not take them"
+                    f"listener {listener.address}: replies to UDP clients were dropped: "
+                    "the kernel did not take them"
                 )
 
     def shut(self) -> None:
@@ -260,7 +264,7 @@ class FlowTable:
 
 
 def flow_table(plane: Plane) -> FlowTable:
-    """That of a worker, made with its first UDP listener."""
+    """The flow table of a worker, which is made with its first UDP listener."""
     found = plane.extensions.get("UDP")
     if not isinstance(found, FlowTable):
         found = plane.extensions["UDP"] = FlowTable(plane)

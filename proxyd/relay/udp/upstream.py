@@ -1,7 +1,8 @@
-"""What a UDP flow has with its endpoint: a connected socket, tries at others when it refuses, figures.
+"""The endpoint's side of a UDP flow: its connected socket, other attempts when one is refused, and figures.
 
-Stages: WAITING until the endpoint's first reply; ANSWERED until the client sends again; TALKING from then on; LEAVING
-when its endpoint or listener is gone and only a reply under way is waited for. A LEAVING flow is in no listener's table.
+Stages of a flow: WAITING until the endpoint's first reply; ANSWERED until the client sends again; TALKING
+from then on; DRAINING when its endpoint or listener is gone and it only waits for a reply under way. A
+DRAINING flow is in no listener's table.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from proxyd.relay.ipc.slots import (
     FAILED,
     OPENED,
 )
-from proxyd.relay.udp.mmsg import ClientKey, ClientName, Vector, client_address, overruns
+from proxyd.relay.udp.mmsg import ClientKey, ClientName, MmsgBuffer, client_address, overruns
 from proxyd.relay.udp.postponed import Postponed
 
-WAITING, ANSWERED, TALKING, LEAVING = range(4)
+WAITING, ANSWERED, TALKING, DRAINING = range(4)
 
-# Endpoints tried for one datagram.
+# Endpoints that are tried for one datagram.
 MAX_ATTEMPTS = 8
-# A datagram up to this size is kept until the first reply, to be sent to another endpoint when one refuses it.
+# A datagram of up to this size is kept until the first reply, so that it can be sent to another endpoint.
 KEPT_BYTES = 1472
 
 _U32 = (1 << 32) - 1
@@ -55,7 +56,7 @@ class Table(Protocol[F]):
     poller: Poller
     counters: memoryview
     clock: float  # coarse: of the table's last pass
-    leaving: dict[F, float]  # flows that only wait for a last reply, and since when
+    draining: dict[F, float]  # flows that only wait for a last reply, and since when
 
     def short(self) -> None:
         """End some flows: something has run out."""
@@ -71,8 +72,8 @@ class FlowOwner(Protocol[F]):
     balancer: Balancer  # of new flows
     fd: int
     flows: dict[ClientKey, F]
-    named: dict[ClientName, F]  # of them the conversations
-    sender: Vector  # replies wait in it for the end of the batch
+    named: dict[ClientName, F]  # those of them that are conversations
+    sender: MmsgBuffer  # where replies wait for the end of the batch
     postponed: Postponed
     sendto: Callable[..., int]  # socket.sendto
 
@@ -80,36 +81,36 @@ class FlowOwner(Protocol[F]):
     def table(self) -> Table[F]:
         """That of the worker."""
 
-    def first(self, key: ClientKey, data: memoryview | bytes, /) -> None:
+    def open_flow(self, key: ClientKey, data: memoryview | bytes, /) -> None:
         """Begin a flow with a client's datagram."""
 
-    def send_train(self, train: memoryview, segment: int, name: ClientName, /) -> int:
-        """Send a train to a client; how many of its datagrams the kernel did not take."""
+    def send_segments(self, data: memoryview, size: int, name: ClientName, /) -> int:
+        """Send segments of `size` bytes to a client; how many of them the kernel did not take."""
 
     def flow_ended(self) -> None:
         """A flow of the listener has ended."""
 
 
 class Upstream:
-    """A flow, as far as its endpoint is concerned. `Flow` adds how datagrams move, and how it ends."""
+    """The half of a flow that is about its endpoint. `Flow` adds how datagrams move, and how it ends."""
 
     __slots__ = (
-        "_counted", "_fd", "_kept", "_last_turn", "_overruns", "_poller", "_recv_into", "_sock", "_streak",
-        "_table", "_tried", "_vector", "attempts", "balancer", "bytes_in", "bytes_out", "datagrams_in", "datagrams_out", "endpoint",
-        "key", "listener", "name", "send", "stage", "started", "used",
+        "_counted", "_fd", "_kept", "_last_turn", "_mmsg", "_overruns", "_poller", "_recv_into", "_sock",
+        "_streak", "_table", "_tried", "attempts", "balancer", "bytes_in", "bytes_out", "datagrams_in",
+        "datagrams_out", "endpoint", "key", "listener", "name", "send", "stage", "started", "used",
     )  # fmt: skip
 
     def __init__(self, listener: FlowOwner[Any], key: ClientKey) -> None:
         self.listener = listener
         self.key = key
-        self.name: ClientName | None = None  # of a conversation: its name in the listener's `named`
+        self.name: ClientName | None = None  # its key in the listener's `named`, if it is a conversation
         self.balancer = listener.balancer
         self.endpoint: Endpoint | None = None
         self.stage = WAITING
         self.bytes_in = self.bytes_out = self.datagrams_in = self.datagrams_out = 0
         self._table = table = listener.table
         self._poller = table.poller
-        self._vector = listener.sender
+        self._mmsg = listener.sender
         self._fd = listener.fd
         self.used = table.clock
         self._sock: Socket | None = None
@@ -132,7 +133,7 @@ class Upstream:
 
     @property
     def client_ip(self) -> str:
-        """Address of the client, without the port."""
+        """The client's IP address."""
         return client_address(self.key)[0]
 
     @abstractmethod
@@ -144,7 +145,7 @@ class Upstream:
         """Close and count."""
 
     def dial(self, data: memoryview | bytes) -> bool:
-        """Send a datagram to the next endpoint; False when the flow is over: no endpoint took it."""
+        """Send a datagram to the next endpoint; False where none took it, and the flow is over."""
         if len(data) <= KEPT_BYTES:
             self._kept = bytes(data)
         balancer = self.balancer
@@ -172,12 +173,13 @@ class Upstream:
                     self.finish("out of resources")
                     if self.listener.postponed.keep(self.key, data):
                         table.plane.reporter.trouble(
-                            f"{self._shortage(error)}: idle flows are ended to make room for those of {balancer.name}"
+                            f"{self._shortage(error)}: idle flows are ended "
+                            f"to make room for those of {balancer.name}"
                         )
                     else:
                         self._drop(error, DROPPED)
                     return False
-                if error.errno == errno.EMSGSIZE:  # as it would be at any other
+                if error.errno == errno.EMSGSIZE:  # so it would be at any other endpoint
                     self._drop(error, DROPPED_TO_ENDPOINT)
                     self.finish("too large")
                     return False
@@ -189,11 +191,11 @@ class Upstream:
         return False
 
     def _connected(self, endpoint: Endpoint) -> Socket:
-        """A watched socket, connected to an endpoint."""
+        """A socket that is connected to an endpoint, and watched."""
         sock = Socket(endpoint.family, _DGRAM, 0)
         code = sock.connect_ex(endpoint.address)
         if endpoint.ephemeral and not code and sock.getsockname()[:2] == endpoint.address:
-            code = errno.ECONNREFUSED  # it met itself
+            code = errno.ECONNREFUSED  # the socket is connected to itself
         if not code:
             try:
                 self._poller.add(sock.fileno(), self.ready, IN)
@@ -212,13 +214,14 @@ class Upstream:
             self._sock = None
             self._table.counters[self.endpoint.row + CLOSED] += 1
 
-    # -- errors ---------------------------------------------------------------------------------------------------
+    # -- errors ----------------------------------------------------------------------------------------------
 
     def send_failed(self, error: OSError, data: memoryview | bytes) -> None:
-        """Act on an error of `send`: the datagram has not left. It may tell of the one before it."""
+        """Act on an error of `send`. The datagram was not sent; the error may be about the one before it."""
         code = error.errno
         if code == errno.EMSGSIZE:
-            # A router told of a smaller MTU than the one before had; the kernel knows it now, and makes fragments.
+            # A router has told of a smaller MTU than the one before. The kernel knows it now, and makes
+            # fragments.
             try:
                 self.send(data)
             except OSError as second:
@@ -234,15 +237,16 @@ class Upstream:
         self._blame(error)
         if was != WAITING:
             self.finish("refused by endpoint")
-            self.listener.first(self.key, data)
+            self.listener.open_flow(self.key, data)
         elif self.dial(data):
             self.datagrams_in += 1
             self.bytes_in += len(data)
 
     def _refused(self, error: OSError) -> None:
-        """Act on what came instead of a reply, an ICMP error: try another endpoint where nothing has come yet."""
+        """Act on an ICMP error: where no reply has come yet, try another endpoint."""
         if error.errno == errno.EMSGSIZE:
-            # From a router: what was sent last is too large for the next link. The kernel makes fragments now.
+            # A router's: the last datagram is too large for the next link. The kernel makes fragments from
+            # now on.
             if self.stage == WAITING and self._kept is not None:
                 with contextlib.suppress(OSError):
                     self.send(self._kept)
@@ -267,7 +271,7 @@ class Upstream:
         self._table.plane.reporter.endpoint_trouble(self.balancer.name, str(endpoint), why)
 
     def _drop(self, error: OSError, reason: int) -> None:
-        """Count a datagram that could not be sent; `reason`: one of the counters of dropped ones."""
+        """Count a datagram that could not be sent, with the counter `reason`."""
         self._table.counters[self.balancer.row + reason] += 1
         if error.errno == errno.EAGAIN and self._sock is not None:
             why = "the send buffer is full"
@@ -279,7 +283,7 @@ class Upstream:
     def _shortage(error: OSError) -> str:
         return "no local port left" if error.errno == errno.EAGAIN else os.strerror(error.errno or 0)
 
-    # -- figures --------------------------------------------------------------------------------------------------
+    # -- figures ---------------------------------------------------------------------------------------------
 
     def count(self) -> None:
         """Bring the shared counters up to date."""
