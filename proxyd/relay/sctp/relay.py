@@ -33,7 +33,7 @@ from proxyd.relay.ipc.slots import (
     FAILED,
     OPENED,
 )
-from proxyd.relay.sctp.dial import NoRoomError, connect, streams_of
+from proxyd.relay.sctp.association import NoRoomError, connect, streams_of
 from proxyd.relay.sctp.shared import Shared
 from proxyd.relay.sctp.side import EDGES, Side
 from proxyd.state.sctpsocket import SOL_SCTP, STATUS, STATUS_BYTES, Status, status
