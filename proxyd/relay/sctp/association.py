@@ -1,4 +1,4 @@
-"""Opening an association to an endpoint: stream counts like the client's, all addresses that it has."""
+"""The socket of one association: how it is opened to an endpoint, and what the kernel says of it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from proxyd.state.sctpsocket import (
     SOL_SCTP,
     STATUS,
     STATUS_BYTES,
+    Status,
     addresses,
     initmsg,
     read_initmsg,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 _INITMSG_BYTES = 8
 _BUFFERS = ((SO_SNDBUFFORCE, socket.SO_SNDBUF), (SO_RCVBUFFORCE, socket.SO_RCVBUF))
-# An association takes a local port for itself; by chance the one that it connects to.
+# An association takes a local port for itself, by chance the one that it connects to.
 _PORTS_TRIED = 3
 
 
@@ -47,14 +48,19 @@ class NoRoomError(Exception):
 def streams_of(sock: Socket) -> tuple[int, int]:
     """Streams of an accepted association, from and to its client.
 
-    Of one that has ended by now, whose last messages may wait to be read, as many as the listener admits.
+    Where it has ended by now, its last messages may still wait to be read: then as many as the listener admits.
     """
-    try:
-        found = status(sock.getsockopt(SOL_SCTP, STATUS, STATUS_BYTES))
-    except OSError:
+    found = _status(sock)
+    if found is None:
         offered, admitted = read_initmsg(sock.getsockopt(SOL_SCTP, INITMSG, _INITMSG_BYTES))
         return admitted, offered
     return found.streams_in, found.streams_out
+
+
+def primary_address(sock: Socket) -> str:
+    """The peer's address that an association uses; "" where the association has ended."""
+    found = _status(sock)
+    return found.primary if found else ""
 
 
 def connect(endpoint: Endpoint, first: int, streams: tuple[int, int], shared: Shared) -> Socket:
@@ -62,9 +68,9 @@ def connect(endpoint: Endpoint, first: int, streams: tuple[int, int], shared: Sh
 
     Args:
         endpoint: with one or more addresses.
-        first: which of them is tried first, modulo their number.
+        first: index, modulo their number, of the address to try first.
         streams: to offer, and to admit.
-        shared: that of the worker.
+        shared: by the relays of the worker.
 
     Returns:
         The socket, non-blocking, whose association is under way.
@@ -114,3 +120,11 @@ def _prepare(sock: Socket, streams: tuple[int, int], shared: Shared) -> None:
     # The kernel doubles what it is given.
     for force, plain in _BUFFERS:
         sock.setsockopt(socket.SOL_SOCKET, force if shared.may_force else plain, shared.buffer)
+
+
+def _status(sock: Socket) -> Status | None:
+    """What the kernel says of an association; None where it has ended."""
+    try:
+        return status(sock.getsockopt(SOL_SCTP, STATUS, STATUS_BYTES))
+    except OSError:
+        return None

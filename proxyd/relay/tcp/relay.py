@@ -52,11 +52,11 @@ class Relay(Dialler):
         self._counted_in = self._counted_out = 0
         self._unsent = 0  # bytes under way when it was last about to be idle
         self._started = self._idle_since = self._dial_started
-        self.client = Side(self, sock, self._plane, held=True)
+        self.client = Side(self, sock, self.plane, held=True)
 
     def start(self) -> None:
         """Dial. The caller calls `crash` if this raises."""
-        plane = self._plane
+        plane = self.plane
         plane.counters[self._balancer.row + OPENED] += 1
         plane.opened(self)
         # First the endpoint: where its connect succeeds at once it comes first in the batch, and the client's
@@ -73,7 +73,7 @@ class Relay(Dialler):
         """Join the two sides. What the client has sent meanwhile is sent on."""
         self._connected = True
         client = self.client
-        plane = self._plane
+        plane = self.plane
         side = self.upstream = Side(self, sock, plane, held=False)
         side.peer = client
         client.peer = side
@@ -94,7 +94,7 @@ class Relay(Dialler):
     def write_failed(self, side: Side) -> None:
         """Pass on the reset that a write to `side` met, behind what that side had sent before it."""
         peer = side.peer
-        view = self._plane.view
+        view = self.plane.view
         if peer.pending is None and not side.eof:
             try:
                 while size := side.sock.recv_into(view, 0, _NOWAIT):
@@ -116,7 +116,7 @@ class Relay(Dialler):
 
     def finish(self, reason: str, *, reset_client: bool = False, reset_upstream: bool = False) -> None:
         """Close both sockets and count."""
-        plane = self._plane
+        plane = self.plane
         counters = plane.counters
         self.done = True
         client = self.client
@@ -144,14 +144,14 @@ class Relay(Dialler):
     def _close(self, side: Side, reset: bool) -> None:
         side.held = True  # another turn may have been asked for
         if side.pending is not None:
-            self._plane.keep(-len(side.pending))
+            self.plane.keep(-len(side.pending))
             if isinstance(side.pending, Pipe):
-                self._plane.pipes.give(side.pending)
+                self.plane.pipes.give(side.pending)
             side.pending = None
         if reset:
-            close_with_reset(self._plane, side.sock)
+            close_with_reset(self.plane, side.sock)
         else:
-            self._plane.poller.close(side.sock)
+            self.plane.poller.close(side.sock)
 
     # -- figures ---------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class Relay(Dialler):
         if bytes_in != self._counted_in or bytes_out != self._counted_out:
             self._count_bytes(bytes_in, bytes_out)
             self._idle_since = now
-        elif self._plane.idle_seconds and now - self._idle_since >= self._plane.idle_seconds:
+        elif self.plane.idle_seconds and now - self._idle_since >= self.plane.idle_seconds:
             # Nothing was read; but a slow reader may be taking what was read before, MiB of it.
             unsent = self.client.unsent() + self.upstream.unsent()
             if not unsent or unsent == self._unsent:
@@ -178,7 +178,7 @@ class Relay(Dialler):
 
     def _count_bytes(self, bytes_in: int, bytes_out: int) -> None:
         """Add what was moved since the last call."""
-        counters = self._plane.counters
+        counters = self.plane.counters
         more_in, more_out = bytes_in - self._counted_in, bytes_out - self._counted_out
         self._counted_in, self._counted_out = bytes_in, bytes_out
         assert self._endpoint is not None
@@ -223,8 +223,8 @@ class Relay(Dialler):
             attempts=self.attempts,
             bytes_in=self._counted_in,
             bytes_out=self._counted_out,
-            seconds=self._plane.now() - self._started,
+            seconds=self.plane.now() - self._started,
             reason=reason,
             finished=time.time(),
         )
-        self._plane.reporter.record(record)
+        self.plane.reporter.record(record)
