@@ -1,9 +1,8 @@
 """Which class relays a protocol, proxyd's own or another distribution's; and the interface of such a class.
 
 Listener classes are found by protocol name in the entry-point group `proxyd.listeners`. Control looks once,
-after it has started the workers, and tells the workers `module:class` only where that is not proxyd's own; so
-a worker never looks through installed distributions, and imports the class of a protocol with its first
-listener.
+after it has started the workers, and tells them `module:class` where that is not proxyd's own. So a worker
+never looks through the installed distributions, and imports the class of a protocol with its first listener.
 
 A listener class is a `Factory` of a `Listener`, which makes a `Relay` of each client; the other Protocols are
 optional.
@@ -38,10 +37,10 @@ _Part = TypeVar("_Part")
 class Listener(Protocol):
     """What relays the clients of one listening socket. `Factory` says how it is made.
 
-    It watches the socket with `plane.poller`; where a method that is called for an event raises, `crash()` of
-    its object is called, if it has that. Each relay is put into the plane with `plane.opened(relay)` and
-    taken out with `plane.closed(relay)`. The address of a listener that accepts no more is free when it has
-    reported `plane.reporter.drained(id)`.
+    It has `plane.poller` watch the socket. If a method that the poller calls raises, `crash()` of the same
+    object is called, where it has that. A listener puts each `Relay` into the plane with
+    `plane.opened(relay)` and takes it out with `plane.closed(relay)`. It calls `plane.reporter.drained(id)`
+    when it is closed and its last relay has ended: then its address is free.
     """
 
     id: int
@@ -57,23 +56,23 @@ class Listener(Protocol):
         """How many relays of it are alive."""
 
     def close(self) -> None:
-        """Stop accepting; relays go on. `drained` is reported when none is left, and may be reported at once."""
+        """Stop accepting; relays go on."""
 
 
 class Relay(Protocol):
-    """What joins a client with its endpoint, as the timers of the plane see it."""
+    """What joins a client with its endpoint, as the plane's timers see it."""
 
     def dial_due(self, now: float) -> None:
-        """The time is over that was given with `plane.dial_until`. `now` is in monotonic seconds."""
+        """Act on the end of the time that `plane.dial_until` has given; `now`: monotonic seconds."""
 
     def tick(self, now: float) -> None:
         """Do what is done once a second."""
 
     def crash(self) -> None:
-        """End after an internal error, one that this relay's own code has raised."""
+        """End after an exception of this relay's own code."""
 
 
-# Optional parts. Whatever has the members of one has that part: it need not inherit, and is not registered.
+# Optional parts of the interface. A listener or relay that has the members has the part; it need not inherit.
 
 
 @runtime_checkable
@@ -81,20 +80,20 @@ class FollowsEndpoints(Listener, Protocol):
     """A listener that is told when endpoints of its balancer were removed."""
 
     def endpoints_changed(self) -> None:
-        """Some have `removed` set, and are not among the balancer's any more."""
+        """Let go of endpoints whose `removed` is set: they are not among the balancer's any more."""
 
 
 @runtime_checkable
 class Lingers(Listener, Protocol):
-    """A listener that is asked, instead of closed, when the worker ends."""
+    """A listener that may go on for a moment when the worker ends."""
 
     def linger(self, seconds: float) -> bool:
-        """Take no more. Whether there is something to wait for, at most so long; else it is closed after that."""
+        """Take no more clients, and close after `seconds` at most; False: there is nothing to wait for."""
 
 
 @runtime_checkable
 class Drains(Relay, Protocol):
-    """A relay that can be ended: when its closed listener's time to drain is over, or the worker ends."""
+    """A relay that can be ended: when its listener's time to drain is over, or the worker ends."""
 
     listener: Listener
 
@@ -111,11 +110,11 @@ class Listed(Protocol):
         """Name of its service port, namespace/name:port."""
 
     def live(self, now: float) -> LiveConnection | None:
-        """What it is and does at this moment, in monotonic seconds; None where it has ended."""
+        """What it is and does at this moment (`now`: monotonic seconds); None where it has ended."""
 
 
 def _asking(part: type[_Part]) -> Callable[[object], TypeGuard[_Part]]:
-    """A function that says whether an object has a part. It asks once for each class: asking a Protocol is slow."""
+    """Whether an object has a part. That is decided once for each class, as asking a Protocol is slow."""
     known: dict[type, bool] = {}
 
     def has(thing: object) -> TypeGuard[_Part]:
@@ -127,7 +126,7 @@ def _asking(part: type[_Part]) -> Callable[[object], TypeGuard[_Part]]:
     return has
 
 
-# mypy takes a Protocol for a class to be instantiated (python/mypy#4717).
+# mypy takes a Protocol that is passed for a class that will be instantiated.
 follows_endpoints = _asking(FollowsEndpoints)  # type: ignore[type-abstract]
 lingers = _asking(Lingers)  # type: ignore[type-abstract]
 drains = _asking(Drains)  # type: ignore[type-abstract]
@@ -142,17 +141,17 @@ class Factory(Protocol):
 
         Args:
             config: what control said.
-            fd: the socket, bound and, but for UDP, listening; owned by the listener from now on.
-            balancer: of new relays.
+            fd: the socket, bound and (but for UDP) listening; owned by the listener from now on.
+            balancer: chooses the endpoint of each new relay.
             plane: of the worker.
 
         Raises:
-            OSError: it can't be watched.
+            OSError: the socket can't be watched.
         """
 
 
 class Found(NamedTuple):
-    """What other distributions bring: `module:class` by protocol, and what an operator should read about it."""
+    """What other distributions bring: `module:class` by protocol, and notes for the operator."""
 
     classes: dict[str, str]
     notes: tuple[str, ...]
@@ -168,7 +167,7 @@ def load(protocol: str, implementation: str = "") -> Factory:
 
     Raises:
         LookupError: there is none.
-        ImportError: it can't be imported; whatever else the module raises is turned into this.
+        ImportError: it can't be imported, whatever the module has raised.
     """
     path = implementation or OWN.get(protocol, "")
     if not path:
@@ -185,10 +184,10 @@ def load(protocol: str, implementation: str = "") -> Factory:
 
 @cache
 def find() -> Found:
-    """Listeners of other distributions. Of two for one protocol that of the first distribution by name counts."""
+    """Listener classes of other distributions. If two bring one for a protocol, the first by name counts."""
     if not _anybody_else(sys.path):
         return Found({}, ())
-    # Imported late: it takes 50 ms, and where nobody else is, a look at the files takes one.
+    # Imported late: it takes 50 ms, while looking at the files takes one where no other distribution has any.
     from importlib.metadata import distributions  # noqa: PLC0415
 
     offers = sorted(
@@ -212,7 +211,7 @@ def find() -> Found:
 
 
 def _anybody_else(path: Sequence[str]) -> bool:
-    """Whether a distribution other than proxyd may have listeners, seen at a glance."""
+    """Whether a distribution other than proxyd may have listeners; cheap."""
     needle = GROUP.encode()
     for file in _entry_points(path):
         if not file:
@@ -227,7 +226,7 @@ def _anybody_else(path: Sequence[str]) -> bool:
 
 
 def _entry_points(path: Sequence[str]) -> Iterator[str]:
-    """Files that may name entry points; "" where that takes more than a look, as of an archive."""
+    """Files that may name entry points; "" for a place that has to be asked otherwise, such as an archive."""
     for folder in path:
         try:
             with os.scandir(folder or ".") as entries:

@@ -1,4 +1,4 @@
-"""The worker: takes listeners and balancers from control and relays. `python -m proxyd.relay.worker --help`."""
+"""The worker process: it takes listeners and balancers from control, and relays."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from proxyd.relay.registry import (
     load,
 )
 
-# Messages taken in one turn of the loop, so that a long update does not hold up the relays.
+# Messages that are taken in one turn of the loop, so that a long update does not hold up the relays.
 _MESSAGES_AT_ONCE = 8
 
 
@@ -53,9 +53,9 @@ class Worker:
 
     Args:
         loop: the event loop that it lives in. channel: to control; owned by the worker from now on. slots:
-        shared positions and counters. index: of the worker: whose counters it writes. options: settings.
-        alone: the process is its own. on_stopped: called once, with an exit code: 0 after a Shutdown, 1 when
-        control is gone. Everything is closed.
+        shared positions and counters. index: of the worker; says which counters it writes. options: settings.
+        alone: it has the process for itself. on_stopped: called once, when everything is closed, with an exit
+        code: 0 after a Shutdown, 1 when control is gone.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Worker:
                 self._reporter.trouble(f"from control: unexpected {type(message).__name__}")
 
     def _apply(self, message: Apply, descriptors: list[int]) -> None:
-        """Put one part of an update in force. What can't be is reported, and the rest goes on."""
+        """Put one part of an update in force. What is impossible is reported, and the rest goes on."""
         for balancer in message.balancers:
             self._set_balancer(balancer)
         if len(descriptors) > len(message.listeners):
@@ -217,14 +217,14 @@ class Worker:
         if listener is None:
             listener = self._closed.get(closing.id)
             if listener is None or not listener.open_relays:
-                self._reporter.drained(closing.id)  # nothing of it is here
+                self._reporter.drained(closing.id)  # this worker has nothing of it
                 return
         listener.close()
         self._follow_no_more(listener)
         if listener.open_relays:
             self._closed[closing.id] = listener
             if closing.drain is not None:
-                # Said again, as after an upgrade of control, it gives no more time.
+                # If control says it again, as after an upgrade, that gives no more time.
                 until = self._plane.now() + closing.drain
                 self._drain_until[listener] = min(until, self._drain_until.get(listener, until))
                 self._set_drain_timer()
@@ -247,7 +247,7 @@ class Worker:
             self._drain_timer = self._loop.call_later(delay, self._drain_due)
 
     def _drain_due(self) -> None:
-        """End the relays of closed listeners whose time is over; one pass over all relays for all of them."""
+        """End the relays of the closed listeners whose time is over, in one pass over all relays."""
         self._drain_timer = None
         limit = self._plane.now() + 0.01  # the loop's timers are in milliseconds
         due = {listener for listener, until in self._drain_until.items() if until <= limit}
@@ -270,7 +270,7 @@ class Worker:
         self._shutdown_timer = self._loop.call_later(drain, self.stop, 0)
 
     def _emptied(self) -> None:
-        # Later: the sockets of the last relay are closed at the end of the batch.
+        # Not at once: the sockets of the last relay are closed at the end of the batch.
         self._plane.on_empty = None
         self._loop.call_soon(self.stop, 0)
 
@@ -288,7 +288,7 @@ class _Alive:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a worker process until control ends it. Returns never: the process exits."""
+    """Run a worker process until control ends it. It exits, and never returns."""
     parser = argparse.ArgumentParser(
         prog="proxyd-worker", description="A data-plane process; started by proxyd."
     )
@@ -298,21 +298,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--options", type=Options.decode, metavar="JSON", help="proxyd.relay.ipc.options")
     given, others = parser.parse_known_args(arguments)
     options = given.options or _one_by_one(others)
-    # A terminal's Ctrl-C reaches the whole process group; when and how to end is control's to say.
+    # A terminal's Ctrl-C reaches the whole process group, but control says when and how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # While files can be read that afterwards may be out of reach.
+    # Now, as files may be out of reach without privileges.
     for protocol in USUAL:
         load(protocol)
     drop_privileges()
     channel = Channel(socket.socket(fileno=given.channel_fd))
     loop = uvloop.new_event_loop()
-    # os._exit: nothing is left to tidy up, and thousands of objects need not be taken apart.
+    # os._exit: everything is closed by then, and taking thousands of objects apart would take time.
     worker = Worker(
         loop, channel, Slots(given.slots_fd), given.index, options, alone=True, on_stopped=os._exit
     )
     worker.start()
-    # Relays leave no cycles behind; what is alive now stays.
+    # Relays leave no reference cycles behind, and the objects of now stay: there is little garbage to look
+    # for.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 100)
@@ -323,8 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _one_by_one(flags: list[str]) -> Options:
     """Options as a daemon before 0.2.0 gives them, a flag for each.
 
-    One that still runs starts the worker that is installed by now where one of its own dies before the
-    upgrade.
+    Such a daemon may still run when a newer proxyd has been installed: it starts this worker where one of its
+    own dies.
     """
     fields = {}
     for flag in flags:

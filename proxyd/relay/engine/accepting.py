@@ -1,4 +1,4 @@
-"""The accepting half of a listener of connections (TCP) or associations (SCTP), and which clients may connect."""
+"""The accepting half of TCP and SCTP listeners, and which clients may connect."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from proxyd.relay.engine.reporter import Reporter
 from proxyd.relay.ipc.messages import ListenerConfig
 from proxyd.relay.ipc.slots import REFUSED
 
-# A listener that is ready turn after turn accepts more at a time; one that is not does not pay for a failing
-# accept.
+# A listener that is ready turn after turn accepts more at a time. One that is not must not pay for an accept
+# that fails.
 MAX_BATCH = 16
-# The socket is not, or no longer, one to accept from.
+# Nothing can be accepted from this socket, or not any more.
 _UNUSABLE = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 _MAPPED = "::ffff:"
 
@@ -56,7 +56,8 @@ class SourceRanges:
         ranges = cls(config.source_ranges)
         if ranges.unreadable:
             reporter.trouble(
-                f"listener {config.address}: source range {ranges.unreadable[0]!r} is not a CIDR: it admits nobody"
+                f"listener {config.address}: source range {ranges.unreadable[0]!r} is not a CIDR: "
+                "it admits nobody"
             )
         return ranges
 
@@ -70,7 +71,7 @@ class SourceRanges:
 
 
 class Accepted(Protocol):
-    """The relay of a client that was accepted. It calls `relay_ended` of its listener when it has ended."""
+    """The relay of an accepted client. When it ends it calls `relay_ended` of its listener."""
 
     def start(self) -> None:
         """Begin. If this raises, `crash` is called."""
@@ -105,7 +106,8 @@ class Acceptor(ABC):
         self._last_turn = 0
         self._socket = Socket(fileno=fd)
         self.family = self._socket.family
-        self._accept = self._socket._accept  # type: ignore[attr-defined]  # noqa: SLF001 accept() is the Python layer; not in typeshed
+        # What socket.accept() of the Python layer calls; typeshed does not know it.
+        self._accept = self._socket._accept  # type: ignore[attr-defined]  # noqa: SLF001
         try:
             self._socket.setblocking(False)
             plane.poller.add(fd, self._ready, IN)
@@ -115,15 +117,15 @@ class Acceptor(ABC):
 
     @abstractmethod
     def accepted(self, fd: int, address: tuple[str, int]) -> Accepted:
-        """The relay of a client that may connect; not yet started.
+        """Make the relay of a client that may connect; the caller starts it.
 
         Args:
             fd: the client's socket, non-blocking; owned by the relay.
-            address: of the client, as accept(2) gives it: of IPv6 it has four parts.
+            address: of the client, as accept(2) gives it; with IPv6 it has four parts.
         """
 
     def close(self) -> None:
-        """Stop accepting. Relays go on; a `drained` is reported when the last has ended."""
+        """Stop accepting. Relays go on; `drained` is reported when the last has ended."""
         if not self.closed:
             self.closed = True
             self.plane.poller.close_shared(self._socket)
@@ -140,7 +142,7 @@ class Acceptor(ABC):
         """Accept nothing for a moment. Clients wait in the backlog."""
         if not self._resting and self._socket.fileno() >= 0:
             self._resting = True
-            # It is level-triggered: it would be reported again and again.
+            # The socket is level-triggered: it would be reported again and again.
             self.plane.poller.modify(self._socket.fileno(), 0)
             self.plane.loop.call_later(PAUSE_SECONDS, self.resume)
 
@@ -160,14 +162,15 @@ class Acceptor(ABC):
         balancer, ranges = self.balancer, self._ranges
         for _ in range(self._batch):
             if plane.accepting_paused or not plane.may_accept():
-                # Level-triggered: it would be reported again and again.
+                # The socket is level-triggered: it would be reported again and again.
                 plane.poller.modify(self._socket.fileno(), 0)
                 plane.rest(self)
                 return
             if self.open_relays >= share:
-                # Such as a Service that has itself as endpoint: each connection makes another.
+                # As with a Service that has itself as endpoint: each connection makes another.
                 plane.reporter.trouble(
-                    f"listener {self.address} has nine tenths of what descriptors allow: accepting paused for it"
+                    f"listener {self.address} has nine tenths of what descriptors allow: "
+                    "accepting paused for it"
                 )
                 self.rest()
                 return
@@ -195,10 +198,10 @@ class Acceptor(ABC):
         if error.errno in SHORTAGES:
             self.plane.pause(f"{os.strerror(error.errno or 0)}: accepting paused")
         elif error.errno in _UNUSABLE:
-            if error.errno != errno.EINVAL:  # control has shut it down, and will say that it is closed
+            if error.errno != errno.EINVAL:  # control has shut it down, and will tell us to close it
                 self.plane.reporter.trouble(
                     f"listener {self.address}: can't accept any more: {error.strerror}"
                 )
-            # Muting is not enough: a hang-up, and of SCTP what waits in the backlog, is reported always.
+            # Muting is not enough: the kernel reports a hang-up all the same, and with SCTP a backlog too.
             self.plane.poller.close_shared(self._socket)
-        # Anything else is the fate of the one client (accept(2), "Error handling").
+        # Any other error is about one client alone (accept(2), "Error handling").

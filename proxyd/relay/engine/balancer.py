@@ -1,4 +1,4 @@
-"""Chooses the endpoint of each new relay: round robin, or ClientIP affinity. No sockets, no clock of its own."""
+"""Chooses the endpoint of each new relay, by round robin or ClientIP affinity; no sockets, no clock."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Collection, Iterable, MutableSequence
 
 from proxyd.relay.ipc.messages import address_text
 
-MAX_CLIENTS = 65_536  # remembered by one balancer's affinity table; the longest unused go first
-SUSPECT_SECONDS = 1.0  # an endpoint that just failed is passed over for so long, where there is another
-MAX_PASSED = (
-    64  # suspects passed over in one choice, as of thousands of dead endpoints not all can be looked at
-)
+# Clients that one balancer's affinity table remembers; the longest unused go first.
+MAX_CLIENTS = 65_536
+# How long an endpoint that has just failed is passed over, where there is another.
+SUSPECT_SECONDS = 1.0
+# Suspects that are passed over in one choice: of thousands of dead endpoints not all can be looked at.
+MAX_PASSED = 64
 
 _WRAP = (1 << 64) - 1
-_EPHEMERAL = 32_768  # where the kernel picks local ports from, by default
+_EPHEMERAL = 32_768  # the first of the ports that the kernel gives out, by default
 
 
 class Endpoint:
     """One backend of one balancer. `row` is its first counter in the slots' view.
 
-    An endpoint that was removed is never used again: one that comes back is another object.
+    An endpoint that was removed is never used again: if it comes back, it is another object.
     """
 
     __slots__ = ("address", "answered", "ephemeral", "family", "further", "removed", "row", "slot")
@@ -32,8 +33,8 @@ class Endpoint:
         self.row = row
         self.removed = False
         self.further: tuple[str, ...] = ()  # SCTP: its other addresses, of the same port
-        self.answered = 0  # SCTP: which of all its addresses answered last
-        # A connect to a local port that nobody listens on can, by chance, meet itself.
+        self.answered = 0  # SCTP: index of the address that answered last
+        # A socket that connects to a local port where nobody listens can, by chance, be connected to itself.
         self.ephemeral = port >= _EPHEMERAL
 
     def __str__(self) -> str:
@@ -41,7 +42,7 @@ class Endpoint:
 
 
 class _Client:
-    """What is known of one client address: its endpoint, when it was last used, how many relays are open."""
+    """A client address: its endpoint, when it was last used, and how many relays it has."""
 
     __slots__ = ("endpoint", "relays", "used")
 
@@ -55,7 +56,7 @@ class Balancer:
     """Chooses among `endpoints`. Times are seconds of any one monotonic clock.
 
     Args:
-        name: of the service port, for people.
+        name: of the service port, namespace/name:port.
         positions: shared round-robin positions; `positions[slot]` is this balancer's.
         slot: see `positions`.
         row: first counter of this balancer in the slots' view.
@@ -78,14 +79,14 @@ class Balancer:
         self.row = row
         self.endpoints: tuple[Endpoint, ...] = ()
         self.affinity_seconds = 0
-        self.udp_idle_seconds: float | None = None  # of its flows; None: as the worker has it
+        self.udp_idle_seconds: float | None = None  # of its UDP flows; None: as the worker has it
         self.suspects: dict[Endpoint, float] = {}  # until when to pass over
         self._positions = positions
         self._slot = slot
         self._clients: dict[str, _Client] = {}  # the longest unused first
 
     def update(self, endpoints: Iterable[Endpoint], affinity_seconds: int) -> None:
-        """Put other endpoints in force, all at once. One that stays keeps its object, and with it its clients."""
+        """Put other endpoints in force, all at once. Those that stay keep their object and their clients."""
         before = {(e.address, e.slot): e for e in self.endpoints}
         after = tuple(before.pop((e.address, e.slot), e) for e in endpoints)
         for endpoint in before.values():
@@ -97,7 +98,7 @@ class Balancer:
             self._clients.clear()
 
     def pick(self, client: str, now: float, tried: Collection[Endpoint] = ()) -> Endpoint | None:
-        """The endpoint for one more relay of this client address; None when all have been tried, or there are none."""
+        """The endpoint for one more relay of this client address; None where all there are were tried."""
         if self.affinity_seconds:
             return self._sticky(client, now, tried)
         endpoints = self.endpoints
@@ -110,7 +111,7 @@ class Balancer:
         return endpoints[position % len(endpoints)]
 
     def failed(self, client: str, endpoint: Endpoint, now: float) -> None:
-        """Note that dialling `endpoint` failed: others go first for a while, and this client is free of it."""
+        """Note that dialling `endpoint` failed: others go first for a while, and the client may change."""
         if not endpoint.removed:
             self.suspects[endpoint] = now + SUSPECT_SECONDS
         known = self._clients.get(client)
@@ -118,14 +119,14 @@ class Balancer:
             del self._clients[client]
 
     def ended(self, client: str, endpoint: Endpoint, now: float) -> None:
-        """Note that a relay with affinity ended: the client's idle time begins, if it has no other."""
+        """Note that a relay with affinity has ended: if it was the client's last, its idle time begins."""
         known = self._clients.get(client)
         if known is not None and known.endpoint is endpoint:
             known.relays = max(known.relays - 1, 0)
             self._touch(client, known, now)
 
     def _next(self, now: float, tried: Collection[Endpoint]) -> Endpoint | None:
-        """Round robin, passing over those tried, and over suspects where there are others."""
+        """The next by round robin that was not tried, and no suspect where there are others."""
         endpoints = self.endpoints
         positions, slot, suspects = self._positions, self._slot, self.suspects
         fallback = None
@@ -174,7 +175,7 @@ class Balancer:
         return not known.relays and now - known.used >= self.affinity_seconds
 
     def _make_room(self, now: float) -> None:
-        """Forget at most two clients that are over time, so that the table shrinks as it is used; or the oldest."""
+        """Forget up to two clients whose time is over, so that the table shrinks; if full, the oldest."""
         for _ in range(2):
             oldest = next(iter(self._clients), None)
             if oldest is None:

@@ -19,7 +19,7 @@ from proxyd.relay.ipc.slots import FAILED
 DIAL_TIMEOUTS = (0.25, 0.5, 1.0, 2.0)
 # Refusals cost no time but do cost work: a service of thousands of dead endpoints must not eat the worker.
 MAX_ATTEMPTS = 64
-# How often a relay waits for a descriptor, memory or port of our own, PAUSE_SECONDS each.
+# How often a relay waits for a descriptor, for memory or for a local port, each time PAUSE_SECONDS.
 MAX_SHORTAGES = 20
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -57,8 +57,8 @@ class Dialling(ABC):
     """
 
     __slots__ = (
-        "_address", "_balancer", "_dial_started", "_endpoint", "_refused", "_shortages", "_socket", "_timed_out",
-        "attempts", "listener", "plane",
+        "_address", "_balancer", "_dial_started", "_endpoint", "_refused", "_shortages", "_socket",
+        "_timed_out", "attempts", "listener", "plane",
     )  # fmt: skip
 
     # What operators read.
@@ -109,7 +109,7 @@ class Dialling(ABC):
         """Give up the endpoint that has not answered in time."""
         sock = self._socket
         if sock is not None and (events := events_now(sock.fileno())):
-            # It has; this worker was too busy to see it before.
+            # It has answered, but this worker was too busy to see it.
             self._dialled(events)
             return
         del self.plane.dialling[self]

@@ -1,4 +1,4 @@
-"""Says which relays are alive: gathered a few hundred in a turn of the loop, and sent when control has room."""
+"""Tells control which relays are alive: a few hundred in a turn of the loop, when control has room."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Protocol
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import ListConnections, LiveConnection, LiveConnections
 
-# Relays looked at in one turn: about 0.3 ms where all of them are described.
+# Relays that are looked at in one turn; describing all of them takes about 0.3 ms.
 LOOKED_AT_ONCE = 200
-# Requests that are worked on; further ones get an empty answer at once.
+# Requests that wait or are worked on; further ones get an empty answer at once.
 MAX_REQUESTS = 4
 _RETRY_SECONDS = 0.01
 
@@ -35,7 +35,7 @@ class Listings:
     Args:
         loop: for the next turn.
         channel: to control.
-        relays: those of the worker; looked at when a request's turn comes.
+        relays: of the worker; iterated when a request's turn comes.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel, relays: Iterable[Listed]) -> None:
@@ -84,14 +84,14 @@ class Listings:
                 self._requests.popleft()
             listing.message = None
         if self._requests:
-            # A timer, and not call_soon: the loop looks at its sockets before it is due.
+            # Not by call_soon: before a timer is due the loop looks at its sockets.
             self._timer = self._loop.call_later(0.001, self._step)
 
     def _send(self, message: LiveConnections) -> bool:
         try:
             return self._channel.send(message)
         except OSError:
-            # Control is gone; the worker's reader of the channel sees that too.
+            # Control is gone. The worker's reader of the channel sees that too.
             self.stop()
             return False
 

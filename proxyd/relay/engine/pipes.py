@@ -1,7 +1,7 @@
-"""Pipes that bulk goes through from one socket to another without being copied: splice(2).
+"""Pipes that move bulk from one socket to another without copying it: splice(2).
 
-A pipe is on loan for one turn. What the other socket has no room for stays in it, and the pipe with that
-socket, until it has gone. There are few: who gets none copies.
+A side of a relay borrows a pipe for one turn. Bytes that the other socket has no room for stay in the pipe,
+and that socket keeps the pipe until it has taken them. A worker has few pipes: a side that gets none copies.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from _socket import socket as Socket  # noqa: N812 as in `pump`
 from collections.abc import Callable
 from time import monotonic
 
-# fs.pipe-max-size, as it is by default. 256 KiB take 15 % more processor time for each byte, 64 KiB 90 %.
+# The default of fs.pipe-max-size. With 256 KiB a byte takes 15 % more processor time, with 64 KiB 90 %.
 PIPE_BYTES = 1 << 20
 MAX_PIPES = 16
-# After so long it is tried again whether the user may have more (fs.pipe-user-pages-soft): others close
-# theirs, such as the workers from before an upgrade.
+# How long to wait after the user was refused more pipe memory (fs.pipe-user-pages-soft). Others close their
+# pipes meanwhile, as the workers from before an upgrade do.
 _PAUSE_SECONDS = 1.0
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class Pipe:
-    """`left` bytes are in it. Both sockets have to be non-blocking: the flag of splice(2) is about the pipe only."""
+    """A pipe with `left` bytes in it.
+
+    Both sockets have to be non-blocking: the flag of splice(2) is only about the pipe.
+    """
 
     __slots__ = ("_read_end", "_write_end", "left")
 
@@ -32,7 +35,7 @@ class Pipe:
         self.left = 0
 
     def grow(self) -> bool:
-        """Make it large; whether the kernel allows it. Before, it holds 64 KiB or less, and a copy costs no more."""
+        """Make it large; False where the kernel forbids it. Small, it is no better than copying."""
         try:
             fcntl.fcntl(self._write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         except OSError:
@@ -40,30 +43,36 @@ class Pipe:
         return True
 
     def fill(self, sock: Socket) -> int:
-        """Take from a socket what is there and fits; how many bytes, 0 at its end and at urgent data before its end.
+        """Take from a socket the bytes that are there and fit.
+
+        Returns:
+            How many; 0 at the end of the stream, or at urgent data before it.
 
         Raises:
-            BlockingIOError: there is nothing, if the pipe was empty before.
-            OSError: as of recv(2); EINVAL, ENOSYS, EPERM: it is not to be had here.
+            BlockingIOError: no bytes are there, or the pipe is full.
+            OSError: as of recv(2); EINVAL, ENOSYS, EPERM: there is no splice(2) here.
         """
         size = os.splice(sock.fileno(), self._write_end, PIPE_BYTES, flags=_FLAGS)
         self.left += size
         return size
 
     def drain(self, sock: Socket) -> int:
-        """Give to a socket what it has room for; how many bytes.
+        """Give a socket the bytes that it has room for.
+
+        Returns:
+            How many.
 
         Raises:
             BlockingIOError: it has no room.
             OSError: as of send(2).
         """
-        # Exactly what is there: where more is promised the kernel keeps the last packet back.
+        # Exactly as many as there are: if more were promised, the kernel would keep the last packet back.
         size = os.splice(self._read_end, sock.fileno(), self.left, flags=_FLAGS)
         self.left -= size
         return size
 
     def close(self) -> None:
-        """Close, with what is in it."""
+        """Close; bytes that are in it are lost."""
         os.close(self._read_end)
         os.close(self._write_end)
 
@@ -73,7 +82,7 @@ class Pipe:
 
 
 class Pipes:
-    """Of one worker.
+    """The pipes of one worker.
 
     Args:
         most: how many there may be; 0: nobody gets one.
@@ -84,11 +93,11 @@ class Pipes:
         self.most = most
         self._now = now
         self.made = 0
-        self._not_before = 0.0  # the user had used up what there is
+        self._not_before = 0.0  # the user has used up the pipe memory
         self._free: list[Pipe] = []
 
     def take(self) -> Pipe | None:
-        """An empty pipe; None where there is none to be had."""
+        """Lend an empty pipe; None where there is none."""
         if self._free:
             return self._free.pop()
         if self.made >= self.most or self._now() < self._not_before:
@@ -105,7 +114,7 @@ class Pipes:
         return pipe
 
     def give(self, pipe: Pipe) -> None:
-        """Give back. What is in it is thrown away."""
+        """Take a pipe back. Bytes that are in it are thrown away."""
         if pipe.left:
             pipe.close()
             self.made -= 1
@@ -113,12 +122,12 @@ class Pipes:
             self._free.append(pipe)
 
     def refuse(self) -> None:
-        """Lend none any more: the kernel can't."""
+        """Lend none any more, as the kernel can't splice."""
         self.most = 0
         self.shut()
 
     def shut(self) -> None:
-        """Close those that are not on loan."""
+        """Close the pipes that are not lent."""
         self.made -= len(self._free)
         for pipe in self._free:
             pipe.close()

@@ -1,7 +1,7 @@
 """What all relays of one worker share: poller, receive buffer, counters, limits and coarse timers.
 
-There is no timer for a single relay. One timer of 25 ms runs while something is being dialled, one of a
-second runs while there are relays.
+No relay has a timer of its own. A timer of 25 ms runs while something is being dialled, and one of a second
+runs while there are relays.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from proxyd.relay.engine.reporter import Reporter
 from proxyd.relay.ipc.options import Options
 from proxyd.relay.ipc.slots import Slots
 
-# One read, and so the most that is kept for one direction. 256 KiB were about 10 % slower in bulk: they do
-# not stay in the processor's cache. While PENDING_LIMIT bytes are kept in all, reads are tight.
+# Bytes of one read, and so the most that is kept for one direction. 256 KiB made bulk 10 % slower: they do
+# not stay in the processor's cache. While more than PENDING_LIMIT bytes are kept in all, reads are tight.
 READ_BYTES = 64 * 1024
 TIGHT_READ_BYTES = 16 * 1024
 PENDING_LIMIT = 64 * 1024 * 1024
-# A relay that has moved so much waits until the others had their turn.
+# A relay that has moved this many bytes waits until the others had their turn.
 TURN_BYTES = 1024 * 1024
 
 DIAL_SCAN_SECONDS = 0.025
 TICK_SECONDS = 1.0
-# How long accepting rests when this process has reached a limit of its own.
+# How long accepting rests when the process has reached one of its limits.
 PAUSE_SECONDS = 0.15
 # Descriptors that are never given to relays.
 _SPARE_DESCRIPTORS = 40
-# One pipe, of two more, for so many descriptors.
+# One pipe, which is two descriptors, for this many descriptors that the worker may have.
 _PIPE_PART = 64
-# Of all workers: half of what fs.pipe-user-pages-soft gives a user. What this user's other programs, as root
-# in any container, and the workers after an upgrade ask for beyond that is cut to two pages each.
+# Pipes of all workers: half of what fs.pipe-user-pages-soft gives a user. The other half is for the workers
+# after an upgrade and for the user's other programs (for root: those of all containers), whose pipes would be
+# cut to two pages.
 _PIPES_OF_ALL = 32
 
 
@@ -58,7 +59,7 @@ class TimedRelay(Protocol):
 
 @runtime_checkable
 class Crashable(Protocol):
-    """Whose method an event was dispatched to: it is told when that has raised."""
+    """The owner of a method that events are dispatched to: it is told when that has raised."""
 
     def crash(self) -> None:
         """End, or go on, after an internal error."""
@@ -72,13 +73,13 @@ class Pausable(Protocol):
 
 
 class Extension(Protocol):
-    """What the listeners of one protocol share, where they share more than the plane."""
+    """What the listeners of one protocol share beyond the plane."""
 
     def shut(self) -> None:
         """Stop its timers. Relays and listeners have been closed before."""
 
     def __iter__(self) -> Iterator[object]:
-        """The relays that are alive and not in `Plane.relays`, such as UDP flows, which have no timers of the plane."""
+        """The relays that are alive and not in `Plane.relays`, such as UDP flows."""
 
 
 class Plane:
@@ -117,14 +118,14 @@ class Plane:
         self.records = options.records
         self.idle_seconds = options.tcp_idle_timeout
         self.relays: set[TimedRelay] = set()
-        self.dialling: dict[TimedRelay, float] = {}  # and until when
-        self.on_empty: Callable[[], None] | None = None  # called when the last relay ended
+        self.dialling: dict[TimedRelay, float] = {}  # until when
+        self.on_empty: Callable[[], None] | None = None  # called when the last relay has ended
         self.accepting_paused = False
         self._paused: list[Pausable] = []
         self.max_relays = self._fixed_limit = options.max_relays
-        self.flows = 0  # of UDP, each with one descriptor
+        self.flows = 0  # UDP flows, each with one descriptor
         self._buffer = memoryview(bytearray(READ_BYTES))
-        self.view = self._buffer  # what to read into
+        self.view = self._buffer  # to read into
         self._pending = 0
         self.pipes = Pipes(_most_pipes(options.workers) if options.tcp_splice else 0, now)
         self._scan_timer: asyncio.TimerHandle | None = None
@@ -147,7 +148,7 @@ class Plane:
             self.on_empty()
 
     def dial_until(self, relay: TimedRelay, deadline: float) -> None:
-        """Have `relay.dial_due` called at about `deadline`, unless it is taken out of `dialling` before."""
+        """Have `relay.dial_due` called at about `deadline`, unless it is taken out of `dialling` first."""
         self.dialling[relay] = deadline
         if self._scan_timer is None:
             self._scan_timer = self.loop.call_later(DIAL_SCAN_SECONDS, self._scan)
@@ -171,7 +172,7 @@ class Plane:
     # -- memory ----------------------------------------------------------------------------------------------
 
     def keep(self, size: int) -> None:
-        """Count bytes that are kept for a full socket; negative when they have gone."""
+        """Count bytes that are kept for a socket without room; a negative number when they were sent."""
         self._pending += size
         if self._pending > PENDING_LIMIT:
             self.view = self._buffer[:TIGHT_READ_BYTES]
@@ -179,25 +180,25 @@ class Plane:
             self.view = self._buffer
 
     def take_pipe(self) -> Pipe | None:
-        """A pipe for bulk; none while memory is short."""
+        """Borrow a pipe for bulk; None while memory is short."""
         return self.pipes.take() if self.view is self._buffer else None
 
     # -- limits ----------------------------------------------------------------------------------------------
 
     def measure_descriptors(self) -> None:
-        """Find how many relays there may be, of two descriptors each, beside what is open now."""
+        """Find out how many relays there may be, of two descriptors each, beside the descriptors open now."""
         if self._fixed_limit:
             return
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
             in_use = sum(1 for _ in os.scandir("/proc/self/fd")) - 2 * len(self.relays) - self.flows
-        except OSError:  # out of descriptors at this very moment
+        except OSError:  # out of descriptors at this moment
             in_use = soft // 4
         spare = _SPARE_DESCRIPTORS + 2 * (self.pipes.most - self.pipes.made)
         self.max_relays = max((soft - in_use - spare) // 2, 1)
 
     def may_accept(self) -> bool:
-        """Whether there is room for one more relay; where there is not, accepting is paused."""
+        """Whether there is room for one more relay; if not, accepting is paused."""
         if len(self.relays) + self.flows // 2 < self.max_relays:
             return True
         self.pause(
@@ -206,11 +207,11 @@ class Plane:
         return False
 
     def share(self) -> int:
-        """How many relays one listener may have: a tenth is left to the others, whatever becomes of its service."""
+        """How many relays one listener may have: a tenth is left to the others, whatever its clients do."""
         return self.max_relays - self.max_relays // 10
 
     def pause(self, why: str) -> None:
-        """Let accepting rest for a moment. Clients wait in the backlog meanwhile."""
+        """Stop accepting for a moment. Clients wait in the backlog meanwhile."""
         self.reporter.trouble(why)
         if not self.accepting_paused:
             self.accepting_paused = True
@@ -239,7 +240,7 @@ class Plane:
         self._failed(handler.__self__ if isinstance(handler, MethodType) else None, error)
 
     def _failed(self, owner: object, error: Exception) -> None:
-        """Report an error in this program, and end the relay that it happened in."""
+        """Report an error of this program, and end the relay in which it happened."""
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         self.reporter.trouble(f"internal error at {where}: {type(error).__name__}: {error}")

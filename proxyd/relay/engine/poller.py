@@ -1,16 +1,17 @@
-"""One epoll in the event loop: what is ready is dispatched to plain functions, without tasks or transports.
+"""One epoll in the event loop, whose events are dispatched to plain functions, without tasks or transports.
 
-The epoll's own descriptor is watched by the loop; when it is readable, one batch is dispatched and the loop
-goes on. In a process of its own the poller stays for a moment while events come quickly: the way through the
-loop costs a system call and as much of Python as moving a request does. Timers and callbacks of the loop wait
-for _TURN_SECONDS and one _LINGER_SECONDS at most; what `give_way_to` names does not wait.
+The loop watches the epoll's own descriptor. When it is readable, the poller dispatches one batch, and the
+loop goes on. In a process of its own the poller lingers while events come quickly: the way through the loop
+costs a system call, and as much Python as moving a request. Timers and callbacks of the loop then wait for
+_TURN_SECONDS and one _LINGER_SECONDS at most; a descriptor that `give_way_to` names does not wait.
 
 Three rules keep it right:
 
-- A descriptor is closed at the end of the batch. Until then its number cannot be used again, so an event that
-  was already fetched for the old socket cannot reach a new one.
-- An edge is reported once. Who stops before a socket is drained asks for another turn with `again`.
-- An exception in one handler is handed to `on_error` and the rest of the batch goes on.
+- A descriptor is closed at the end of the batch. Until then its number cannot be used again, so that an event
+  that was fetched for the old socket cannot reach a new one.
+- An edge is reported once. A handler that stops before its socket is drained asks for another turn with
+  `again`.
+- An exception in one handler is handed to `on_error`, and the rest of the batch goes on.
 """
 
 from __future__ import annotations
@@ -29,22 +30,21 @@ PRI = select.EPOLLPRI
 ERR = select.EPOLLERR
 HUP = select.EPOLLHUP
 RDHUP = select.EPOLLRDHUP
-# Registered once for the whole life of a relay's socket. PRI: reading stops short at urgent data, and without
-# it a short read would be taken for a drained socket.
+# A relay's socket is registered with these once, for its whole life. PRI: a read ends short at urgent data,
+# and without that event a short read would be taken for a drained socket.
 EDGES = IN | OUT | PRI | RDHUP | select.EPOLLET
 
 _BATCH = 256
 
-# How long the next events are waited for before the loop is asked; they must have come so soon before. No
-# less than the kernel's tick, 4 ms mostly: a shorter wait programs a timer, which costs more than the wait
-# saves.
+# How long the poller waits for the next events, if the last ones came as soon. No less than the kernel's
+# tick, mostly 4 ms: a shorter wait programs a timer, which costs more than the wait saves.
 _LINGER_SECONDS = 0.005
-# After so long the loop has its turn, whatever comes.
+# After this time the loop has its turn, whatever comes.
 _TURN_SECONDS = 0.003
 
 
 def events_now(fd: int) -> int:
-    """The events of a descriptor at this moment, which may have come since the last batch was fetched; 0 for none."""
+    """The events of a descriptor at this moment, of which the last batch may not know; 0: none."""
     poll = select.poll()
     poll.register(fd, IN | OUT | RDHUP)
     return sum(events for _, events in poll.poll(0))
@@ -61,15 +61,15 @@ class Closable(Protocol):
 
 
 def _ignore(_events: int) -> None:
-    """Take the events of a socket that was closed earlier in the batch."""
+    """Ignore the events of a socket that was closed earlier in the batch."""
 
 
 class Poller:
-    """Dispatches readiness. `handlers[fd]` may be replaced at any time.
+    """Dispatches events to `handlers`, by descriptor; they may be replaced at any time.
 
     Args:
         loop: the event loop that drives it.
-        on_error: called with the handler that raised, and what it raised.
+        on_error: called with the handler that raised, and its exception.
         alone: nothing in this process is more urgent than the events.
     """
 
@@ -89,9 +89,9 @@ class Poller:
         self._again: list[Handler] = []
         self._inside = False
         self._alone = alone
-        self._leave = False  # the loop has something more urgent to do than to wait for events
+        self._leave = False  # do not linger: the loop has something more urgent to do
         self._left = 0.0  # when the last turn was over
-        self.lone = False  # the event being dispatched is its batch's only one
+        self.lone = False  # the event that is being dispatched is its batch's only one
         self._at_end: list[Callable[[], None]] = []
         loop.add_reader(self._epoll.fileno(), self._turn)
 
@@ -130,14 +130,14 @@ class Poller:
             self.close(sock)
 
     def again(self, handler: Handler) -> None:
-        """Call `handler(IN | OUT)` in the next turn of the loop, after everybody else had one."""
+        """Call `handler(IN | OUT)` in the next turn of the loop, after everybody else had a turn."""
         if not self._again:
             self._loop.call_soon(self._continue)
             self._leave = True
         self._again.append(handler)
 
     def give_way_to(self, fd: int) -> None:
-        """Have the loop, which watches this descriptor, see at once when it is readable."""
+        """End lingering when this descriptor, which the loop watches, is readable."""
         if self._alone:
             self.add(fd, self._give_way, IN)
 
@@ -145,21 +145,24 @@ class Poller:
         self._leave = True
 
     def at_end(self, what: Callable[[], None]) -> None:
-        """Have `what`, which raises nothing, called once: at the end of this batch, before sockets are closed; or soon."""
+        """Call `what` at the end of this batch, before its sockets are closed; outside a batch, soon.
+
+        It must not raise.
+        """
         if self._inside:
             self._at_end.append(what)
         else:
             self._loop.call_soon(what)
 
     def shut(self) -> None:
-        """Stop. Sockets are their owners' to close, before this."""
+        """Stop. The owners of sockets have closed them before."""
         self._leave = True
         self._loop.remove_reader(self._epoll.fileno())
         self._again.clear()
         self._epoll.close()
 
     def _turn(self) -> None:
-        """Dispatch a batch, and those that come soon after."""
+        """Dispatch a batch, and the batches that come soon after."""
         poll = self._epoll.poll
         handlers = self.handlers
         now = monotonic()
@@ -190,7 +193,7 @@ class Poller:
         self._left = monotonic()
 
     def _continue(self) -> None:
-        """Give another turn to those who asked for one."""
+        """Give the handlers that asked for it another turn."""
         self._inside = True
         waiting, self._again = self._again, []
         for handler in waiting:

@@ -1,4 +1,4 @@
-"""What a worker tells control: never waited for, gathered, and bounded when control is slow to read."""
+"""What a worker tells control: gathered, sent without waiting, and bounded while control is slow to read."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from proxyd.relay.ipc.messages import (
     Trouble,
 )
 
-MAX_RECORDS = 1000  # kept for control; further ones are counted as dropped
+MAX_RECORDS = 1000  # that are kept for control; further ones are counted as dropped
 RECORDS_SECONDS = 0.1
 TROUBLE_SECONDS = 1.0
-MAX_TEXTS = 100  # distinct texts of trouble kept for control
+MAX_TEXTS = 100  # of trouble, that are kept for control
 MAX_TEXT = 300  # characters, of a text and of its kind
 MAX_FAILURES = 200  # kinds of failure in one message: service port, endpoint and reason
 OTHER_TROUBLE = "other trouble: too many different kinds to list"
 
-# In one datagram: a record is well below 600 bytes.
+# In one message; a record has well below 600 bytes.
 _RECORDS_AT_ONCE = 200
 _DRAINED_AT_ONCE = 5000
-_TEXTS_AT_ONCE = 30  # of trouble; each twice, its kind beside it, of at most 4 bytes a character
-# Control sends an update only a few times a second; more than this many unread answers mean it is stuck.
+# Of trouble, in one message: each text comes twice, with its kind, and a character has up to 4 bytes.
+_TEXTS_AT_ONCE = 30
+# Control sends an update only a few times a second: if more answers than these wait, it is stuck.
 _MAX_ANSWERS = 10_000
 
 
@@ -78,7 +79,7 @@ class Reporter:
         self._schedule(RECORDS_SECONDS, self._send)
 
     def trouble(self, text: str, kind: str = "") -> None:
-        """Report trouble, at most once a second. Texts of one `kind` are summed up as one; "": of no other's kind."""
+        """Report trouble, at most once a second. Texts of one `kind` are summed up; "": a kind of its own."""
         text = text[:MAX_TEXT]
         if text not in self._trouble and len(self._trouble) >= MAX_TEXTS:
             text, kind = OTHER_TROUBLE, ""
@@ -88,11 +89,11 @@ class Reporter:
         self._schedule(TROUBLE_SECONDS, self._ripen)
 
     def endpoint_trouble(self, service: str, endpoint: str, why: str) -> None:
-        """Report what was met at an endpoint: of one kind with the same at other endpoints of the service port."""
+        """Report trouble at an endpoint; the same at other endpoints of the service port is of its kind."""
         self.trouble(f"endpoint {endpoint} of {service}: {why}", f"{service}: {why}")
 
     def failure(self, service: str, endpoint: str, why: str) -> None:
-        """Report a failure of a service port, at most once a second; of all endpoints where `endpoint` is ""."""
+        """Report a failure of a service port, at most once a second; `endpoint` "": of none alone."""
         kind = (service, endpoint, why[:MAX_TEXT])
         count = self._failures.get(kind, 0)
         if not count and len(self._failures) >= MAX_FAILURES:
@@ -103,7 +104,7 @@ class Reporter:
             self._schedule(TROUBLE_SECONDS, self._ripen)
 
     def flush(self) -> None:
-        """Send everything that control has room for, before the end."""
+        """Send now, before the end, what control has room for."""
         self._ripen()
 
     def stop(self) -> None:
@@ -131,7 +132,7 @@ class Reporter:
         self._send()
 
     def _send(self) -> None:
-        """Send what there is, most important first, until control has no more room."""
+        """Send the messages that wait, the most important first, until control has no more room."""
         blocked = False
         while not self._gone and not blocked and self._waiting():
             blocked = not self._send_one()
@@ -148,7 +149,7 @@ class Reporter:
         return ripe or bool(self._answers or self._drained or self._records)
 
     def _send_one(self) -> bool:
-        """Send one message, if there is any; False when there is no room for it."""
+        """Send one message, if there is one; False when there is no room for it."""
         try:
             if self._answers:
                 if not self._channel.send(self._answers[0]):

@@ -75,7 +75,7 @@ class Channel:
         return True
 
     def receive(self) -> tuple[Message, list[int]] | None:
-        """Receive one message and its descriptors, which are close-on-exec; None when there is nothing to read.
+        """Receive one message and its descriptors, which are close-on-exec; None when none has come.
 
         There are fewer descriptors than were sent where this process has no room for more.
 

@@ -68,7 +68,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 class ListConnections(msgspec.Struct, frozen=True, tag="list"):
-    """Which relays are alive? Of one namespace or Service only, where it is named; at most `limit` records."""
+    """Which relays are alive? At most `limit` records; of one namespace or Service where it is named."""
 
     request: int  # repeated in the answer
     limit: int

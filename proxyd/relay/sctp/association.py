@@ -48,7 +48,8 @@ class NoRoomError(Exception):
 def streams_of(sock: Socket) -> tuple[int, int]:
     """Streams of an accepted association, from and to its client.
 
-    Where it has ended by now, its last messages may still wait to be read: then as many as the listener admits.
+    Where it has ended by now, its last messages may still wait to be read: then as many as the listener
+    admits.
     """
     found = _status(sock)
     if found is None:

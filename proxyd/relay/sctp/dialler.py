@@ -65,7 +65,7 @@ class SctpDialler(Dialling):
         self._give_up()
 
     def _first_address(self, endpoint: Endpoint) -> int:
-        """Which of the endpoint's addresses to try first: the one that answered last; after failures another."""
+        """Index of the address to try first: the one that answered last; after failures another."""
         return endpoint.answered + self._alternate + sum(one is endpoint for one in self._timed_out)
 
     def _dialled(self, events: int) -> None:

@@ -18,7 +18,11 @@ from proxyd.state.sctpsocket import SOL_SCTP, unmapped
 
 
 class SctpListener(Acceptor):
-    """Accepts associations. They inherit the socket's options: stream counts, notifications, RECVRCVINFO, NODELAY, buffers."""
+    """Accepts associations.
+
+    They inherit the options of the listening socket: stream counts, notifications, RECVRCVINFO, NODELAY,
+    buffers.
+    """
 
     def __init__(self, config: ListenerConfig, fd: int, balancer: Balancer, plane: Plane) -> None:
         self.shared: Shared = shared(plane)

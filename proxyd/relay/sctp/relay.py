@@ -1,4 +1,4 @@
-"""The life of one SCTP association: dial (`dialler`); move messages (`side`); shut down or abort; be counted."""
+"""The life of an SCTP association: dial (`dialler`), move messages (`side`), shut down, be counted."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from proxyd.relay.sctp.dialler import SctpDialler
 from proxyd.relay.sctp.shared import Shared
 from proxyd.relay.sctp.side import EDGES, Side
 
-# For what is queued to be taken and the shutdown to be answered; by then the kernel has given up by itself
-# (its guard timer: five times the largest RTO, 300 s).
+# For the peer to take what is queued and to answer the shutdown. By then the kernel has given up by itself:
+# its guard timer is five times the largest RTO, 300 s.
 SHUTDOWN_SECONDS = 310.0
 
 
@@ -33,8 +33,8 @@ class SctpRelay(SctpDialler):
     """One accepted association, joined to its endpoint.
 
     Args:
-        listener: that accepted it.
-        sock: the client's association; owned from now on.
+        listener: accepted it.
+        sock: the client's association; owned by the relay from now on.
         address: of the client.
         shared: by the relays of the worker.
     """
@@ -67,7 +67,7 @@ class SctpRelay(SctpDialler):
         self._dial()
 
     def connected(self, sock: Socket, events: int) -> None:
-        """Join the two sides. What the client has sent meanwhile is sent on."""
+        """Join the two sides, and send on what the client has sent meanwhile."""
         self._connected = True
         client = self.client
         side = self.upstream = Side(self, sock, self._shared, held=False)
@@ -81,20 +81,20 @@ class SctpRelay(SctpDialler):
     # -- the end ---------------------------------------------------------------------------------------------
 
     def reset_by(self, side: Side) -> None:
-        """Pass an abort on. What was sent before it has been passed on already."""
+        """Pass an abort on. Messages that were sent before it have been passed on already."""
         if side is self.client:
             self.finish("reset by client", reset_upstream=True)
         else:
             self.finish("reset by endpoint", reset_client=True)
 
     def restarted(self, side: Side) -> None:
-        """A peer has lost its association and set it up anew: what the other one knows of it is of no use any more."""
+        """End: a peer has lost its association and set it up anew, so that its state is gone."""
         self.finish(f"restarted by {self._name(side)}", reset_client=True, reset_upstream=True)
 
     def send_failed(self, side: Side, error: OSError, stream: int, size: int) -> bool:
-        """A message can't be sent to `side`; whether the relay goes on without it."""
+        """Act on a message that can't be sent to `side`; whether the relay goes on without it."""
         if error.errno == errno.EPIPE:
-            # It shuts down, or was aborted: its own events tell.
+            # The side shuts down, or was aborted: its own events tell.
             side.deaf = True
             self.count_dropped(side)
             return True
@@ -116,7 +116,7 @@ class SctpRelay(SctpDialler):
         return False
 
     def too_long(self, side: Side) -> None:
-        """A message from `side` is longer than those that are relayed."""
+        """End: a message from `side` is longer than any that is relayed."""
         self.count_dropped(side.peer)
         self._blame(
             f"the {self._name(side)} sent a message of more than {self._shared.max_message} bytes: "
@@ -128,17 +128,17 @@ class SctpRelay(SctpDialler):
         return "client" if side is self.client else "endpoint"
 
     def closing(self) -> None:
-        """One direction has ended: the rest must follow within SHUTDOWN_SECONDS."""
+        """Note that one direction has ended: the other must follow within SHUTDOWN_SECONDS."""
         if not self._deadline:
             self._deadline = self.plane.now() + SHUTDOWN_SECONDS
 
     def side_over(self) -> None:
-        """One association has come to its end."""
+        """End, if both associations have come to their end."""
         if self.client.over and self.upstream.over:
             self.finish("closed")
 
     def abort(self, reason: str) -> None:
-        """End at once, both associations with an abort."""
+        """End at once, with an ABORT to both ends."""
         if not self.done:
             self.finish(reason, reset_client=True, reset_upstream=True)
 
@@ -179,7 +179,7 @@ class SctpRelay(SctpDialler):
         self.listener.relay_ended()
 
     def _close(self, side: Side, reset: bool) -> None:
-        side.held = True  # another turn may have been asked for
+        side.held = True  # it may have asked for another turn
         side.forget_parts()
         if reset:
             close_with_reset(self.plane, side.sock)
@@ -189,7 +189,7 @@ class SctpRelay(SctpDialler):
     # -- figures ---------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Bring the counters up to date; end a shutdown that nobody answers. Called once a second."""
+        """Bring the counters up to date, and end a shutdown that nobody answers. Called once a second."""
         if not self._connected:
             return
         self._count()

@@ -1,4 +1,4 @@
-"""What the SCTP relays of one worker share: the receive buffer, how large buffers of sockets may be, control messages."""
+"""What the SCTP relays of one worker share: a receive buffer, sizes of socket buffers, control messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from proxyd.relay.engine.plane import Plane
 from proxyd.state.sctpsocket import send_control
 
-# Streams, flags and identifiers whose control message is remembered. Peers use a few; one that makes up
-# others for each message must not fill the memory.
+# Combinations of stream, flags and identifier whose control message is remembered. Peers use a few; one that
+# makes up others for each message must not fill the memory.
 MAX_CONTROLS = 4096
-# Bytes. What the kernel gives without privileges (net.core.wmem_max) is enough for 256 KiB messages, as it
-# doubles that.
+# Bytes. Without privileges the kernel gives net.core.wmem_max, and doubles it: enough for messages of 256
+# KiB.
 MIN_BUFFER = 1024 * 1024
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 
@@ -29,15 +29,19 @@ class Shared:
 
     def __init__(self, max_message: int) -> None:
         self.max_message = max_message
-        self.buffer = max(4 * max_message, MIN_BUFFER)  # asked for in each direction of a socket
-        # One byte more shows that a message is too long. Notifications must fit too.
+        self.buffer = max(4 * max_message, MIN_BUFFER)  # bytes to ask for, in each direction of a socket
+        # The one byte more shows that a message is too long. Notifications must fit too.
         self.view = memoryview(bytearray(max(max_message + 1, 4096)))
         self.buffers = [self.view]
         self.controls: dict[tuple[int, int, int], Control] = {}
-        self.may_force = True  # buffers beyond the system's limit
+        self.may_force = True  # the system's limit of buffers is not ours
 
     def measure(self) -> int:
-        """Find out how large buffers may be. Returns the size of the largest message that can be sent."""
+        """Find out how large buffers may be.
+
+        Returns:
+            The size of the largest message that can be sent.
+        """
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             try:
                 probe.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.buffer)
@@ -48,14 +52,14 @@ class Shared:
         return self.max_message
 
     def shut(self) -> None:
-        """Nothing of it runs by itself."""
+        """Do nothing: it has no timers."""
 
     def __iter__(self) -> Iterator[object]:
-        """Nothing: every SCTP relay is in `Plane.relays`."""
+        """No relays: every SCTP relay is in `Plane.relays`."""
         return iter(())
 
     def control(self, key: tuple[int, int, int]) -> Control:
-        """What makes a message like another: see `message_key`."""
+        """The control message that makes a message like the one that `message_key` was asked about."""
         found = self.controls.get(key)
         if found is None:
             if len(self.controls) >= MAX_CONTROLS:
@@ -65,7 +69,7 @@ class Shared:
 
 
 def shared(plane: Plane) -> Shared:
-    """That of a worker, made with its first SCTP listener."""
+    """What a worker's SCTP relays share; it is made with the first SCTP listener."""
     found = plane.extensions.get("SCTP")
     if not isinstance(found, Shared):
         found = plane.extensions["SCTP"] = Shared(plane.options.sctp_max_message)

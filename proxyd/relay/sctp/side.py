@@ -1,15 +1,15 @@
-"""The message path: one side of an SCTP relay, read message by message, each sent to its peer as it came.
+"""The message path: each side of an SCTP relay reads messages, and sends each to its peer as it came.
 
-A message keeps its boundaries, stream, order (or the lack of it) and payload protocol identifier. The kernel
-sends a message whole or not at all, so a message that arrives in parts is put together first, and of a
-message that the peer's socket has no room for one copy is held: then this side is not read any more, its
-receive window closes, and the sender waits. That is the back-pressure.
+A message keeps its boundaries, its stream, its order (or lack of it) and its payload protocol identifier. The
+kernel sends a message whole or not at all, so a message that arrives in parts is put together first. If the
+peer's socket has no room for a message, its side holds a copy and reads no more: the receive window closes,
+and the sender waits. That is the back-pressure.
 
-Sockets are edge-triggered for reading. For writing they are watched only while a message is held: the kernel
-reports room with every acknowledgement, which would be an event for each message.
+Sockets are edge-triggered for reading. For writing a socket is watched only while a message waits for it: the
+kernel reports room with every acknowledgement, which would be an event for each message.
 
-SCTP knows no half-close. A side that has *ended* sends nothing more (its SHUTDOWN came, behind all its data);
-one that is *deaf* can't be sent to any more; one that is *over* has no association left.
+SCTP knows no half-close. A side that has *ended* sends nothing more: its SHUTDOWN came, after all its data.
+To a side that is *deaf* nothing can be sent any more. A side that is *over* has no association left.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from proxyd.state.sctpsocket import (
 
 EDGES = IN | RDHUP | 1 << 31  # EPOLLET
 _WITH_ROOM = EDGES | OUT
-# Messages that one side moves in a turn, before the others have theirs.
+# Messages that a side moves in one turn, before the others have theirs.
 TURN_MESSAGES = 64
 _NOWAIT = socket.MSG_DONTWAIT
 _EOR = socket.MSG_EOR
@@ -79,11 +79,11 @@ class SideOwner(Protocol):
 
 
 class Side:
-    """One association of a relay. What is read from it goes to `peer`, which is set once both are there."""
+    """One association of a relay. Messages from it go to `peer`, which is set once both are there."""
 
     __slots__ = (
-        "bytes", "deaf", "ended", "held", "messages", "over", "parts", "peer", "pending", "plane", "readable", "recv",
-        "relay", "send", "shared", "sock",
+        "bytes", "deaf", "ended", "held", "messages", "over", "parts", "peer", "pending", "plane", "readable",
+        "recv", "relay", "send", "shared", "sock",
     )  # fmt: skip
 
     peer: Side
@@ -93,12 +93,12 @@ class Side:
         self.sock = sock
         self.plane = relay.plane
         self.shared = shared
-        self.recv: Any = sock.recvmsg_into  # attributes, not methods: so the interpreter finds them faster
+        self.recv: Any = sock.recvmsg_into  # attributes, not methods: the interpreter finds them faster
         self.send: Any = sock.sendmsg
-        self.bytes = 0  # of whole messages read
+        self.bytes = 0  # of the whole messages that were read
         self.messages = 0
         self.parts: bytearray | None = None  # of a message that is still arriving
-        self.pending: tuple[bytes, Control] | None = None  # to be sent to this side before anything else
+        self.pending: tuple[bytes, Control] | None = None  # to be sent to this side first
         self.held = held  # not to be read now
         self.readable = False  # an edge came while held
         self.ended = False
@@ -106,8 +106,8 @@ class Side:
         self.over = False
 
     def ready(self, events: int) -> None:
-        """Act on an edge: move what can be moved."""
-        if self.relay.done or self.over:  # another turn was asked for before it ended
+        """Act on an edge: move the messages that can be moved."""
+        if self.relay.done or self.over:  # it ended after it had asked for another turn
             return
         if self.pending is not None and events & ~IN and not self._flush():
             return
@@ -121,7 +121,7 @@ class Side:
             self._read()
 
     def release(self) -> None:
-        """Lift the hold. What came meanwhile is read."""
+        """Lift the hold, and read what came meanwhile."""
         self.held = False
         if self.readable:
             self.readable = False
@@ -132,7 +132,7 @@ class Side:
         self.relay.crash()
 
     def shut(self) -> None:
-        """Say that nothing more comes for this side, behind everything that was sent to it."""
+        """Shut down this side's association, after everything that was sent to it."""
         if not self.deaf:
             self.deaf = True
             try:
@@ -152,7 +152,7 @@ class Side:
     # -- reading ---------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        """Move messages until there are no more, the peer is full, or this side had its share of the turn."""
+        """Move messages until none is left, the peer is full, or this side has had its share of the turn."""
         peer = self.peer
         shared = self.shared
         buffers, view, controls, recv = shared.buffers, shared.view, shared.controls, self.recv
@@ -203,7 +203,7 @@ class Side:
         self.plane.poller.again(self.ready)
 
     def _join(self, part: memoryview) -> bool:
-        """Keep a part of a message; False where it has become too long, and the relay is over."""
+        """Keep a part of a message; False where the message is too long, and the relay has ended."""
         if self.parts is None:
             self.parts = bytearray()
         self.parts += part
@@ -228,7 +228,7 @@ class Side:
     def _notified(self, kind: int, state: int) -> bool:
         """Act on a notification; False where there is nothing more to read."""
         if kind == SHUTDOWN_EVENT:
-            # All of its data came before, and it takes no more.
+            # The peer's data has come before, all of it, and it takes no more.
             self.ended = True
             self.deaf = True
             if self.pending is not None:
@@ -244,13 +244,13 @@ class Side:
         elif kind == ASSOC_CHANGE and state == RESTART:
             self.relay.restarted(self)
         elif kind == ASSOC_CHANGE and state == SHUTDOWN_COMP:
-            # Who began the shutdown reads no end of stream after it.
+            # The end that began the shutdown reads no end of stream after it.
             self._gone()
             return False
         return not self.relay.done
 
     def _gone(self) -> None:
-        """The association has come to its end: everything that was sent on it has arrived."""
+        """Act on the end of the association: everything that was sent on it has arrived."""
         self.ended = self.deaf = self.over = True
         self.forget_parts()
         if self.pending is not None:
@@ -268,22 +268,22 @@ class Side:
     # -- writing ---------------------------------------------------------------------------------------------
 
     def _stall(self, data: bytes | memoryview, how: Control) -> None:
-        """Keep the message that the peer has no room for, and read no more until it is gone."""
+        """Keep the message that the peer has no room for, and read no more until the peer has taken it."""
         peer = self.peer
         peer.pending = (bytes(data), how)
         self.plane.keep(len(data))
         self.held = True
         self.readable = True
-        # If there is room by now, this reports it at once.
+        # If there is room by now, the kernel reports it at once.
         self.plane.poller.modify(peer.sock.fileno(), _WITH_ROOM)
 
     def retry(self) -> None:
-        """Try again to send what is pending: the kernel may have lacked memory, and no event tells when it has some."""
+        """Try again to send what is pending: if the kernel had no memory, no event tells when it has some."""
         if self.pending is not None:
             self._flush()
 
     def _flush(self) -> bool:
-        """Send what is pending; False where the relay is over."""
+        """Send what is pending; False where the relay has ended."""
         assert self.pending is not None
         data, how = self.pending
         try:

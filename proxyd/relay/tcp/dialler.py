@@ -85,7 +85,6 @@ class Dialler(Dialling):
             self._give_up()
 
     def _dialled(self, events: int) -> None:
-        """Take the outcome of an attempt."""
         sock = self._socket
         endpoint = self._endpoint
         assert sock is not None
@@ -108,6 +107,6 @@ class Dialler(Dialling):
         self.connected(sock, events)
 
     def _wait_for_port(self) -> None:
-        """Dial again when a local port may be free: only this listener rests, as others have other endpoints."""
+        """Dial again when a local port may be free. Only this listener rests: others have other endpoints."""
         self.listener.rest()
         self._dial_later()

@@ -1,18 +1,18 @@
-"""The byte path: one side of a TCP relay, read as soon as it can be and written to its peer.
+"""The byte path: each side of a TCP relay reads its socket as soon as it can, and writes to its peer.
 
 Sockets are edge-triggered, so a side must know at all times why it is not reading:
 
-- it was *drained*: the last read was short. The kernel reports the next byte with a new edge. This does not
-  hold when something other than an empty queue ends a read, which is why after FIN, an error or urgent data
-  (`thorough`) a side reads on until there is nothing more;
-- it is *held*: its peer is not connected yet, or has no room (`peer.pending`), or it has come to its end. An
-  edge that comes meanwhile is noted in `readable` and acted on when the hold is lifted;
-- it had its share of this turn and is in the poller's queue for another.
+- The socket is *empty*: the last read was short. The kernel reports the next byte with a new edge. But a FIN,
+  an error or urgent data ends a read as well; after one of these (`thorough`) a side reads on until there is
+  nothing more.
+- The side is *held*: its peer is not connected yet, or its peer has no room (`peer.pending`), or its own
+  stream has ended. An edge that comes meanwhile is noted in `readable`, and acted on when the hold is lifted.
+- The side has had its share of this turn, and is in the poller's queue for another.
 
-A side is in exactly one of these states whenever no code of it runs.
+Whenever no code of a side runs, it is in exactly one of these states.
 
-A side that has brought much, and still fills what it is read into, is *bulk*: a pipe takes the place of the
-buffer, and nothing is copied, until it brings little again.
+A side that has brought much, and still fills the buffer with each read, is *bulk*: a pipe takes the place of
+the buffer, so that nothing is copied, until the side brings little again.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _ENDING = RDHUP | HUP | ERR | PRI
 _READ = IN | _ENDING
 _WRITE = OUT | HUP | ERR
 _NOWAIT = int(socket.MSG_DONTWAIT)
-# For what is read from a socket whose FIN has come, and no reset: the kernel keeps the last, partial packet
-# back until the FIN, which then goes with it in one packet. It never waits long: a side that has seen a FIN
-# reads on to the end.
+# For bytes from a socket whose FIN has come, but no reset: the kernel keeps the last, partial packet back
+# until the FIN, and both go in one packet. It never waits long, as a side that has seen a FIN reads on to the
+# end.
 _MORE_COMES = int(socket.MSG_DONTWAIT | socket.MSG_MORE)
-# From so many bytes on a side may be bulk. Short transfers never pay for the change.
+# A side that has brought this many bytes may be bulk. Short transfers never pay for the change.
 BULK_BYTES = 1024 * 1024
-# As the first splice fails where the kernel has none, or a sandbox does not allow it.
+# Errors of the first splice where the kernel has none, or a sandbox forbids it.
 _NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 
 class PumpOwner(Protocol):
-    """The relay of two sides, as they see it. Each call but `done` may end it."""
+    """The relay of two sides, as the sides see it. Each method may end it."""
 
     @property
     def done(self) -> bool:
@@ -65,11 +65,11 @@ class PumpOwner(Protocol):
 
 
 class Side:
-    """One socket of a relay. What is read from it goes to `peer`, which is set once both are connected."""
+    """One socket of a relay. Its bytes go to `peer`, which is set once both are connected."""
 
     __slots__ = (
-        "broken", "bulk", "eof", "flags", "held", "inline", "moved", "peer", "pending", "plane", "readable", "relay", "sock",
-        "thorough",
+        "broken", "bulk", "eof", "flags", "held", "inline", "moved", "peer", "pending", "plane", "readable",
+        "relay", "sock", "thorough",
     )  # fmt: skip
 
     peer: Side
@@ -79,18 +79,18 @@ class Side:
         self.sock = sock
         self.plane = plane
         self.moved = 0  # bytes read
-        self.pending: memoryview | Pipe | None = None  # to be written to this socket before anything else
+        self.pending: memoryview | Pipe | None = None  # to be written to this socket first
         self.held = held  # not to be read now
         self.readable = False  # an edge came while held
-        self.thorough = False  # a short read does not mean that the socket is drained
+        self.thorough = False  # a short read does not mean that the socket is empty
         self.broken = False  # an error was reported
         self.bulk = False  # `ready_bulk` is the handler
         self.inline = False  # urgent data is read in its place
-        self.flags = _NOWAIT  # of sending on what is read
+        self.flags = _NOWAIT  # for sending on what is read
         self.eof = False
 
     def ready(self, events: int) -> None:
-        """Act on an edge: move what can be moved."""
+        """Act on an edge: move the bytes that can be moved."""
         if (events != _IN_OUT or self.held or self.pending is not None) and not self._may_read(events):
             return
         plane = self.plane
@@ -136,7 +136,10 @@ class Side:
                 return
 
     def ready_bulk(self, events: int) -> None:
-        """Act on an edge as `ready` does, but through a pipe. A short read says nothing here: it reads until it can't."""
+        """Act on an edge as `ready` does, but through a pipe.
+
+        A short read says nothing here: it reads until the kernel has no more.
+        """
         if (events != _IN_OUT or self.held or self.pending is not None) and not self._may_read(events):
             return
         plane = self.plane
@@ -156,7 +159,7 @@ class Side:
                 self._not_filled(error, self.moved - begin)
                 return
             if not size:
-                # The end, or urgent data with the end behind it: reading without a pipe tells.
+                # The end of the stream, or urgent data before it: a read without a pipe tells.
                 plane.pipes.give(pipe)
                 self._set_bulk(False)
                 self.ready(_IN_OUT | PRI)
@@ -176,7 +179,7 @@ class Side:
         plane.poller.again(self.ready_bulk)
 
     def _not_filled(self, error: OSError, brought: int) -> None:
-        """Act on an error of `Pipe.fill`; `brought`: bytes in this turn before it."""
+        """Act on an error of `Pipe.fill`, after `brought` bytes in this turn."""
         if isinstance(error, BlockingIOError):
             if brought < READ_BYTES:
                 self._set_bulk(False)
@@ -188,7 +191,7 @@ class Side:
             self.relay.reset_by(self)
 
     def _set_bulk(self, bulk: bool) -> bool:
-        """Change the handler; whether that is done."""
+        """Change the handler; False where there is no pipe."""
         plane = self.plane
         if bulk:
             pipe = plane.take_pipe()
@@ -202,7 +205,7 @@ class Side:
         return True
 
     def release(self) -> None:
-        """Lift the hold. What came meanwhile is read."""
+        """Lift the hold, and read what came meanwhile."""
         self.held = False
         if self.readable:
             self.readable = False
@@ -212,7 +215,7 @@ class Side:
                 self.ready(_IN_OUT)
 
     def unsent(self) -> int:
-        """How many bytes are on the way to this socket's other end: pending, or not acknowledged."""
+        """How many bytes are under way to this socket's other end: pending, or not acknowledged."""
         answer = fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, bytes(4))
         return int.from_bytes(answer, sys.byteorder) + (0 if self.pending is None else len(self.pending))
 
@@ -221,8 +224,8 @@ class Side:
         self.relay.crash()
 
     def _may_read(self, events: int) -> bool:
-        """Act on everything but plain data; whether to read now."""
-        if self.relay.done:  # another turn was asked for before it ended
+        """Act on events other than plain data; whether to read now."""
+        if self.relay.done:  # it ended after it had asked for another turn
             return False
         if self.pending is not None and events & _WRITE and not self._flush():
             return False
@@ -245,18 +248,18 @@ class Side:
         return True
 
     def _read_urgent_inline(self) -> None:
-        """See that the urgent byte is not lost but stays in its place in the stream."""
+        """Have the urgent byte stay in its place in the stream, and not be lost."""
         self.inline = True
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
     def _flush(self) -> bool:
-        """Write what is pending; False when the relay is over."""
+        """Write what is pending; False when the relay has ended."""
         pending = self.pending
         assert pending is not None
         try:
             if isinstance(pending, Pipe):
-                # Until it can't: a signal cuts splice(2) short, as when the process is stopped, and then no
-                # edge follows.
+                # On to the end: a signal that cuts splice(2) short, as when the process is stopped, brings no
+                # edge.
                 while pending.left:
                     self.plane.keep(-pending.drain(self.sock))
                 self.plane.pipes.give(pending)
@@ -279,14 +282,14 @@ class Side:
         return not self.relay.done
 
     def _stall(self, rest: memoryview | Pipe, *, more: bool) -> None:
-        """Keep what the peer has no room for, and read no more until it is gone."""
+        """Keep the bytes that the peer has no room for, and read no more until it has taken them."""
         self.peer.pending = rest
         self.plane.keep(len(rest))
         self.held = True
         self.readable = more or self.thorough
 
     def _end_of_stream(self) -> None:
-        """Pass the end on, behind everything that came before it."""
+        """Pass the end on, after everything that came before it."""
         self.eof = True
         self.held = True
         if self.broken:
@@ -295,7 +298,7 @@ class Side:
             self.peer._finish_writing()  # noqa: SLF001 the same class
 
     def _finish_writing(self) -> None:
-        """Send FIN; when the other direction has come to its end before, the relay is over."""
+        """Send FIN; or end the relay, if the other direction has ended before."""
         if self.eof and self.peer.pending is None:
             self.relay.finish("closed")
             return

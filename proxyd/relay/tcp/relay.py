@@ -1,4 +1,4 @@
-"""The life of one TCP connection: dial an endpoint (`dialler`); be pumped (`pump`); end, and be counted."""
+"""The life of a TCP connection: dial an endpoint (`dialler`), move bytes (`pump`), end, be counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proxyd.relay.tcp.pump import Side
 
 _NOWAIT = int(socket.MSG_DONTWAIT)
 _DATA_EVENTS = IN | RDHUP
-# Keepalive is not needed, and not set, before a relay is this many ticks old.
+# Keepalive is set when a relay is this many ticks old: before, it is of no use.
 _KEEPALIVE_TICKS = 5
 _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
@@ -31,14 +31,14 @@ class Relay(Dialler):
     """One accepted connection, joined to its endpoint.
 
     Args:
-        listener: that accepted it.
-        sock: the client's; owned from now on.
+        listener: accepted it.
+        sock: the client's; owned by the relay from now on.
         address: of the client.
     """
 
     __slots__ = (
-        "_connected", "_counted_in", "_counted_out", "_idle_since", "_started", "_ticks", "_unsent", "client", "done",
-        "upstream",
+        "_connected", "_counted_in", "_counted_out", "_idle_since", "_started", "_ticks", "_unsent", "client",
+        "done", "upstream",
     )  # fmt: skip
 
     client: Side
@@ -50,7 +50,7 @@ class Relay(Dialler):
         self._connected = False
         self._ticks = 0
         self._counted_in = self._counted_out = 0
-        self._unsent = 0  # bytes under way when it was last about to be idle
+        self._unsent = 0  # bytes that were under way when it last seemed idle
         self._started = self._idle_since = self._dial_started
         self.client = Side(self, sock, self.plane, held=True)
 
@@ -59,8 +59,8 @@ class Relay(Dialler):
         plane = self.plane
         plane.counters[self._balancer.row + OPENED] += 1
         plane.opened(self)
-        # First the endpoint: where its connect succeeds at once it comes first in the batch, and the client's
-        # request can be read when it is reported.
+        # The endpoint comes first: where connecting succeeds at once, its event is the first in the batch,
+        # and the client's request can be read when it is reported.
         self._dial()
         if not self.done:
             try:
@@ -92,7 +92,7 @@ class Relay(Dialler):
             self.finish("reset by endpoint", reset_client=True)
 
     def write_failed(self, side: Side) -> None:
-        """Pass on the reset that a write to `side` met, behind what that side had sent before it."""
+        """Pass on the reset that a write to `side` met, after the bytes that side had sent before."""
         peer = side.peer
         view = self.plane.view
         if peer.pending is None and not side.eof:
@@ -142,7 +142,7 @@ class Relay(Dialler):
         self.listener.relay_ended()
 
     def _close(self, side: Side, reset: bool) -> None:
-        side.held = True  # another turn may have been asked for
+        side.held = True  # it may have asked for another turn
         if side.pending is not None:
             self.plane.keep(-len(side.pending))
             if isinstance(side.pending, Pipe):
@@ -164,7 +164,8 @@ class Relay(Dialler):
             self._count_bytes(bytes_in, bytes_out)
             self._idle_since = now
         elif self.plane.idle_seconds and now - self._idle_since >= self.plane.idle_seconds:
-            # Nothing was read; but a slow reader may be taking what was read before, MiB of it.
+            # Nothing was read. But a slow reader may be taking bytes that were read before, megabytes of
+            # them.
             unsent = self.client.unsent() + self.upstream.unsent()
             if not unsent or unsent == self._unsent:
                 self.abort("idle")
@@ -177,7 +178,7 @@ class Relay(Dialler):
                 self.upstream.sock.setsockopt(level, option, value)
 
     def _count_bytes(self, bytes_in: int, bytes_out: int) -> None:
-        """Add what was moved since the last call."""
+        """Add the bytes that were moved since the last call."""
         counters = self.plane.counters
         more_in, more_out = bytes_in - self._counted_in, bytes_out - self._counted_out
         self._counted_in, self._counted_out = bytes_in, bytes_out
