@@ -25,7 +25,7 @@ from tests.support.daemon import COMMAND, REPOSITORY, UNPRIVILEGED, Proxyd
 from tests.support.manifests import DATA, Document, write
 from tests.support.netlab import POD_PORT, Namespace
 from tests.support.pod_servers import PodServers
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 BAD = DATA / "bad"
 TABLE = (DATA / "bad.txt").read_text().splitlines()
@@ -157,7 +157,7 @@ def _check(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE,
         check=False,
     )
 
@@ -390,7 +390,13 @@ def test_a_running_daemon_is_in_nobodys_way(node: Namespace, folder: Path, manif
 
     def said() -> str:
         done = node.call(
-            subprocess.run, command, env=environ, capture_output=True, text=True, timeout=30, check=False
+            subprocess.run,
+            command,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
         return str(done.stdout)

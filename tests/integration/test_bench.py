@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.daemon import REPOSITORY, is_alive
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n"
 RIGHT = HEAD + b"pod-1".ljust(1000, b".")
@@ -83,7 +83,7 @@ def test_a_bench_that_is_interrupted_leaves_nothing(folder: Path) -> None:
     try:
         wait_for(lambda: len(mentioning(folder)) >= 5, "pods and a proxy")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=DEADLINE)
     finally:
         process.kill()
         process.wait()
@@ -108,7 +108,7 @@ def test_mistakes_and_missing_tools_are_one_line(
 ) -> None:
     environment = {"PATH": path} if path else {}
     process = bench(folder, *words, **environment)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (code, "")
     assert told in errors
     assert len(errors.splitlines()) == 1
@@ -173,7 +173,7 @@ def load(program: str, *words: str) -> dict[str, Any]:
         input="go\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE,
         check=True,
     )
     ready, told = done.stdout.splitlines()

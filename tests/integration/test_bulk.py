@@ -74,7 +74,7 @@ def stalled(worker: WorkerDriver, front: Frontend, balancer: int, count: int) ->
     clients = []
     for _ in range(count):
         client = socket.socket()
-        client.settimeout(60)
+        client.settimeout(DEADLINE)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
         client.connect(front.address)
         clients.append(client)

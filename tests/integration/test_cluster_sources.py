@@ -19,7 +19,7 @@ from tests.support.daemon import Proxyd
 from tests.support.manifests import write
 from tests.support.netlab import NODE_FAR_IP, NODE_IP, Lab, Namespace
 from tests.support.service_manager import Manager
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 VIP, OTHER_VIP = "10.96.0.10", "10.96.0.20"
 P1, P2, P3 = "pod-1", "pod-2", "pod-3"
@@ -54,7 +54,7 @@ def fetch(place: Namespace, port: int, path: str, ip: str = "127.0.0.1") -> tupl
     """Status and body of a GET."""
 
     def get() -> tuple[int, str]:
-        connection = http.client.HTTPConnection(ip, port, timeout=10)
+        connection = http.client.HTTPConnection(ip, port, timeout=DEADLINE)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()

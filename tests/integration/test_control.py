@@ -12,7 +12,7 @@ from tests.support.clients import ask, many
 from tests.support.daemon import COMMAND, Proxyd, is_alive
 from tests.support.manifests import endpoints, service, text, write
 from tests.support.netlab import Lab, routes_and_rules
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 VIP = "10.96.0.10"
 
@@ -38,14 +38,14 @@ def test_hangups_that_come_at_once_are_few_reloads(
         daemon.signal(signal.SIGHUP)
         time.sleep(0.0002)  # each is seen by itself
     # The last of them counts as much as the first.
-    done = daemon.cli("reload", timeout=60)
+    done = daemon.cli("reload", timeout=DEADLINE)
     assert "1,001 services" in done.stdout
     # How many there were depends on how fast the machine reads; that none is added to one under way and one that waits,
     # tests/unit/test_reloading.py says.
     readings = daemon.log().count('"event":"reloading"')
     assert 1 < readings <= 301
     # None is left but one that was asked for last, and the one of this order.
-    daemon.cli("reload", timeout=60)
+    daemon.cli("reload", timeout=DEADLINE)
     assert daemon.log().count('"event":"reloading"') <= readings + 2
     assert many(lab.client, VIP, 80, 3).answered == {"pod-1": 3}
 
@@ -100,7 +100,7 @@ def test_the_log_says_where_in_a_file_a_problem_is_as_check_does(
     daemon = proxyd(workers=1)
     daemon.wait_listener(VIP, 80, "NoEndpoints")
     checked = subprocess.run(
-        [*COMMAND, "check", path], capture_output=True, text=True, check=False, timeout=30
+        [*COMMAND, "check", path], capture_output=True, text=True, check=False, timeout=DEADLINE
     )
     (said,) = [line for line in checked.stdout.splitlines() if "warning: " in line]
     assert said.startswith(f"{path}:")

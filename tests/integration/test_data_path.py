@@ -17,7 +17,7 @@ from tests.support.daemon import Proxyd, resident_kib
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import CLIENT_POD_IP, POD_PORT, Lab, pod_ip
 from tests.support.pod_servers import RESET_ON_CLOSE, read_digest, stream, stream_digest
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 VIP = "10.96.0.10"
 GIB = 1 << 30
@@ -57,7 +57,7 @@ def test_control_can_relay_itself(lab: Lab, manifests: Path, proxyd: Run) -> Non
 
 def test_a_gibibyte_each_way_at_once(lab: Lab, manifests: Path, proxyd: Run) -> None:
     serve(manifests, proxyd, 1)
-    with connect(lab.client, VIP, 80, timeout=60) as sock:
+    with connect(lab.client, VIP, 80, timeout=DEADLINE) as sock:
 
         def send() -> None:
             for block in stream(2, GIB):
@@ -154,7 +154,7 @@ def test_a_client_that_stops_reading(lab: Lab, manifests: Path, proxyd: Run) -> 
     assert many(lab.client, VIP, 80, 20).total == 20  # what the first connections allocate is not counted
     (worker,) = daemon.worker_pids()
     before = resident_kib(worker)
-    with connect(lab.client, VIP, 80, timeout=30) as sock:
+    with connect(lab.client, VIP, 80, timeout=DEADLINE) as sock:
         sock.sendall(f"push {size} 5 {key}\n".encode())
         sent = stands_still(lambda: int(ask(lab.node, pod_ip(1), POD_PORT, f"progress {key}") or 0))
         assert 0 < sent < size // 2
@@ -173,7 +173,7 @@ def test_an_endpoint_that_stops_reading(lab: Lab, manifests: Path, proxyd: Run) 
     (worker,) = daemon.worker_pids()
     before = resident_kib(worker)
     sent = 0
-    with connect(lab.client, VIP, 80, timeout=30) as sock:
+    with connect(lab.client, VIP, 80, timeout=DEADLINE) as sock:
         sock.sendall(f"stall {key}\n".encode())
         assert read_line(sock) == "ready"
 

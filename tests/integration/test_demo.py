@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.netlab import Namespace
+from tests.support.waiting import DEADLINE
 
 ROOT = Path(__file__).parents[2]
 POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
@@ -45,12 +46,12 @@ def demo(
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.communicate(timeout=60)
+                process.communicate(timeout=DEADLINE)
 
 
 def fetch(url: str) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=10) as answer:
+    with opener.open(url, timeout=DEADLINE) as answer:
         return answer.read()
 
 
@@ -76,7 +77,7 @@ def test_the_demo_serves_and_ends_at_once(folder):
         assert len({namespace.call(fetch, "http://127.0.0.1:30080/") for _ in range(6)}) == 1
 
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0, err
         assert b"Traceback" not in err
         assert out.count(b"127.96.0.10:8080") == 12
@@ -87,7 +88,7 @@ def test_a_second_demo_says_what_is_in_its_way(folder):
     command = [*POWERLESS, sys.executable, "-m", "proxyd", "demo", "--admin-socket", f"{folder}/other.sock"]
     with Namespace("demo") as namespace, demo(namespace, folder):
         second = namespace.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-        out, err = second.communicate(timeout=60)
+        out, err = second.communicate(timeout=DEADLINE)
     assert second.returncode == 1
     assert not out
     (line,) = err.decode().splitlines()
@@ -110,7 +111,7 @@ def test_what_a_killed_demo_left_is_removed_by_the_next(folder):
         with Namespace("demo") as namespace, demo(namespace, folder, temporary) as (process, _):
             (own,) = Path(temporary).glob("proxyd-demo-*")
             process.kill()
-            process.communicate(timeout=60)
+            process.communicate(timeout=DEADLINE)
             assert own.exists()
         with Namespace("demo") as namespace, demo(namespace, folder, temporary):
             assert not own.exists()

@@ -30,7 +30,7 @@ from tests.support.clients import (
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, endpoints_at, service, write
 from tests.support.netlab import EXTERNAL_IP, NODE_IP, Lab, Namespace, pod_ip
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 VIP = "10.96.0.10"
 OTHER_VIP = "10.96.0.20"
@@ -73,7 +73,7 @@ def test_without_a_live_endpoint_the_client_is_told(lab: Lab, manifests: Path, p
     proxyd().wait_listener(VIP, 80)
     # Nobody has that address, or listens on the port: the client is told, and does not hang.
     with pytest.raises(ConnectionError):
-        ask(lab.client, VIP, 80, timeout=60)
+        ask(lab.client, VIP, 80, timeout=DEADLINE)
 
 
 def test_an_endpoint_that_refuses_is_passed_over(lab: Lab, manifests: Path, proxyd: Run) -> None:
@@ -148,7 +148,7 @@ def test_draining_has_an_end(lab: Lab, manifests: Path, proxyd: Run) -> None:
     write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
     daemon = proxyd(flags=("--drain-timeout", "1s"))
     daemon.wait_listener(VIP, 80)
-    with connect(lab.client, VIP, 80, timeout=60) as sock:
+    with connect(lab.client, VIP, 80, timeout=DEADLINE) as sock:
         sock.sendall(b"echo\nbefore\n")
         assert read_line(sock) == "before"
         begin = time.monotonic()
@@ -162,7 +162,7 @@ def test_relays_from_before_the_endpoints_were_away_drain_too(lab: Lab, manifest
     write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
     daemon = proxyd(flags=("--drain-timeout", "1s"))
     daemon.wait_listener(VIP, 80)
-    with connect(lab.client, VIP, 80, timeout=60) as sock:
+    with connect(lab.client, VIP, 80, timeout=DEADLINE) as sock:
         sock.sendall(b"echo\nbefore\n")
         assert read_line(sock) == "before"
         write(manifests / "web.yaml", service("web", VIP), endpoints("web"))
@@ -288,7 +288,7 @@ def test_more_listeners_than_descriptors_leave_the_daemon_able_to_act(
     assert daemon.log().count("out of file descriptors") == 1
     (victim,) = daemon.worker_pids()
     os.kill(victim, signal.SIGKILL)
-    assert ask(lab.client, VIP, serving[0].port, timeout=10) == "pod-1"
+    assert ask(lab.client, VIP, serving[0].port, timeout=DEADLINE) == "pod-1"
     # What is missing is opened as soon as there is room for it.
     write(manifests / "all.yaml", *documents[200:400])
     daemon.wait_listeners(

@@ -38,7 +38,7 @@ from tests.support.netlab import (
     Namespace,
     routes_and_rules,
 )
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 VIP, VIP6 = "10.96.0.10", "fd96::10"
 VIPS = (VIP, VIP6)
@@ -371,14 +371,14 @@ def test_what_exists_already_is_not_broken(town: Lab, naming: Naming) -> None:
     everything = frozenset(key(ip, 80, protocol) for ip in VIPS for protocol in BOTH)
     assert node.call(guard.sync, frozenset(VIPS), everything | {key(VIP, 90)}) is None
     with town.client.socket() as client:
-        client.settimeout(5)
+        client.settimeout(DEADLINE)
         client.connect((VIP, 90))
         accepted, _ = listener.accept()
         with accepted, listener:
             assert node.call(guard.sync, frozenset(VIPS), everything) is None
             assert question(town.client, VIP, 90) == REFUSED
             client.sendall(b"to")
-            accepted.settimeout(5)
+            accepted.settimeout(DEADLINE)
             assert accepted.recv(10) == b"to"
             accepted.sendall(b"fro")
             assert client.recv(10) == b"fro"
@@ -490,7 +490,7 @@ def test_new_clients_are_refused_while_relays_live_on(town: Lab, naming: Naming)
     steering = Steering()
     with opened(town.node, spec(EXTERNAL_IP, 80, steered=True)) as listener, town.client.socket() as client:
         assert town.node.call(steering.set, {key(EXTERNAL_IP, 80): Action.LOCAL}) == {}
-        client.settimeout(5)
+        client.settimeout(DEADLINE)
         client.connect((EXTERNAL_IP, 80))
         accepted, _ = listener.accept()
         listener.close()
@@ -501,7 +501,7 @@ def test_new_clients_are_refused_while_relays_live_on(town: Lab, naming: Naming)
             for host in (town.node, town.client):
                 assert question(host, EXTERNAL_IP, 80) == REFUSED
             client.sendall(b"to")
-            accepted.settimeout(5)
+            accepted.settimeout(DEADLINE)
             assert accepted.recv(10) == b"to"
             accepted.sendall(b"fro")
             assert client.recv(10) == b"fro"

@@ -20,7 +20,7 @@ from tests.support.daemon import Proxyd
 from tests.support.kube_proxy import KubeProxy, OtherKubeProxy, get, run_once, userspace_rules
 from tests.support.manifests import endpoints, mount, service, write
 from tests.support.netlab import NODE_FAR_IP, NODE_IP, POD_PORT, Lab, Namespace
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"
@@ -203,7 +203,7 @@ def test_in_a_pod_without_a_kubeconfig(lab: Lab, folder: Path, monkeypatch: pyte
     key = ("-newkey", "rsa:2048", "-nodes", "-keyout", pki / "server.key")
     names = ("-subj", "/CN=kubernetes", "-addext", f"subjectAltName=IP:{NODE_IP}")
     openssl = ("openssl", "req", "-x509", *key, *names, "-days", "2", "-out", pki / "server.crt")
-    subprocess.run(openssl, check=True, capture_output=True, timeout=30)
+    subprocess.run(openssl, check=True, capture_output=True, timeout=DEADLINE)
     shutil.copyfile(pki / "server.crt", pki / "ca.crt")
 
     def give(token: str) -> None:
@@ -254,7 +254,7 @@ def test_gces_command_line_starts_it_unchanged(lab: Lab, folder: Path, cluster: 
         for pid in (daemon.pid, *daemon.workers()):
             assert oom_score(pid) == allowed(-998)
         daemon.process.send_signal(signal.SIGTERM)
-        assert daemon.process.wait(40) == 0
+        assert daemon.process.wait(DEADLINE) == 0
     assert "warning" not in daemon.log().split("{")[0]
 
 

@@ -16,7 +16,7 @@ from tests.support.clients import Load, refused
 from tests.support.clusterlab import NODE_1, Cluster, pod, slice_of, wait_who
 from tests.support.manifests import Document
 from tests.support.netlab import NODE_IP, POD_PORT, Lab
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 KUBECTL = shutil.which("kubectl")
 # `make test` installs it there; other systems may have no package of it.
@@ -49,7 +49,7 @@ class Operator:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=DEADLINE,
             check=False,
             env={**os.environ, "KUBECONFIG": str(self._kubeconfig), "HOME": str(self._cluster.folder)},
         )

@@ -19,7 +19,7 @@ from tests.support.clients import ask, connect, lines_of, many, refused
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 Run = Callable[..., Proxyd]
 VIP = "10.96.0.10"
@@ -34,7 +34,7 @@ class Answer:
     def __init__(
         self, namespace: Namespace, port: int, path: str, ip: str = "127.0.0.1", **headers: str
     ) -> None:
-        client = http.client.HTTPConnection(ip, port, timeout=10)
+        client = http.client.HTTPConnection(ip, port, timeout=DEADLINE)
         client.sock = connect(namespace, ip, port)
         try:
             client.request("GET", path, headers=headers)

@@ -279,7 +279,7 @@ def test_the_client_ends_first_and_the_answer_comes_late(worker):
 
     def late(conn: socket.socket) -> None:
         request = read_all(conn)
-        assert gate.wait(10)
+        assert gate.wait(DEADLINE)
         conn.sendall(b"late:" + request)
 
     front = worker.forward(worker.serve(late).port)
@@ -289,7 +289,7 @@ def test_the_client_ends_first_and_the_answer_comes_late(worker):
         client.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.recv(1)
-        client.settimeout(10)
+        client.settimeout(DEADLINE)
         gate.set()
         assert read_all(client) == b"late:question"
     worker.wait(lambda: worker.records)

@@ -20,7 +20,7 @@ from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.options import Options
 from proxyd.relay.worker import Worker
 from tests.support.netlab import Namespace
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 from tests.support.worker import WorkerDriver, echo, names, read_all
 
 MIB = 1 << 20
@@ -38,7 +38,7 @@ class InnerWorker(WorkerDriver):
         started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(Channel(theirs), started))
         self._thread.start()
-        assert started.wait(15)
+        assert started.wait(DEADLINE)
         self._listen_to(Channel(ours))
 
     def _run(self, channel: Channel, started: threading.Event) -> None:
@@ -106,7 +106,7 @@ def leave_few_ports(node: Namespace) -> None:
 def connect_from(node: Namespace, source: str, address: tuple[str, int]) -> socket.socket:
     """Connect from an address of the client's own, so that it is not the clients' ports that run out."""
     sock = node.socket()
-    sock.settimeout(30)
+    sock.settimeout(DEADLINE)
     sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     sock.bind((source, 0))
     sock.connect(address)
@@ -209,7 +209,7 @@ def test_reads_are_small_while_much_is_kept_and_everything_arrives(
     clients = []
     for _ in range(40):
         client = socket.socket()
-        client.settimeout(30)
+        client.settimeout(DEADLINE)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(front.address)
         clients.append(client)

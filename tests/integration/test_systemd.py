@@ -20,7 +20,7 @@ from tests.support.manifests import endpoints, endpoints_at, service, write
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, routes_and_rules
 from tests.support.service_manager import Manager
 from tests.support.systemd_machine import POD_IP, REPOSITORY, Machine, real_root
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 UNIT = "/usr/local/lib/systemd/system/proxyd.service"
 VIP = "10.96.0.10"
@@ -230,7 +230,7 @@ def test_a_user_with_two_capabilities_may_do_it_all(lab: Lab, folder: Path, mani
                 assert ask(lab.outside, "80.11.12.10", 80) == "pod-1"
             finally:
                 process.terminate()
-                assert process.wait(60) == 0
+                assert process.wait(DEADLINE) == 0
     assert routes_and_rules(lab.node) == clean
 
 
@@ -370,21 +370,22 @@ def test_wrong_flags_are_not_tried_for_ever(machine: Machine) -> None:
 def test_an_installed_proxyd_runs_and_is_removed(tree: Path, folder: Path) -> None:
     destination = folder / "root"
     env = {**os.environ, "DESTDIR": str(destination), "PREFIX": str(folder / "opt"), "PYTHON": sys.executable}
-    subprocess.run([tree / "install.sh"], env=env, check=True, timeout=60)
+    subprocess.run([tree / "install.sh"], env=env, check=True, timeout=DEADLINE)
     installed = destination / str(folder / "opt").lstrip("/")
     assert (installed / "lib/systemd/system/proxyd.service").read_text().count(
         f"{folder}/opt/bin/proxyd run"
     ) == 1
     mine = destination / "etc/default/proxyd"
     mine.write_text("PROXYD_OPTS=-v\n")
-    subprocess.run([tree / "install.sh"], env=env, check=True, timeout=60)  # over itself, as an upgrade is
+    # Over itself, as an upgrade is.
+    subprocess.run([tree / "install.sh"], env=env, check=True, timeout=DEADLINE)
     assert mine.read_text() == "PROXYD_OPTS=-v\n"
     installed.rename(folder / "opt")
     with Namespace("installed") as namespace:  # without any network
         said = namespace.run(str(folder / "opt/bin/proxyd"), "version")
     assert said.startswith("proxyd ")
     (folder / "opt").rename(installed)
-    subprocess.run([tree / "uninstall.sh"], env=env, check=True, timeout=60)
+    subprocess.run([tree / "uninstall.sh"], env=env, check=True, timeout=DEADLINE)
     left = sorted(str(path.relative_to(destination)) for path in destination.rglob("*") if path.is_file())
     assert left == ["etc/default/proxyd", "etc/proxyd/manifests/README"]
 
@@ -395,7 +396,7 @@ def test_another_python_is_refused(tree: Path, folder: Path) -> None:
     wrong.chmod(0o755)
     env = {**os.environ, "DESTDIR": str(folder / "root"), "PYTHON": str(wrong)}
     done = subprocess.run(
-        [tree / "install.sh"], env=env, check=False, capture_output=True, text=True, timeout=60
+        [tree / "install.sh"], env=env, check=False, capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 1
     assert done.stderr.startswith("install.sh: error: this build is for python3.")

@@ -76,7 +76,7 @@ def test_replies_come_from_the_address_that_was_asked(worker: WorkerDriver) -> N
         number = balancer(worker, servers)
         fronts = [listen(worker, number, host=f"127.0.0.{i}") for i in range(1, 6)]
         with bound() as client:
-            client.settimeout(5)
+            client.settimeout(DEADLINE)
             for front in fronts:
                 client.sendto(b"x", front.address)
                 assert client.recvfrom(100) == (b"x", front.address)
@@ -113,7 +113,7 @@ def test_a_reply_under_way_survives_the_removal(worker: WorkerDriver) -> None:
 
     def slow(data: bytes) -> list[bytes]:
         asked.set()
-        go.wait(10)
+        go.wait(DEADLINE)
         return [b"late"]
 
     with serving(slow, named(b"b")) as servers:
@@ -121,7 +121,7 @@ def test_a_reply_under_way_survives_the_removal(worker: WorkerDriver) -> None:
         front = listen(worker, number)
         with front.client() as client:
             client.send(b"?")
-            assert asked.wait(5)
+            assert asked.wait(DEADLINE)
             balancer(worker, servers[1:], number=number, first=1001)
             go.set()
             assert client.recv(100) == b"late"
@@ -184,7 +184,7 @@ def test_source_ranges(worker: WorkerDriver) -> None:
         wait_for(lambda: worker.total(number, s.REFUSED) == 1)
         assert not servers[0].seen
         with bound("127.0.0.2") as client:
-            client.settimeout(5)
+            client.settimeout(DEADLINE)
             client.sendto(b"?", front.address)
             assert client.recv(100) == b"a ?"
 
@@ -308,7 +308,7 @@ def test_ten_thousand_clients(worker: WorkerDriver) -> None:
 def _from(i: int, address: tuple[str, int]) -> socket.socket:
     """A client on an address of its own: the node's local ports are for the worker."""
     client = bound(f"127.1.{i >> 8}.{i & 255}", 5000)
-    client.settimeout(5)
+    client.settimeout(DEADLINE)
     client.connect(address)
     return client
 
@@ -445,7 +445,7 @@ def test_a_client_port_that_is_used_again(worker: WorkerDriver) -> None:
         front = listen(worker, number)
         for i in range(5):
             with bound("127.0.0.9", 4242) as client:
-                client.settimeout(5)
+                client.settimeout(DEADLINE)
                 client.connect(front.address)
                 assert query(client, b"%d" % i) == b"a %d" % i
         assert worker.total(number, s.OPENED) == 1
@@ -494,7 +494,7 @@ def test_trains(worker: WorkerDriver, host: str) -> None:
             # From the endpoint, which sends trains of its own.
             balancer(worker, [endpoint.getsockname()[1]], number=number, first=1001, host=host)
             client.send(b"?")
-            endpoint.settimeout(5)
+            endpoint.settimeout(DEADLINE)
             _, peer = endpoint.recvfrom(100)
             endpoint.connect(peer)
             for i in range(100):
@@ -530,14 +530,14 @@ def test_shutdown_waits_for_a_reply_under_way() -> None:
 
     def slow(_data: bytes) -> list[bytes]:
         asked.set()
-        go.wait(10)
+        go.wait(DEADLINE)
         return [b"late"]
 
     with running() as worker, serving(slow) as servers:
         front = listen(worker, balancer(worker, servers))
         with front.client() as client:
             client.send(b"?")
-            assert asked.wait(5)
+            assert asked.wait(DEADLINE)
             worker.shutdown(100)
             time.sleep(0.2)
             assert worker.process.poll() is None

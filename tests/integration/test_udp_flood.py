@@ -14,7 +14,7 @@ from tests.support.daemon import Proxyd, resident_kib
 from tests.support.dns import NODE_PORT, answers, dns_endpoints, dns_service, echo, port_figures, programs
 from tests.support.manifests import write
 from tests.support.netlab import NODE_IP, Lab, Namespace
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 FLOOD = 1_000_000
 CHUNK = 1000
@@ -58,7 +58,7 @@ def test_a_million_clients(lab: Lab, manifests: Path, proxyd: Run) -> None:
         daemon = proxyd()
         daemon.wait_listener(NODE_IP, NODE_PORT)
         wait_for(lambda: answers(lab.outside, NODE_IP, NODE_PORT), "an answer")
-        client.settimeout(20)
+        client.settimeout(DEADLINE)
         client.connect((NODE_IP, NODE_PORT))
         spoofer = Spoofer(lab.outside, NODE_IP, NODE_PORT)
         (worker,) = daemon.worker_pids()

@@ -42,7 +42,7 @@ from tests.support.netlab import (
     pod_ip,
     routes_and_rules,
 )
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 EXTERNAL_IP6 = "2001:db8:5::10"  # nobody's
 UDP_SEGMENT = 103  # linux/udp.h
@@ -74,7 +74,9 @@ def resolver(pod: Namespace) -> subprocess.Popen[bytes]:
 def dig(host: Namespace, server: str, name: str, *options: str, port: int = 53) -> str:
     """The answer of `dig`; "" where there is none."""
     argv = ["dig", f"@{server}", "-p", str(port), name, "TXT", "+tries=1", "+time=10", *options]
-    return host.call(subprocess.run, argv, capture_output=True, text=True, timeout=60, check=False).stdout
+    return host.call(
+        subprocess.run, argv, capture_output=True, text=True, timeout=DEADLINE, check=False
+    ).stdout
 
 
 def refused(host: Namespace, ip: str, port: int = 53) -> bool:
@@ -129,7 +131,7 @@ def test_dnsperf(lab: Lab, folder: Path, manifests: Path, proxyd: Run) -> None:
         wait_for(lambda: "pod-" in dig(lab.client, VIP, "who.test"), "an answer")
         done = lab.client.run(
             *("dnsperf", "-s", VIP, "-d", str(queries), "-n", "5000", "-c", "100", "-Q", "5000", "-e"),
-            timeout=60,
+            timeout=DEADLINE,
         )
     assert "Queries completed:    10000 (100.00%)" in done
     assert "Queries lost:         0 (0.00%)" in done
@@ -195,7 +197,7 @@ def test_endpoints_come_and_go(lab: Lab, manifests: Path, proxyd: Run) -> None:
         daemon = proxyd(workers=2)
         daemon.wait_listener(VIP, 53)
         with lab.client.socket(kind=socket.SOCK_DGRAM) as sock:
-            sock.settimeout(15)
+            sock.settimeout(DEADLINE)
             sock.connect((VIP, 53))
 
             def who() -> bytes:
@@ -306,7 +308,7 @@ def test_metrics(lab: Lab, manifests: Path, proxyd: Run) -> None:
         daemon = proxyd(workers=2)
         daemon.wait_listener(VIP, 53)
         wait_for(lambda: answers(lab.client, pod_ip(1), DNS_PORT), "the server")
-        client.settimeout(10)
+        client.settimeout(DEADLINE)
         client.connect((VIP, 53))
         for _ in range(50):
             client.send(b"x" * 200)
@@ -365,7 +367,7 @@ def test_a_worker_that_dies(lab: Lab, manifests: Path, proxyd: Run) -> None:
         daemon = proxyd(workers=2)
         daemon.wait_listener(VIP, 53)
         wait_for(lambda: answers(lab.client, VIP), "an answer")
-        client.settimeout(20)
+        client.settimeout(DEADLINE)
         client.connect((VIP, 53))
         for i in range(2):
             client.send(b"before %d" % i)
@@ -396,11 +398,11 @@ def test_a_narrow_link_to_the_endpoint(lab: Lab, manifests: Path, proxyd: Run) -
             wait_for(lambda: answers(lab.client, VIP), "an answer")
             data = os.urandom(1200)
             # Nobody knows yet how narrow the link is.
-            assert ask(lab.client, VIP, data=data, timeout=10) == data
-            assert ask(lab.client, VIP, data=data * 10, timeout=10) == data * 10
+            assert ask(lab.client, VIP, data=data, timeout=DEADLINE) == data
+            assert ask(lab.client, VIP, data=data * 10, timeout=DEADLINE) == data * 10
             # Nor do trains of datagrams fit: they are taken apart.
             with lab.client.socket(kind=socket.SOCK_DGRAM) as client:
-                client.settimeout(10)
+                client.settimeout(DEADLINE)
                 client.connect((VIP, 53))
                 for _ in range(2):
                     client.send(b"who")

@@ -19,7 +19,7 @@ from tests.support.daemon import Proxyd, is_alive
 from tests.support.manifests import endpoints, service, write
 from tests.support.netlab import EXTERNAL_IP, NODE_IP, Lab, routes_and_rules
 from tests.support.service_manager import Manager
-from tests.support.waiting import wait_for
+from tests.support.waiting import DEADLINE, wait_for
 
 VIP = "10.96.0.10"
 
@@ -51,7 +51,7 @@ def echo(stack: ExitStack, lab: Lab) -> socket.socket:
 
 def upgrade(daemon: Proxyd) -> None:
     pid, before = daemon.pid, daemon.status()["started"]
-    done = daemon.cli("upgrade", timeout=100)
+    done = daemon.cli("upgrade", timeout=DEADLINE)
     assert done.returncode == 0, f"{done.stderr}\n{daemon.log()}"
     assert done.stdout.startswith("proxyd ")
     now = daemon.status()
@@ -130,7 +130,7 @@ def test_a_program_that_would_not_start_takes_nothing_over(lab: Lab, manifests: 
     daemon.wait_listener(VIP, 80)
     workers, before = daemon.worker_pids(), daemon.status()["started"]
     shutil.move(manifests, manifests.with_name("away"))
-    done = daemon.cli("upgrade", timeout=100)
+    done = daemon.cli("upgrade", timeout=DEADLINE)
     assert done.returncode == 1
     assert "the new program would not start: " in done.stderr
     assert "no such file or folder" in done.stderr
@@ -151,7 +151,7 @@ def test_a_program_of_another_handover_takes_nothing_over(
     other.mkdir()
     (other / "__init__.py").touch()
     (other / "__main__.py").write_text("print('proxyd-handover 0')")
-    done = daemon.cli("upgrade", timeout=100)
+    done = daemon.cli("upgrade", timeout=DEADLINE)
     shutil.rmtree(other)
     assert done.returncode == 1
     assert "handovers are of different versions: restart the daemon" in done.stderr
@@ -200,7 +200,7 @@ def test_nodeports_external_ips_and_udp_go_on(lab: Lab, manifests: Path, proxyd:
         stack.enter_context(dns.programs(dns.echo(lab.pods[0])))
         wait_for(lambda: dns.answers(lab.client, dns.VIP), "the resolver")
         flow = stack.enter_context(lab.client.socket(kind=socket.SOCK_DGRAM))
-        flow.settimeout(10)
+        flow.settimeout(DEADLINE)
         flow.connect((dns.VIP, 53))
         flow.send(b"before")
         assert flow.recv(100) == b"before"

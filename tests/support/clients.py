@@ -27,7 +27,7 @@ def new_key() -> str:
     return f"key-{next(_keys)}"
 
 
-def connect(namespace: Namespace, ip: str, port: int, timeout: float = 5) -> socket.socket:
+def connect(namespace: Namespace, ip: str, port: int, timeout: float = 20) -> socket.socket:
     """A connected blocking TCP socket.
 
     Raises:
@@ -65,7 +65,7 @@ def read_line(sock: socket.socket) -> str:
     return line.decode().strip()
 
 
-def ask(namespace: Namespace, ip: str, port: int, command: str = "who", timeout: float = 5) -> str:
+def ask(namespace: Namespace, ip: str, port: int, command: str = "who", timeout: float = 20) -> str:
     """The answer of the server behind ip:port to one command.
 
     Raises:
@@ -106,7 +106,7 @@ def answers(namespace: Namespace, ip: str, port: int, timeout: float = 2) -> boo
         return False
 
 
-def answer(namespace: Namespace, ip: str, port: int, timeout: float = 5) -> str:
+def answer(namespace: Namespace, ip: str, port: int, timeout: float = 20) -> str:
     """Who answers there; "" for nobody, whatever the reason."""
     try:
         return ask(namespace, ip, port, timeout=timeout)
@@ -152,7 +152,7 @@ class Outcome:
             self.seconds.setdefault(name, []).append(seconds)
 
 
-def one(outcome: Outcome, namespace: Namespace, ip: str, port: int, timeout: float = 8) -> None:
+def one(outcome: Outcome, namespace: Namespace, ip: str, port: int, timeout: float = 30) -> None:
     """Make one connection, ask who serves it, and record what came of it."""
     begin = time.monotonic()
     try:
