@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -97,6 +98,13 @@ class Worker:
         if self._stopped:
             return
         self._stopped = True
+        try:
+            self._close_everything()
+        except Exception:  # noqa: BLE001 - it must end all the same: nobody else would end it
+            traceback.print_exc()
+        self._on_stopped(code)
+
+    def _close_everything(self) -> None:
         self._plane.on_empty = None
         for listener in list(self._listeners.values()):
             listener.close()
@@ -111,7 +119,6 @@ class Worker:
         self._reporter.stop()
         self._plane.shut()
         self._channel.close()
-        self._on_stopped(code)
 
     # -- what control says -----------------------------------------------------------------------------------
 

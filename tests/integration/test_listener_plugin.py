@@ -217,6 +217,29 @@ def test_the_optional_parts_of_the_interface(
             assert said(third) == b"drained."
 
 
+def test_a_listener_that_can_not_be_closed_keeps_no_worker_alive(
+    installed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would spin on its closed channel."""
+    folder = installed("GREETING = acme_stuck:Stuck")
+    (folder / "acme_stuck.py").write_text(
+        "from acme_relay import Parrot\n\n\n"
+        "class Stuck(Parrot):\n    def close(self):\n        raise RuntimeError('stuck')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    with WorkerDriver() as worker, listen() as sock:
+        config = ListenerConfig(
+            worker.id(), worker.balancer([1]), "GREETING", "x", implementation="acme_stuck:Stuck"
+        )
+        worker.apply(listeners=[config], descriptors=[sock.fileno()])
+        with connect_local(sock) as client:
+            assert client.recv(100) == b"prod/web at x"
+        worker.channel.close()
+        assert worker.process.wait(DEADLINE) == 1
+        assert worker.process.stderr is not None
+        assert b"RuntimeError: stuck" in worker.process.stderr.read()
+
+
 def connect_local(sock: socket.socket) -> socket.socket:
     return socket.create_connection(sock.getsockname(), DEADLINE)
 
