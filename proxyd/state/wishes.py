@@ -28,6 +28,8 @@ from proxyd.state.spec import (
     status_of,
 )
 
+# Characters that the source ranges of a listener may have together: they are told to workers in one message.
+MAX_SOURCE_RANGES = 100_000
 _GATES = {Protocol.SCTP: "SCTPSupport"}
 
 
@@ -205,6 +207,12 @@ def _listener(
                 f"the Service has no IPv{family} clusterIP; add IPv{family} to spec.ipFamilies, and for "
                 "manifests such a range to --service-cluster-ip-range"
             ),
+        )
+    ranges = listener.source_ranges
+    if sum(map(len, ranges)) + 3 * len(ranges) > MAX_SOURCE_RANGES:
+        refusal = (
+            ListenerState.FAILED,
+            f"{len(ranges)} loadBalancerSourceRanges are more than a listener can have: use larger ranges",
         )
     if frontend.role is Role.CLUSTER_IP and not options.vip_mode.serve:
         refusal = (ListenerState.DISABLED, "--vip-mode=none")

@@ -109,6 +109,23 @@ def test_load_balancer_addresses_with_their_source_ranges() -> None:
     assert spec.role is Role.LOAD_BALANCER
 
 
+def test_more_source_ranges_than_workers_can_be_told_admit_nobody() -> None:
+    balancer = LoadBalancerStatus(ingress=(LoadBalancerIngress(ip="203.0.113.10"),))
+    ranges = tuple(f"10.{n >> 8}.{n & 255}.0/24" for n in range(8000))
+    one = service(
+        type=ServiceType.LOAD_BALANCER,
+        load_balancer_source_ranges=ranges,
+        status=ServiceStatus(load_balancer=balancer),
+    )
+    state = desired(one)
+    assert keys(state) == {"10.96.0.10:80/TCP"}
+    assert reasons(state) == {
+        "203.0.113.10:80/TCP": (
+            "Failed: 8000 loadBalancerSourceRanges are more than a listener can have: use larger ranges"
+        )
+    }
+
+
 def test_addresses_of_a_family_that_the_service_has_not_are_left_alone() -> None:
     balanced = ServiceStatus(
         load_balancer=LoadBalancerStatus(ingress=(LoadBalancerIngress(ip="2001:db8::5"),))

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import socket
 import zlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,16 +16,29 @@ from proxyd.api.service import Protocol
 from proxyd.control.workers.slot_allocator import SlotAllocator
 from proxyd.relay import registry
 from proxyd.relay.ipc.messages import MAX_DESCRIPTORS, Apply, BalancerConfig, CloseListener, ListenerConfig
-from proxyd.relay.ipc.slots import FIELDS, Slots
-from proxyd.state.spec import BalancerKey, BalancerSpec, Home, ListenerKey, ListenerSpec, ServicePortName
+from proxyd.relay.ipc.slots import FIELDS, MAX_SLOTS, Slots
+from proxyd.state.spec import (
+    BalancerKey,
+    BalancerSpec,
+    Endpoint,
+    Home,
+    ListenerKey,
+    ListenerSpec,
+    ServicePortName,
+)
 
 _T = TypeVar("_T")
+_Config = TypeVar("_Config", BalancerConfig, ListenerConfig)
 
-# Of one balancer, as it must fit into one message; further ones are left out. Kubernetes caps Endpoints at
-# 1,000.
+# Endpoints of one balancer, as it must fit into one message: of IPv4, and where addresses may be of IPv6.
+# Further ones are left out. Kubernetes caps Endpoints at 1,000.
 MAX_ENDPOINTS = 4000
-# Endpoints in one part of an update: about 60 KB.
-_PART_ENDPOINTS = 2000
+_MAX_LONG_ENDPOINTS = 2300
+# Bytes that configurations may take of one message; MAX_BYTES leaves room for the rest. One takes at most so
+# many for itself, names included, and for each endpoint, whose address may be an IPv6 one in full.
+_PART_BYTES = 120_000
+_CONFIG_BYTES = 200
+_ENDPOINT_BYTES = 51
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +95,8 @@ class Publication:
         self._workers = max(workers, 1)
         self._rows = SlotAllocator(slots)
         self._ids = itertools.count(1)
+        # For balancers that found no row free: they share the spare one, but workers have to tell them apart.
+        self._rowless = itertools.count(MAX_SLOTS)
         self._configs: dict[BalancerKey, BalancerConfig] = {}
         self._specs: dict[BalancerKey, BalancerSpec] = {}
         self._counted: dict[ServicePortName, set[BalancerKey]] = {}
@@ -98,13 +113,14 @@ class Publication:
         if old is not None:
             for endpoint in set(old.endpoints).difference(spec.endpoints):
                 self._rows.give_back((key, endpoint))
+        endpoints = _those_that_fit(spec)
         config = BalancerConfig(
-            id=self._rows.take(key),
+            id=self._number(key),
             name=str(key.service_port),
-            endpoints=[(e.ip, e.port, self._rows.take((key, e))) for e in spec.endpoints[:MAX_ENDPOINTS]],
+            endpoints=[(e.ip, e.port, self._rows.take((key, e))) for e in endpoints],
             affinity_seconds=spec.affinity_seconds,
             udp_idle_seconds=spec.udp_idle_seconds,
-            further={ip: list(others) for ip, others in spec.further.items()},
+            further={e.ip: list(spec.further[e.ip]) for e in endpoints if e.ip in spec.further},
         )
         self._specs[key] = spec
         self._configs[key] = config
@@ -114,6 +130,10 @@ class Publication:
             # With affinity one worker owns the listeners, without it all do.
             for held in [held for held in self._sockets() if held.spec.balancer == key]:
                 self._reissue(held, held.spec, None)
+
+    def _number(self, key: BalancerKey) -> int:
+        known = self._configs.get(key)
+        return known.id if known is not None else self._rows.take(key) or next(self._rowless)
 
     def drop_balancer(self, key: BalancerKey) -> None:
         """Remove a balancer. Its key keeps the counters and the round-robin position until `forget`."""
@@ -245,11 +265,14 @@ class Publication:
         """
         listeners = [held for held in update.listeners.values() if held.owner in (None, worker)]
         close = [one for one, owner in update.close if owner in (None, worker)]
-        for chunk in _by_endpoints(update.balancers):
-            yield Apply(update.generation, last=False, balancers=chunk), []
+        for balancers in _by_weight(update.balancers):
+            yield Apply(update.generation, last=False, balancers=balancers), []
         for some in _chunks(listeners, MAX_DESCRIPTORS):
-            configs = [self.listener_config(held) for held in some]
-            yield Apply(update.generation, last=False, listeners=configs), some
+            first = 0
+            for configs in _by_weight([self.listener_config(held) for held in some]):
+                these = some[first : first + len(configs)]
+                yield Apply(update.generation, last=False, listeners=configs), these
+                first += len(these)
         for closing in _chunks(close, 2000):
             yield Apply(update.generation, last=False, close=closing), []
         for ids in _chunks(update.drop_balancers, 2000):
@@ -316,14 +339,40 @@ def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:
         yield items[first : first + size]
 
 
-def _by_endpoints(configs: list[BalancerConfig]) -> Iterator[list[BalancerConfig]]:
-    chunk: list[BalancerConfig] = []
-    count = 0
+def _by_weight(configs: Iterable[_Config]) -> Iterator[list[_Config]]:
+    """Lists of configurations, each of which fits into one message."""
+    chunk: list[_Config] = []
+    total = 0
     for config in configs:
-        if chunk and count + len(config.endpoints) + 1 > _PART_ENDPOINTS:
+        weight = _weight(config)
+        if chunk and total + weight > _PART_BYTES:
             yield chunk
-            chunk, count = [], 0
+            chunk, total = [], 0
         chunk.append(config)
-        count += len(config.endpoints) + 1
+        total += weight
     if chunk:
         yield chunk
+
+
+def _weight(config: BalancerConfig | ListenerConfig) -> int:
+    """How many bytes it takes at most."""
+    if isinstance(config, ListenerConfig):
+        return _CONFIG_BYTES + sum(3 + len(one) for one in config.source_ranges)
+    addresses = len(config.endpoints)
+    if config.further:
+        addresses += sum(1 + len(others) for others in config.further.values())
+    return _CONFIG_BYTES + _ENDPOINT_BYTES * addresses
+
+
+def _those_that_fit(spec: BalancerSpec) -> Sequence[Endpoint]:
+    """The endpoints that one message has room for."""
+    room = MAX_ENDPOINTS if spec.key.family == 4 and not spec.further else _MAX_LONG_ENDPOINTS
+    if not spec.further:
+        return spec.endpoints[:room]
+    fit = []
+    for endpoint in spec.endpoints:
+        room -= 2 + len(spec.further.get(endpoint.ip, ()))
+        if room < 0:
+            break
+        fit.append(endpoint)
+    return fit
