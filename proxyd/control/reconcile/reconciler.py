@@ -93,6 +93,7 @@ class Reconciler:
         self._carried_out: HostState | None = None
         self._balancers: dict[BalancerKey, BalancerSpec] = {}
         self._listeners: dict[ListenerKey, ListenerSpec] = {}
+        self._idle: set[BalancerKey] = set()  # dropped, but their counters are kept for their service port
         self._ending: dict[int, Ending] = {}  # by the listener's number
         # The keys of `desired.unopened`, computed when they are first needed.
         self._unopened: set[tuple[ListenerKey, ServicePortName]] | None = None
@@ -123,6 +124,7 @@ class Reconciler:
             publish: sends an update to the workers. It is called several times if there is much to do, so
                 that they work while the rest is done.
         """
+        unopened_before = self.desired.unopened
         self.desired, self._unopened = desired, None
         before, self._carried_out = self._carried_out, None
         todo = plan(before or self.observed, desired.host)
@@ -143,7 +145,7 @@ class Reconciler:
         for balancer in todo.drop_balancers:
             self._publication.drop_balancer(balancer)
             del self._balancers[balancer]
-        self._forget(todo)
+        self._forget(todo, unopened_before)
         self._keep_relays(crew)
         self._addresses.settle(todo, self._listeners, self._held_keys())
         for key in [key for key in self.failures if key not in desired.host.listeners]:
@@ -366,11 +368,19 @@ class Reconciler:
         held = {key for ending in self._ending.values() if ending.holds for key in ending.retired.keys}
         return held | self._old_workers.keys() if self._old_workers else held
 
-    def _forget(self, todo: Plan) -> None:
-        if not todo.drop_balancers:
+    def _forget(self, todo: Plan, before: tuple[ListenerStatus, ...]) -> None:
+        """Free the counters of balancers whose service port is gone: often some time after its endpoints.
+
+        Args:
+            todo: the plan.
+            before: what was not to be opened before it.
+        """
+        self._idle.update(todo.drop_balancers)
+        self._idle.difference_update(spec.key for spec in todo.set_balancers)
+        if not self._idle or not (todo.drop_balancers or self.desired.unopened is not before):
             return
-        wished = {status.service_port for status in self.desired.unopened}
-        wished |= {spec.service_port for spec in self._listeners.values()}
-        for key in todo.drop_balancers:
-            if key.service_port not in wished:
-                self._publication.forget(key)
+        wanted = {status.service_port for status in self.desired.unopened}
+        wanted |= {spec.service_port for spec in self.desired.host.listeners.values()}
+        for key in [key for key in self._idle if key.service_port not in wanted]:
+            self._publication.forget(key)
+            self._idle.remove(key)
