@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import socket
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
-from typing import TYPE_CHECKING
 
+from proxyd.relay.engine.balancer import Endpoint
 from proxyd.relay.engine.dialling import SHORTAGES
-from proxyd.relay.sctp.shared import SO_RCVBUFFORCE, SO_SNDBUFFORCE
+from proxyd.relay.sctp.shared import SO_RCVBUFFORCE, SO_SNDBUFFORCE, Shared
 from proxyd.state.sctpsocket import (
     CONNECTX,
     EVENTS,
@@ -25,10 +25,6 @@ from proxyd.state.sctpsocket import (
     read_initmsg,
     status,
 )
-
-if TYPE_CHECKING:
-    from proxyd.relay.engine.balancer import Endpoint
-    from proxyd.relay.sctp.shared import Shared
 
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 _INITMSG_BYTES = 8
