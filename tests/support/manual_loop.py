@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pytest
+
+T = TypeVar("T")
 
 DEADLINE = 30.0
 
@@ -39,6 +41,13 @@ class ManualLoop(asyncio.SelectorEventLoop):
             if self._raised:
                 context = self._raised.pop(0)
                 raise context.get("exception") or AssertionError(context["message"])
+
+    def call(self, make: Callable[[], T]) -> T:
+        """What `make()` gives, called in a turn: for what asks for the running loop."""
+        made: list[T] = []
+        self.call_soon(lambda: made.append(make()))
+        self.turn()
+        return made[0]
 
     def advance(self, seconds: float) -> None:
         """Let time pass, and run what is due then."""

@@ -114,7 +114,7 @@ class Supervisor:
         self._events: Events
         self._summariser = summariser
         self._deaths: dict[int, int] = {}
-        self._timers: set[asyncio.TimerHandle] = set()
+        self._starts: dict[int, asyncio.TimerHandle] = {}  # of workers that are to be started again
         self._stopping = False
         self._gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -175,9 +175,7 @@ class Supervisor:
 
     async def stop(self, drain: float) -> None:
         """Let the workers finish what they relay, for at most `drain` seconds, then end them."""
-        self._stopping = True
-        for timer in self._timers:
-            timer.cancel()
+        self._start_none()
         for worker in self.workers.values():
             worker.outgoing.append((Shutdown(drain), []))
             self._flush(worker)
@@ -190,43 +188,54 @@ class Supervisor:
 
     def kill(self) -> None:
         """End every worker at once."""
-        self._stopping = True
+        self._start_none()
         for worker in list(self.workers.values()):
             self._remove(worker)
+
+    def _start_none(self) -> None:
+        self._stopping = True
+        for timer in self._starts.values():
+            timer.cancel()
 
     def _spawn(self, index: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         send_much(ours)
-        with theirs:
-            if self.count == 0:
-                worker = self._in_process(index, ours, theirs.dup())
-            else:
-                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                    [
-                        sys.executable,
-                        "-m",
-                        "proxyd.relay.worker",
-                        f"--channel-fd={theirs.fileno()}",
-                        f"--slots-fd={self._slots.fd}",
-                        f"--index={index}",
-                        f"--options={self._options.encode()}",
-                    ],
-                    pass_fds=(theirs.fileno(), self._slots.fd),
-                    stdin=subprocess.DEVNULL,
-                    process_group=0,  # out of reach of a terminal's Ctrl-C: control decides when they end
-                )
-                pidfd = os.pidfd_open(process.pid)
-                worker = Worker(index, process, pidfd, Channel(ours), time.monotonic())
-                self._loop.add_reader(pidfd, self._exited, worker)
+        make = self._in_process if self.count == 0 else self._process
+        try:
+            with theirs:
+                worker = make(index, ours, theirs)
+        except OSError:
+            ours.close()
+            raise
         self.workers[index] = worker
         self._loop.add_reader(worker.channel.fileno(), self._readable, worker)
         self._tell(worker, self._publication.full())
+
+    def _process(self, index: int, ours: socket.socket, theirs: socket.socket) -> Worker:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [
+                sys.executable,
+                "-m",
+                "proxyd.relay.worker",
+                f"--channel-fd={theirs.fileno()}",
+                f"--slots-fd={self._slots.fd}",
+                f"--index={index}",
+                f"--options={self._options.encode()}",
+            ],
+            pass_fds=(theirs.fileno(), self._slots.fd),
+            stdin=subprocess.DEVNULL,
+            process_group=0,  # out of reach of a terminal's Ctrl-C: control decides when they end
+        )
+        pidfd = os.pidfd_open(process.pid)
+        worker = Worker(index, process, pidfd, Channel(ours), time.monotonic())
+        self._loop.add_reader(pidfd, self._exited, worker)
+        return worker
 
     def _in_process(self, index: int, ours: socket.socket, theirs: socket.socket) -> Worker:
         # Only with --workers=0 does control import the data plane.
         import proxyd.relay.worker as data_plane  # noqa: PLC0415
 
-        data_plane.Worker(self._loop, Channel(theirs), self._slots, index, self._options).start()
+        data_plane.Worker(self._loop, Channel(theirs.dup()), self._slots, index, self._options).start()
         return Worker(index, None, -1, Channel(ours), time.monotonic())
 
     def _tell(self, worker: Worker, update: Update) -> None:
@@ -365,20 +374,18 @@ class Supervisor:
         steady = time.monotonic() - worker.started > STEADY_SECONDS
         deaths = self._deaths[worker.index] = 0 if steady else self._deaths.get(worker.index, 0) + 1
         pause = 0.0 if deaths <= 1 else min(0.05 * 2**deaths, MAX_PAUSE_SECONDS)
-        timer: asyncio.TimerHandle
+        self._start_after(pause, worker.index)
 
-        def again() -> None:
-            self._timers.discard(timer)
-            try:
-                self._spawn(worker.index)
-            except OSError as error:
-                why = str(error)
-                log.warning("worker can't be started: tried again in 5 s", worker=worker.index, error=why)
-                later = self._loop.call_later(MAX_PAUSE_SECONDS, again)
-                self._timers.add(later)
+    def _start_after(self, seconds: float, index: int) -> None:
+        self._starts[index] = self._loop.call_later(seconds, self._start_again, index)
 
-        timer = self._loop.call_later(pause, again)
-        self._timers.add(timer)
+    def _start_again(self, index: int) -> None:
+        del self._starts[index]
+        try:
+            self._spawn(index)
+        except OSError as error:
+            log.warning("worker can't be started: tried again in 5 s", worker=index, error=str(error))
+            self._start_after(MAX_PAUSE_SECONDS, index)
 
     def _settle_counters(self, index: int) -> None:
         """What a dead worker had open is closed."""
