@@ -19,7 +19,7 @@ def address_text(ip: str, port: int) -> str:
 
 
 class BalancerConfig(msgspec.Struct, frozen=True, array_like=True):
-    """One balancer: `id` is its round-robin slot and its counter slot. One beyond the slots has the spare one."""
+    """One balancer. `id` is its round-robin slot and counter slot; one beyond the slots has the spare one."""
 
     id: int
     name: str  # of the service port, for logs and connection records
