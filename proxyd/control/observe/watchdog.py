@@ -115,8 +115,10 @@ class Watchdog:
         try:
             self._look()
         except Exception as error:  # noqa: BLE001 - whatever it is, the manager is not fed
-            self.wrong = f"the health check failed: {describe(error)}"
-            log.error(self.wrong)  # noqa: TRY400 - one line is what an operator needs; it names the place
+            wrong = f"the health check failed: {describe(error)}"
+            if wrong != self.wrong:
+                log.error(wrong)  # noqa: TRY400 - one line is what an operator needs; it names the place
+            self.wrong = wrong
         self._timer = self._loop.call_later(self._tick_every, self._tick)
 
     def _look(self) -> None:
