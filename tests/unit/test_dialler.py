@@ -345,6 +345,27 @@ def test_those_that_refused_are_not_asked_again_those_that_were_slow_are(lab: La
     assert (lab.attempts(), lab.failed()) == ([1, 2, 2], [1, 2, 2])
 
 
+def test_of_many_silent_endpoints_four_are_tried(lab: Lab) -> None:
+    lab.balance(*[lab.silent()] * 6)
+    client = lab.dial()
+    for seconds in DIAL_TIMEOUTS:
+        lab.loop.advance(seconds + DIAL_SCAN_SECONDS)
+    lab.turned_away(client)
+    assert lab.attempts() == [1, 1, 1, 1, 0, 0]
+
+
+def test_one_that_did_not_answer_has_no_second_try_before_the_others_had_theirs(lab: Lab) -> None:
+    server = lab.server()
+    _, other = lab.balance(lab.silent(), server.port)
+    client = lab.dial()
+    # The other one has failed elsewhere, and it is the silent one's turn.
+    lab.balancer.failed("192.0.2.1", other, lab.loop.now)
+    lab.slots.view[1] = 0
+    lab.loop.advance(DIAL_TIMEOUTS[0] + DIAL_SCAN_SECONDS)
+    assert lab.joined(client, server)
+    assert lab.attempts() == [1, 1]
+
+
 def test_an_answer_that_the_worker_was_too_busy_to_see_counts(lab: Lab) -> None:
     server = lab.server()
     lab.balance(server.port)

@@ -14,6 +14,7 @@ import socket
 import struct
 from _socket import socket as Socket  # noqa: N812 a class; what a listener makes of a descriptor
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -619,6 +620,58 @@ def test_a_relay_that_ended_after_a_side_had_asked_for_another_turn_stays_ended(
     lab.one.crash()
     lab.loop.turn(3)
     assert (lab.one.moved, lab.owner.told) == (moved, ["crash"])
+
+
+# -- what no edge tells of -----------------------------------------------------------------------------------
+
+
+def make_bulk(lab: Lab) -> None:
+    """Have `one` use a pipe from the first byte on."""
+    assert lab.one._set_bulk(True)
+
+
+@pytest.mark.parametrize("splice", [True, False], ids=["spliced", "copied"])
+def test_what_a_stalled_side_has_left_unread_is_read_though_nothing_more_comes(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, splice: bool
+) -> None:
+    monkeypatch.setattr(pipes, "PIPE_BYTES", READ_BYTES)
+    filling = bytearray()
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filling += bytes(lab.other.sock.send(bytes(READ_BYTES), socket.MSG_DONTWAIT))
+    if splice:
+        make_bulk(lab)
+    sends("one", RANDOM[: 2 * READ_BYTES])(lab)
+    stalls("one")(lab)
+    assert lab.one.moved == READ_BYTES
+    hears("other", bytes(filling) + RANDOM[: 2 * READ_BYTES])(lab)
+
+
+def test_urgent_data_that_comes_right_behind_a_full_read_is_kept(lab: Lab) -> None:
+    class Slow(Socket):
+        """What is urgent comes while a read is under way."""
+
+        def recv_into(self, *arguments: Any) -> int:
+            size = super().recv_into(*arguments)
+            if size == READ_BYTES:
+                urges("one", b"!")(lab)
+            return size
+
+    lab.one.sock = Slow(fileno=lab.one.sock.detach())
+    lab.resources.callback(lab.one.sock.close)
+    sends("one", RANDOM[:READ_BYTES])(lab)
+    hears("other", RANDOM[:READ_BYTES] + b"!")(lab)
+
+
+@pytest.mark.parametrize("data", [b"", b"before"])
+def test_urgent_data_and_the_end_that_a_pipe_meets_before_they_are_reported(lab: Lab, data: bytes) -> None:
+    make_bulk(lab)
+    urges("one", data + b"!")(lab)
+    ends("one")(lab)
+    lab.one.ready_bulk(IN | OUT)
+    hears("other", data + b"!")(lab)
+    hears_end("other")(lab)
+    told()(lab)
 
 
 # -- memory and figures --------------------------------------------------------------------------------------
