@@ -324,9 +324,16 @@ def test_relays_die_with_their_worker(lab: Lab) -> None:
     lab.reconcile(desired(spec, vips=[FIRST]), workers=[0])  # worker 1 has died
     lab.reconcile(desired(), workers=[0])
     assert lab.routes.routed == {FIRST}
-    assert lab.reconciler.worker_died(1) is False
+    assert lab.reconciler.worker_died(7) is False
     assert lab.reconciler.worker_died(0) is True
     lab.reconcile(desired())
+    assert lab.routes.routed == set()
+
+
+def test_without_a_worker_there_are_no_relays_to_wait_for(lab: Lab) -> None:
+    lab.reconcile(desired(listener(FIRST), vips=[FIRST]), workers=[])
+    lab.reconcile(desired(), workers=[])
+    assert lab.reconciler.relayed() == {}
     assert lab.routes.routed == set()
 
 
