@@ -234,7 +234,14 @@ def _add_check(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> 
         parser,
         only=(
             *("service-cluster-ip-range", "service-node-port-range", "allow-loopback-endpoints", "vip-mode"),
-            *("external-ip-mode", "nodeport-addresses", "bind-address", "hostname-override", "config"),
+            *(
+                "vip-listen",
+                "external-ip-mode",
+                "nodeport-addresses",
+                "bind-address",
+                "hostname-override",
+                "config",
+            ),
         ),
     )
 

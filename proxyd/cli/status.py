@@ -69,6 +69,9 @@ def status_text(first: StatusView, second: StatusView, seconds: float, *, now: f
         f"{count(second.services, 'service')}  {count(wanted, 'listener')}{note}  "
         f"{count(second.endpoints, 'endpoint')}",
     )
+    if second.vip_listen:
+        why = f": {second.vip_listen_reason}" if second.vip_listen_reason else ""
+        add("vips", f"{second.vip_listen}{why}")
     into = max(0, second.counters.bytes_in - first.counters.bytes_in) / max(seconds, 0.001)
     out = max(0, second.counters.bytes_out - first.counters.bytes_out) / max(seconds, 0.001)
     add("traffic", f"{count(second.connections, 'connection')}  {size(into)}/s in  {size(out)}/s out")

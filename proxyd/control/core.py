@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from proxyd.control.config.settings import Settings
 from proxyd.control.feeds.joined import JoinedFeed
@@ -14,6 +15,13 @@ from proxyd.control.workers.old_workers import DrainingWorkers
 from proxyd.control.workers.publication import Publication
 from proxyd.control.workers.supervisor import Supervisor
 from proxyd.state.snapshot import NodeView, Options, Snapshot
+
+
+class VipListen(NamedTuple):
+    """How listeners of VIPs are opened."""
+
+    how: str = ""  # "parked" or "bound"; "" where proxyd makes no VIPs
+    why: str = ""  # of "bound": one line
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +37,7 @@ class Core:
         supervisor: the worker processes.
         old_workers: the workers of the programs before this one.
         access: the access log.
+        vip_listen: how listeners of VIPs are opened.
         feed: the sources. It is set while the workers start.
         node: this node, as known from the sources and its addresses.
         snapshot: the newest objects of the sources.
@@ -44,6 +53,7 @@ class Core:
     supervisor: Supervisor
     old_workers: DrainingWorkers
     access: AccessLog
+    vip_listen: VipListen
     feed: JoinedFeed = field(init=False)
     node: NodeView
     snapshot: Snapshot = field(default_factory=Snapshot)

@@ -114,6 +114,7 @@ class Daemon:
         self._handle_signals()
         options = planning_options(settings, may_route=limits.can_route())
         resources.enter_context(claim(options))
+        notifier = Notifier.here()
         core = self._core = make_core(
             settings,
             options,
@@ -123,6 +124,7 @@ class Daemon:
             summariser=self._summariser,
             note=self._history.note,
             look_again=lambda: self._loop.look_again(),  # noqa: PLW0108 - as above
+            keep=notifier.store,
         )
         telemetry = self._telemetry = Telemetry(core, self._summariser)
         self._loop = ReconcileLoop(
@@ -133,7 +135,7 @@ class Daemon:
             resynced=lambda: self._servers.check_admin_socket(),  # noqa: PLW0108 - as above
         )
         resources.callback(self._loop.close)
-        self._watchdog = Watchdog(core, Notifier.here(), due=self._loop.is_due)
+        self._watchdog = Watchdog(core, notifier, due=self._loop.is_due)
         resources.callback(self._watchdog.close)
         self._config = ConfigReload(
             configuration, lambda: core.settings, self._apply, telemetry.metrics.config_read
@@ -271,6 +273,8 @@ class Daemon:
             return
         self._watchdog.in_force()
         self._core.old_workers.retire()  # this program's own workers have everything
+        if self._core.reconciler.park_inherited():
+            self._loop.look_again()
         if self._on_serving is not None:
             on_serving, self._on_serving = self._on_serving, None
             on_serving(self._operations.picture())

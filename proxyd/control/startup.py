@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 
 from proxyd.control.config.options import StartError
 from proxyd.control.config.settings import Settings
-from proxyd.control.core import Core
+from proxyd.control.core import Core, VipListen
 from proxyd.control.feeds.joined import FeedError, JoinedFeed
 from proxyd.control.lifecycle import Lifecycle
+from proxyd.control.observe import systemd
+from proxyd.control.reconcile.parking import Parking
 from proxyd.control.reconcile.reconciler import Reconciler
 from proxyd.control.runtime.accesslog import AccessLog
 from proxyd.control.runtime.garbage import collect_rarely
@@ -19,11 +22,12 @@ from proxyd.control.workers.handover import Handover
 from proxyd.control.workers.old_workers import DrainingWorkers
 from proxyd.control.workers.publication import Publication
 from proxyd.control.workers.supervisor import Supervisor
-from proxyd.host import limits
+from proxyd.host import limits, parked
 from proxyd.host.claim import claim_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
+from proxyd.host.udp_source import UdpSourcePorts
 from proxyd.relay.ipc.options import Options as WorkerOptions
 from proxyd.relay.ipc.slots import Slots
 from proxyd.state.snapshot import NodeView, Options, Snapshot
@@ -69,6 +73,7 @@ def make_core(
     summariser: Summariser,
     note: Callable[[ServicePortName, str], None],
     look_again: Callable[[], None],
+    keep: Callable[[str, int], bool],
 ) -> Core:
     """Make the parts that the others share. Nothing is started, and nothing is done to the node.
 
@@ -81,6 +86,10 @@ def make_core(
         summariser: logs what happens often.
         note: takes note of what happened to a service port.
         look_again: orders a reconcile, because an address may be free.
+        keep: has the service manager keep a descriptor by a name; returns whether it does.
+
+    Raises:
+        StartError: the settings ask for what can't be had here.
     """
     slots = Slots.create()
     resources.callback(slots.close)
@@ -94,6 +103,9 @@ def make_core(
         WorkerOptions.of(settings, records=bool(settings.access_log)),
         summariser=summariser,
     )
+    parking, vip_listen = make_parking(settings, options, left, keep)
+    if parking is not None:
+        resources.callback(parking.close_descriptors)
     old_workers = DrainingWorkers(
         left.workers, supervisor.heard, look_again, supervisor.live_query.worker_gone
     )
@@ -103,10 +115,11 @@ def make_core(
         options=options,
         lifecycle=lifecycle,
         publication=publication,
-        reconciler=_make_reconciler(settings, options, publication, note),
+        reconciler=_make_reconciler(settings, options, publication, note, parking),
         supervisor=supervisor,
         old_workers=old_workers,
         access=access,
+        vip_listen=vip_listen,
         node=NodeView(name=settings.node_name),
     )
 
@@ -116,11 +129,13 @@ def _make_reconciler(
     options: Options,
     publication: Publication,
     note: Callable[[ServicePortName, str], None],
+    parking: Parking | None,
 ) -> Reconciler:
     """A reconciler that changes what the options allow it to."""
     guard = None
     if options.vip_mode.route:
-        guard = VipGuard()
+        # What outlives this process guards TCP and UDP alone; else the table does, which does.
+        guard = VipGuard(others_only=parking is not None and parking.kept)
         if reason := guard.available():
             log.warning("no VIP guard: other ports of VIPs reach this node's own daemons", reason=reason)
             guard = None
@@ -132,7 +147,48 @@ def _make_reconciler(
         drain_seconds=settings.drain_timeout,
         note=note,
         sctp=SctpOptions(settings.sctp_max_message, settings.sctp_max_streams),
+        parking=parking,
     )
+
+
+def make_parking(
+    settings: Settings, options: Options, left: Handover, keep: Callable[[str, int], bool]
+) -> tuple[Parking | None, VipListen]:
+    """What parks listeners of VIPs, None if they are bound; and what is told of that.
+
+    Args:
+        settings: whether they are to be parked.
+        options: whether there are VIPs of proxyd's own making.
+        left: what the program before this one handed over.
+        keep: has the service manager keep a descriptor by a name; returns whether it does.
+
+    Raises:
+        StartError: they are to be parked, and can't be.
+    """
+    kept = {name: given[0] for name, given in systemd.stored().items() if name in parked.NAMES}
+    if not options.vip_mode.route or settings.vip_listen == "bound":
+        for descriptor in {*kept.values(), *left.vip_lookup.values()}:
+            os.close(descriptor)
+        parked.unpin()
+        if settings.vip_listen == "parked":
+            raise StartError(
+                "--vip-listen=parked: there are no VIPs of proxyd's own making (--vip-mode=route)"
+            )
+        return None, VipListen("bound", "--vip-listen=bound") if options.vip_mode.route else VipListen()
+    try:
+        listeners = parked.ParkedListeners(left.vip_lookup or kept)
+    except OSError as error:
+        reason = parked.why_not(error)
+        if settings.vip_listen == "parked":
+            raise StartError(f"--vip-listen=parked: {reason}") from None
+        log.warning("VIPs are bound: a daemon that listens at all addresses takes their ports", reason=reason)
+        return None, VipListen("bound", reason)
+    pinned = not listeners.pin()
+    stored = not pinned and all(keep(name, fd) for name, fd in listeners.descriptors.items())
+    udp = UdpSourcePorts()
+    if reason := udp.unavailable():
+        log.warning("UDP Services are bound at their VIPs, and TCP ones parked", reason=reason)
+    return Parking(listeners, None if reason else udp, kept=pinned or stored), VipListen("parked")
 
 
 def make_feed(

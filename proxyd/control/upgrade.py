@@ -90,13 +90,18 @@ class Upgrade:
             raise UpgradeError("the daemon is starting, stopping or being upgraded")
         self._checking = True
         try:
-            await handover.check()
+            await handover.check(self._version)
         finally:
             self._checking = False
         if lifecycle.stopping:
             raise UpgradeError("the daemon is stopping")
         self._begun()
         lifecycle.make_way(_ANSWER_GIVEN_SECONDS)
+
+    @property
+    def _version(self) -> int:
+        """Of the handover: an older program knows nothing of parked listeners."""
+        return 2 if self._core.reconciler.vip_lookup else 1
 
     def ask(self) -> None:
         """Upgrade soon; does not wait. Errors go to the log."""
@@ -118,6 +123,8 @@ class Upgrade:
             )
             core.old_workers.end(worker.pid)
         left = Handover(
+            version=self._version,
+            vip_lookup=core.reconciler.vip_lookup,
             program=__version__,
             admin_path=core.settings.admin_socket,
             admin=admin,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from proxyd.host import fragments, guard, refusal
+from proxyd.host import fragments, guard, parked, refusal, udp_source
 from proxyd.host.guard import VipGuard
 from proxyd.host.nft import table_exists
 from proxyd.host.routes import VipRoutes
@@ -20,6 +20,7 @@ class Leftovers(NamedTuple):
     rules: int = 0
     steering_routes: int = 0
     tables: int = 0  # of nftables
+    programs: int = 0  # pinned in the BPF file system
 
     def __bool__(self) -> bool:
         return any(self)
@@ -44,7 +45,9 @@ def find_leftovers() -> Leftovers:
         OSError: netlink failed.
     """
     try:
-        tables = sum(table_exists(table) for table in (guard.TABLE, refusal.TABLE, fragments.TABLE))
+        tables = sum(
+            table_exists(table) for table in (guard.TABLE, refusal.TABLE, fragments.TABLE, udp_source.TABLE)
+        )
     except OSError:
         tables = 0
     return Leftovers(
@@ -52,6 +55,7 @@ def find_leftovers() -> Leftovers:
         rules=len(Steering().present()),
         steering_routes=len(steering_routes()),
         tables=tables,
+        programs=int(parked.is_pinned()),
     )
 
 
@@ -69,9 +73,12 @@ def remove_leftovers(*, dry_run: bool = False) -> Removal:
         return Removal(_counted(found))
     steering, routes = Steering(), VipRoutes()
     failed = [*steering.remove(steering.present()).values(), *routes.remove(routes.present()).values()]
-    # The guard goes last: it protects the VIPs as long as there are any.
+    if error := udp_source.UdpSourcePorts().remove():
+        failed.append(f"cannot remove the table of UDP replies: {error}")
+    # Last: they protect the VIPs while there are any.
     if found.tables and (reason := VipGuard().remove()):
         failed.append(f"cannot remove the VIP guard: {reason}")
+    parked.unpin()
     left = find_leftovers()
     gone = Leftovers(*(before - after for before, after in zip(found, left, strict=True)))
     more = [f"and {len(failed) - _SHOWN} more failures"] if len(failed) > _SHOWN else []
@@ -86,6 +93,7 @@ def _counted(found: Leftovers) -> tuple[str, ...]:
             (found.steering_routes, f"route of table {STEERING_TABLE}", f"routes of table {STEERING_TABLE}"),
             (found.vip_routes, "VIP route", "VIP routes"),
             (found.tables, "nft table", "nft tables"),
+            (found.programs, "program that looks up VIPs", "programs that look up VIPs"),
         )
         if count > 0
     )

@@ -19,6 +19,7 @@ need for names.
 
 from __future__ import annotations
 
+from proxyd.api.service import Protocol
 from proxyd.host.nft import (
     REJECT_NEW_TCP,
     REJECT_OTHER,
@@ -42,7 +43,7 @@ table inet proxyd {{
   set ports6 {{ type ipv6_addr . inet_proto . inet_service; }}
   chain input {{
     type filter hook input priority filter - 10; policy accept;
-    tcp flags & (fin | syn | rst | ack) != syn accept
+    {first}
     ip daddr @vips4 goto guard4
     ip6 daddr @vips6 goto guard6
   }}
@@ -65,13 +66,21 @@ table inet proxyd {{
   }}
 }}
 """
+_NO_FIRST_SYN = "tcp flags & (fin | syn | rst | ack) != syn accept"
+_OTHERS_ONLY = "meta l4proto {1, 6, 17, 58} accept"
 _BOUND_SOCKET = "meta l4proto 17 socket wildcard 0 accept"
 
 
 class VipGuard:
-    """This node's guard. It remembers what it put in force last, so that a small change is a small script."""
+    """The guard of this node. Remembers what it last put in force, so that small changes stay small.
 
-    def __init__(self) -> None:
+    Args:
+        others_only: leave TCP and UDP alone, which the program of `proxyd.host.parked` guards.
+    """
+
+    def __init__(self, *, others_only: bool = False) -> None:
+        self._first = _OTHERS_ONLY if others_only else _NO_FIRST_SYN
+        self._others_only = others_only
         self._vips: frozenset[str] = frozenset()
         self._ports: frozenset[ListenerKey] = frozenset()
         self._known = False  # whether the kernel has what the two above say
@@ -107,8 +116,8 @@ class VipGuard:
         if self._known or self._begun is not None:
             return
         vips = frozenset(ip for ip in vips if not _loopback(ip))
-        ports = frozenset(key for key in ports if key.ip in vips)
-        self._begun = (vips, ports, Run(_whole(vips, ports, _BOUND_SOCKET)))
+        ports = self._guarded(ports, vips)
+        self._begun = (vips, ports, Run(self._whole(vips, ports, _BOUND_SOCKET)))
 
     def sync(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
         """Guard these VIPs, all but these ports, in one atomic change. A flushed ruleset is made anew.
@@ -122,7 +131,7 @@ class VipGuard:
             None, or one line that says what went wrong.
         """
         vips = frozenset(ip for ip in vips if not _loopback(ip))
-        ports = frozenset(key for key in ports if key.ip in vips)
+        ports = self._guarded(ports, vips)
         if self._ended() and (self._vips, self._ports) == (vips, ports):
             return None
         try:
@@ -175,28 +184,32 @@ class VipGuard:
         return failed
 
     def _replace(self, vips: frozenset[str], ports: frozenset[ListenerKey]) -> str | None:
-        failed = run(_whole(vips, ports, _BOUND_SOCKET))
+        failed = run(self._whole(vips, ports, _BOUND_SOCKET))
         if failed is None:
             return None
-        # The kernel or nft may lack the `socket` expression; any other error comes again.
-        return run(_whole(vips, ports, ""))
+        # A kernel or an nft without the `socket` expression; any other error comes back.
+        return run(self._whole(vips, ports, ""))
 
+    def _whole(self, vips: frozenset[str], ports: frozenset[ListenerKey], socket: str) -> str:
+        """A script that makes the table anew. Declared first, it can be deleted whether or not it was there."""
+        rules = _RULES.format(first=self._first, tcp=REJECT_NEW_TCP, socket=socket, other=REJECT_OTHER)
+        return "".join(
+            [
+                f"table inet {TABLE}\ndelete table inet {TABLE}\n",
+                rules,
+                *elements("add", TABLE, "ports", map(port, ports)),
+                *elements("add", TABLE, "vips", vips),
+            ]
+        )
 
-def _whole(vips: frozenset[str], ports: frozenset[ListenerKey], socket: str) -> str:
-    """A script that makes the table anew. It adds the table first, so that it can delete it in any case."""
-    return "".join(
-        [
-            f"table inet {TABLE}\ndelete table inet {TABLE}\n",
-            _rules(socket),
-            *elements("add", TABLE, "ports", map(port, ports)),
-            *elements("add", TABLE, "vips", vips),
-        ]
-    )
+    def _guarded(self, ports: frozenset[ListenerKey], vips: frozenset[str]) -> frozenset[ListenerKey]:
+        """Of what is listened on, what the table has to let through."""
+        return frozenset(
+            key
+            for key in ports
+            if key.ip in vips and not (self._others_only and key.protocol is not Protocol.SCTP)
+        )
 
 
 def _loopback(ip: str) -> bool:
     return ip.startswith("127.") or ip == "::1"
-
-
-def _rules(socket: str) -> str:
-    return _RULES.format(tcp=REJECT_NEW_TCP, socket=socket, other=REJECT_OTHER)

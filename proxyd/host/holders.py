@@ -38,7 +38,8 @@ _SAVED = 5.0
 _LONG_SCAN_SECONDS = 1.0
 # The program's name is among so many words of the command line: `python3 -P -m proxyd run`.
 _COMMAND_WORDS = 6
-_NOBODY, _PROXYD = "", "proxyd"  # compared by identity
+_FEW_PORTS = 8
+_NOBODY, _PROXYD = "", "proxyd"  # told apart by identity
 
 
 class _Scan:
@@ -111,6 +112,40 @@ def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
     }
 
 
+def bound_exactly(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
+    """To which of these listeners' very address and port another process than a proxyd is bound, TCP or UDP.
+
+    Returns:
+        For each such key who that is, as from `holder`; "" where that cannot be seen.
+
+    Raises:
+        OSError: the kernel does not say.
+    """
+    keys = list(keys)
+    found: dict[ListenerKey, int] = {}
+    with Netlink(NETLINK_SOCK_DIAG) as netlink:
+        for protocol, family in sorted({(key.protocol, packed(key.ip)[0]) for key in keys}):
+            if protocol not in _NUMBERS:
+                continue
+            asked = {
+                (packed(key.ip)[1], key.port): key
+                for key in keys
+                if (key.protocol, packed(key.ip)[0]) == (protocol, family)
+            }
+            # Of a few ports the kernel tells only what is bound to them.
+            ports = {key.port for key in asked.values()}
+            for port in ports if len(ports) <= _FEW_PORTS else (0,):
+                for bound in _bound(netlink, family, protocol, port):
+                    if (key := asked.get((bound.address, bound.port))) is not None:
+                        found[key] = bound.inode
+    if not found:
+        return {}
+    owners = _owners(set(found.values()), _LONG_SCAN_SECONDS if len(found) < _FEW_PORTS else _SCAN_SECONDS)
+    return {
+        key: owners.get(inode, _NOBODY) for key, inode in found.items() if owners.get(inode) is not _PROXYD
+    }
+
+
 class _Bound(NamedTuple):
     """A socket that is bound to a port."""
 
@@ -127,10 +162,12 @@ class _Bound(NamedTuple):
         return self.family == family or (self.family == socket.AF_INET6 and not self.v6only)
 
 
-def _bound(netlink: Netlink, family: int, protocol: Protocol) -> Iterator[_Bound]:
-    """Yields the listening TCP sockets, or the UDP sockets that are not connected."""
+def _bound(netlink: Netlink, family: int, protocol: Protocol, port: int = 0) -> Iterator[_Bound]:
+    """Listening TCP sockets, or UDP sockets that take datagrams of everybody; of one port, or of all (0)."""
     states = _LISTEN if protocol is Protocol.TCP else _UNCONNECTED
-    body = _REQUEST.pack(family, _NUMBERS[protocol], 0, 0, states) + _SOCKET.pack(0, 0, b"", b"") + bytes(12)
+    body = (
+        _REQUEST.pack(family, _NUMBERS[protocol], 0, 0, states) + _SOCKET.pack(port, 0, b"", b"") + bytes(12)
+    )
     for message in netlink.dump(Message(_SOCK_DIAG_BY_FAMILY, body)):
         port, _, source, _ = _SOCKET.unpack_from(message.body, _ANSWER_SOURCE)
         (inode,) = struct.unpack_from("=I", message.body, _ANSWER_INODE)

@@ -29,6 +29,7 @@ SPARE_DESCRIPTORS = 128
 _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
+_IP_FREEBIND = 15
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -58,18 +59,26 @@ class BindFailed(Exception):  # noqa: N818 - it reads as what happened, in the s
         self.taken = taken
 
 
-def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
-    """Open and bind a TCP or UDP socket, and listen with TCP. For SCTP see `proxyd.host.sctp`.
+def open_listener(
+    spec: ListenerSpec, backlog: int = BACKLOG, *, parked_at: int | None = None
+) -> socket.socket:
+    """Open, bind and (not for UDP) listen. SCTP: see `proxyd.host.sctp`.
 
     The socket is non-blocking and close-on-exec. A TCP socket has TCP_NODELAY and keepalive, which accepted
     sockets inherit, and SO_REUSEADDR, so that old connections do not hold up a restart. SO_REUSEPORT is never
     set: it would hide conflicts. An IPv6 socket takes IPv6 only. A steered one is transparent, as its address
     is not the node's.
 
+    Args:
+        spec: what is wished for.
+        backlog: of connections that nobody has accepted yet.
+        parked_at: the port to bind in the place of the listener's own (see `proxyd.host.parked`), before its address
+            is local.
+
     Raises:
         BindFailed: why, and what to do.
     """
-    key = spec.key
+    key = spec.key if parked_at is None else spec.key._replace(port=parked_at)
     family = socket.AF_INET6 if ":" in key.ip else socket.AF_INET
     opened: socket.socket | None = None
     try:
@@ -79,6 +88,8 @@ def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if spec.steered:
             _make_transparent(opened, family, key)
+        if parked_at is not None:
+            _free(opened, family)
         _bind(opened, key)
         if key.protocol is not Protocol.UDP:
             opened.listen(backlog)
@@ -89,6 +100,8 @@ def open_listener(spec: ListenerSpec, backlog: int = BACKLOG) -> socket.socket:
     except OSError as error:
         if opened is not None:
             opened.close()
+        if parked_at is not None and error.errno == errno.EADDRINUSE:
+            raise BindFailed(f"port {parked_at} is taken", taken=True) from error  # there are others
         raise explained(error, key) from error
     return opened
 
@@ -133,6 +146,14 @@ def _make_transparent(opened: socket.socket, family: int, key: ListenerKey) -> N
             f"{key.ip} is not an address of this node: taking single ports of it needs root or CAP_NET_ADMIN",
             retryable=False,
         ) from error
+
+
+def _free(opened: socket.socket, family: int) -> None:
+    """Let it bind an address that is not local yet."""
+    if family == socket.AF_INET6:
+        opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+    else:
+        opened.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
 
 
 def _bind(opened: socket.socket, key: ListenerKey) -> None:

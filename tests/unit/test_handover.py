@@ -133,4 +133,4 @@ def test_a_program_that_is_only_asked_says_what_it_can_take_over(tmp_path: Path)
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"proxyd-handover \d+\n", done.stdout)
+    assert re.fullmatch(r"(proxyd-handover \d+\n)+", done.stdout)

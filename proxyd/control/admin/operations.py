@@ -84,6 +84,7 @@ class Operations:
             balancers=reconciler.desired.host.balancers,
             service_views=self._service_views,
             old_workers=core.old_workers.pids,
+            vip_listen=core.vip_listen,
             problems=(*core.feed.problems, *self._more_problems()),
             counters=counters,
             endpoint_counters=endpoint_counters,

@@ -58,6 +58,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerFacts, ...] = ()
     sources: tuple[SourceFacts, ...] = ()
     old_workers: tuple[int, ...] = ()  # workers of earlier programs
+    vip_listen: tuple[str, str] = ("", "")  # how listeners of VIPs are opened, and why so
     service_views: ServiceViews = msgspec.field(default_factory=ServiceViews)
 
 

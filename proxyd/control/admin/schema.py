@@ -163,6 +163,8 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     failing: tuple[ListenerView, ...]  # failed and in conflict
     problems: tuple[Problem, ...]
     leaving_workers: tuple[int, ...] = ()  # processes of earlier programs that still relay, uncounted
+    vip_listen: str = ""  # "parked" or "bound"; "" where proxyd makes no VIPs
+    vip_listen_reason: str = ""  # why they are bound
 
 
 class ConnectionView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

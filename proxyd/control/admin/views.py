@@ -121,6 +121,8 @@ def status(picture: Picture, *, now: float) -> StatusView:
         failing=tuple(sorted(failing, key=_listener_order)),
         problems=picture.problems,
         leaving_workers=picture.old_workers,
+        vip_listen=picture.vip_listen[0],
+        vip_listen_reason=picture.vip_listen[1],
     )
 
 

@@ -43,6 +43,14 @@ FLAGS: tuple[Flag, ...] = (
         "loopback (a.b.c.d is served at 127.b.c.d) or none (NodePorts and externalIPs only)",
     ),
     Flag(
+        name="vip-listen",
+        metavar="HOW",
+        parse=values.one_of("auto", "parked", "bound"),
+        default="auto",
+        help="how VIPs are listened at: parked (a kernel program finds the listener, so that daemons at 0.0.0.0 keep "
+        "their ports), bound (VIP:port is bound) or auto (parked if the kernel and the rights allow it)",
+    ),
+    Flag(
         name="external-ip-mode",
         metavar="MODE",
         parse=values.one_of("steer", "none"),

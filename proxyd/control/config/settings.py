@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     service_cluster_ip_range: tuple[str, ...] = ("127.96.0.0/16",)  # one CIDR, or one of each family
     service_node_port_range: tuple[int, int] = (30000, 32767)  # first and last
     vip_mode: Literal["auto", "route", "bind", "loopback", "none"] = "auto"
+    vip_listen: Literal["auto", "parked", "bound"] = "auto"
     external_ip_mode: Literal["steer", "none"] = "steer"
     nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all
     bind_address: str = "0.0.0.0"  # NodePorts are opened on this one only; unspecified = all

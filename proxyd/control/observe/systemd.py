@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Self
 
 _MAX_STATUS = 300  # characters
+_FIRST_STORED = 3  # SD_LISTEN_FDS_START
 
 
 class Notifier:
@@ -88,6 +89,20 @@ class Notifier:
         """Feed the watchdog."""
         self._send("WATCHDOG=1")
 
+    def store(self, name: str, descriptor: int) -> bool:
+        """Have the manager keep a descriptor beyond this process: sd_pid_notify_with_fds(3). Returns whether it was sent.
+
+        The next start of the service gets it by that name (`stored`). The manager forgets all when the service ends.
+        """
+        if self._socket is None:
+            return False
+        message = f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode()
+        try:
+            socket.send_fds(self._socket, [message], [descriptor], socket.MSG_NOSIGNAL, self._address)
+        except OSError:
+            return False
+        return True
+
     def retry(self) -> None:
         """Send what could not be sent."""
         if self._state or self._text != self._said:
@@ -105,3 +120,22 @@ class Notifier:
         except (OSError, ValueError):
             return  # no room, or the manager is being restarted: `retry` sends it
         self._state, self._said = "", self._text
+
+
+def stored() -> dict[str, list[int]]:
+    """Descriptors by name that the manager has given to this process: sd_listen_fds_with_names(3).
+
+    They are close-on-exec from now on, and the variables that told of them are gone.
+    """
+    environ = os.environ
+    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    names = environ.pop("LISTEN_FDNAMES", "").split(":")
+    found: dict[str, list[int]] = {}
+    if pid == str(os.getpid()) and count.isdecimal():
+        for number in range(int(count)):
+            with contextlib.suppress(OSError):
+                os.set_inheritable(_FIRST_STORED + number, False)
+                found.setdefault(names[number] if number < len(names) else "", []).append(
+                    _FIRST_STORED + number
+                )
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
+from proxyd.control.reconcile.parking import Parking
 from proxyd.control.runtime.logs import get_logger, log_some
 from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
@@ -23,6 +24,7 @@ class Addresses:
         routes: None if VIPs are not to be routed.
         rules: None if nothing is to be steered.
         guard: None if there is to be none.
+        parking: None if listeners are bound.
 
     Attributes:
         vips: VIPs that are local by a route.
@@ -30,15 +32,24 @@ class Addresses:
         steering: the policy rules in force.
     """
 
-    def __init__(self, routes: VipRoutes | None, rules: SteeringRules | None, guard: VipGuard | None) -> None:
+    def __init__(
+        self,
+        routes: VipRoutes | None,
+        rules: SteeringRules | None,
+        guard: VipGuard | None,
+        parking: Parking | None = None,
+    ) -> None:
         self.vips: set[str] = set(routes.present()) if routes else set()
         self.vip_errors: dict[str, str] = {}
         self.steering: dict[ListenerKey, Steering] = rules.present() if rules else {}
         self._routes = routes
         self._rules = rules
+        self._parking = parking
         self._guard = _Guard(guard)
         self._refused: frozenset[ListenerKey] | None = None
         self._rules_trouble = ""
+        if parking is not None and self.vips:
+            parking.guard(self.vips)
 
     def add(self, todo: Plan, wanted: Collection[ListenerKey]) -> None:
         """Make VIPs local. Call it before listeners are opened.
@@ -48,6 +59,8 @@ class Addresses:
             wanted: what will be listened on.
         """
         if todo.add_vips:
+            if self._parking is not None:
+                self._parking.guard(todo.add_vips | self.vips)
             self._guard.begin(todo.add_vips | self.vips, wanted)
         self._add_vips(todo)
 
@@ -62,6 +75,8 @@ class Addresses:
         self._steer(todo, listeners, held)
         self._refuse_new(listeners, held)
         self._remove(todo, held)
+        if self._parking is not None:
+            self._parking.settle(held)
         self._guard.sync(todo, self.vips, listeners)
 
     def observe(self) -> None:
@@ -78,6 +93,8 @@ class Addresses:
         except OSError as error:
             log.warning("routes and rules can't be read", error=str(error))
         self._guard.forget()
+        if self._parking is not None:
+            self._parking.forget()
 
     def changed(self) -> None:
         """Repair the routes whose source was one of the node's addresses. Call it when these have changed."""
@@ -92,6 +109,8 @@ class Addresses:
         if self._routes and self.vips:
             _report("VIP route can't be removed", self._routes.remove(self.vips))
         self._guard.remove()
+        if self._parking is not None:
+            self._parking.remove()
         self.steering.clear()
         self.vips.clear()
 
@@ -142,6 +161,8 @@ class Addresses:
         if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
             _report("VIP route can't be removed", self._routes.remove(free))
             self.vips -= free
+            if self._parking is not None:
+                self._parking.guard(self.vips)
 
 
 class _Guard:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from proxyd.api.service import Protocol
 from proxyd.control.reconcile.addresses import Addresses
+from proxyd.control.reconcile.parking import Parking
 from proxyd.control.runtime.logs import get_logger, log_some
 from proxyd.control.workers.handover import ListeningSocket
 from proxyd.control.workers.inherited_sockets import InheritedSockets
@@ -40,6 +42,8 @@ _LAST_RETRY = 5.0
 _BACKLOG = 4096
 # Balancers, or listeners, after which an update is published while the rest is carried out.
 _PUBLISHED_AT_ONCE = 1000
+# A connection whose handshake began before its listener was superseded is in the backlog by then.
+_BACKLOG_SECONDS = 3.0
 _MENDED = "listener opened after failures"
 
 
@@ -80,11 +84,14 @@ class Reconciler:
         drain_seconds: float,
         note: Callable[[ServicePortName, str], None] = lambda _service_port, _what: None,
         sctp: SctpOptions = SctpOptions(),  # noqa: B008 - it is immutable
+        parking: Parking | None = None,
     ) -> None:
         self.desired = DesiredState()
         self.failures: dict[ListenerKey, Failure] = {}
         self._publication = publication
-        self._addresses = Addresses(routes, rules, guard)
+        self._addresses = Addresses(routes, rules, guard, parking)
+        self._parking = parking
+        self._superseded: list[tuple[float, Held]] = []  # to be closed at a time (monotonic)
         self._drain = drain_seconds
         self._sctp = sctp
         self._note = note  # takes what became of a service port's listener, for people to read
@@ -150,6 +157,12 @@ class Reconciler:
         self._addresses.settle(todo, self._listeners, self._held_keys())
         for key in [key for key in self.failures if key not in desired.host.listeners]:
             del self.failures[key]
+            if self._parking is not None:
+                self._parking.close(key)  # a port that was left to somebody else
+        now = time.monotonic()
+        for _, old in [one for one in self._superseded if one[0] <= now]:
+            self._publication.close_superseded(old)
+        self._superseded = [one for one in self._superseded if one[0] > now]
         if update := self._publication.take_update():
             publish(update)
         if self._is_carried_out(todo, vips_were=before is not None):
@@ -185,6 +198,29 @@ class Reconciler:
             for number, ending in self._ending.items()
         }
 
+    @property
+    def vip_lookup(self) -> dict[str, int]:
+        """Descriptors by name of what has clients find parked listeners; {} if none are parked."""
+        return self._parking.descriptors if self._parking is not None else {}
+
+    def park_inherited(self) -> bool:
+        """Park the listeners that the program before bound. Call it when this program's workers have everything.
+
+        Clients find the new socket at once; the old one is closed when nobody can be left in its backlog.
+
+        Returns:
+            Whether there is something to publish.
+        """
+        parking = self._parking
+        if parking is None:
+            return False
+        specs = [self._listeners[key] for key in parking.take_bound() if key in self._listeners]
+        for key, sock in parking.open(specs, InheritedSockets(), _BACKLOG).items() if specs else ():
+            if isinstance(sock, socket.socket):
+                old = self._publication.supersede(self._listeners[key], sock)
+                self._superseded.append((time.monotonic() + _BACKLOG_SECONDS, old))
+        return bool(specs)
+
     def set_drain(self, seconds: float) -> None:
         """Set how long the relays of listeners that are closed from now on may go on."""
         self._drain = seconds
@@ -193,10 +229,15 @@ class Reconciler:
         """Look at the node again: what somebody else removed is part of the next plan."""
         self._carried_out = None
         self._addresses.observe()
+        if self._parking is not None:
+            for key, who in self._parking.taken_by_others().items():
+                self._give_up(key, who)
 
     def next_retry(self) -> float | None:
-        """When the next failed listener is tried again (monotonic); None if none has failed."""
-        return min((failure.retry_at for failure in self.failures.values()), default=None)
+        """When there is something to do again (monotonic), as to try a failed listener; None if there is nothing."""
+        due = [failure.retry_at for failure in self.failures.values()]
+        due += [when for when, _ in self._superseded]
+        return min(due, default=None)
 
     def drained(self, worker: int, numbers: Iterable[int]) -> bool:
         """A worker has no relays left of these closed listeners. Returns whether an address may be free."""
@@ -235,12 +276,19 @@ class Reconciler:
     def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
         said = any(failure.exhausted for failure in self.failures.values())
         of_sctp: list[ListenerSpec] = []
+        parked: list[ListenerSpec] = []
         for number, spec in enumerate(filter(self._due, specs), 1):
             if spec.key.protocol is Protocol.SCTP:
                 of_sctp.append(spec)
+            elif self._parking is not None and self._parking.parks(spec):
+                parked.append(spec)
             else:
                 self._open(spec)
             if number % _PUBLISHED_AT_ONCE == 0 and (update := self._publication.take_update()):
+                publish(update)
+        for first in range(0, len(parked), _PUBLISHED_AT_ONCE):
+            self._open_parked(parked[first : first + _PUBLISHED_AT_ONCE])
+            if update := self._publication.take_update():
                 publish(update)
         if of_sctp:
             self._open_sctp(of_sctp)
@@ -263,6 +311,24 @@ class Reconciler:
             return
         self._publication.open(spec, sock)
         self._opened(spec)
+
+    def _open_parked(self, specs: list[ListenerSpec]) -> None:
+        assert self._parking is not None
+        opened = self._parking.open(specs, self._inherited, _BACKLOG)
+        for spec in specs:
+            sock = opened[spec.key]
+            if isinstance(sock, BindFailed):
+                self._failed(spec, sock)
+            else:
+                self._publication.open(spec, sock)
+                self._opened(spec)
+
+    def _give_up(self, key: ListenerKey, who: str) -> None:
+        """Close a listener, as somebody else is bound to its address; it is tried again."""
+        assert self._parking is not None
+        spec = self._listeners[key]
+        self._close(key, frozenset({key}))
+        self._failed(spec, self._parking.leave_to(key, who))
 
     def _open_sctp(self, specs: list[ListenerSpec]) -> None:
         # Imported only where SCTP is turned on.
@@ -320,6 +386,8 @@ class Reconciler:
             return
         # If the Service still wants the address, only its endpoints have gone: its relays stay.
         stay = any(self._wants(one, service_port) for one in held.specs)
+        if self._parking is not None:
+            self._parking.close(key)
         self._publication.close(key, None if stay else self._drain)
 
     def _leave_home(self, held: Held, key: ListenerKey) -> None:

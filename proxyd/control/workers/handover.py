@@ -24,7 +24,8 @@ log = get_logger("upgrade")
 
 VARIABLE = "PROXYD_HANDOVER"
 _CHECK = "check"  # its value if a program is only asked whether it would start
-_VERSION = 1
+# 2: listening sockets may be parked (`Handover.vip_lookup`). What needs no more says 1, so that an older program takes it.
+_VERSIONS = (1, 2)
 _NAME = "proxyd-handover"
 _CHECK_SECONDS = 60.0
 
@@ -72,17 +73,19 @@ class DrainingWorker(msgspec.Struct, frozen=True, array_like=True):
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is handed over."""
 
-    version: int = _VERSION
+    version: int = 1
     program: str = ""  # version of the program that hands over
     admin_path: str = ""
     admin: int = -1  # descriptor of the listening admin socket
     listeners: list[ListeningSocket] = []
     workers: list[DrainingWorker] = []
+    vip_lookup: dict[str, int] = {}  # descriptors by name of what `proxyd.host.parked` has
 
     def descriptors(self) -> Iterable[int]:
         """All descriptors that are handed over, without that of the memfd."""
         yield from (one.descriptor for one in self.listeners)
         yield from (worker.channel for worker in self.workers)
+        yield from self.vip_lookup.values()
         if self.admin >= 0:
             yield self.admin
 
@@ -93,8 +96,8 @@ def checking() -> bool:
 
 
 def answer() -> str:
-    """What such a process prints: it would start, and it understands this version of the handover."""
-    return f"{_NAME} {_VERSION}"
+    """What such a process prints: it would start, and it understands these versions of the handover, one in a line."""
+    return "\n".join(f"{_NAME} {version}" for version in _VERSIONS)
 
 
 def take() -> Handover | None:
@@ -140,12 +143,15 @@ def _inheritable() -> list[int]:
 
 
 def _check_version(found: Handover) -> None:
-    if found.version != _VERSION:
+    if found.version not in _VERSIONS:
         raise ValueError(f"it is of version {found.version}")
 
 
-async def check() -> None:
+async def check(version: int) -> None:
     """Find out whether the installed program would start with this one's arguments, and can go on from it.
+
+    Args:
+        version: of the handover that it would get.
 
     Raises:
         UpgradeError: it would not start, or cannot go on.
@@ -173,7 +179,7 @@ async def check() -> None:
         lines = errors.decode("utf-8", "replace").strip().splitlines()
         why = lines[-1] if lines else f"it ended with status {process.returncode}"
         raise UpgradeError(f"the new program would not start: {why}")
-    if answer() not in output.decode("utf-8", "replace").splitlines():
+    if f"{_NAME} {version}" not in output.decode("utf-8", "replace").splitlines():
         raise UpgradeError(
             "the new program can't go on from this one, their handovers are of different versions: "
             "restart the daemon"

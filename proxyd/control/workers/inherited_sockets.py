@@ -27,9 +27,18 @@ class InheritedSockets:
             if one.protocol is Protocol.SCTP:
                 self._bound[sock] = one
 
-    def take(self, spec: ListenerSpec) -> socket.socket | None:
-        """The socket for a listener; None if there is none."""
-        return self._sockets.pop((spec.key, spec.steered), None)
+    def take(self, spec: ListenerSpec, *, parked: bool = False) -> socket.socket | None:
+        """The socket for a listener; None if there is none.
+
+        Args:
+            spec: of the listener.
+            parked: whether one that is bound to another port will do (see `proxyd.host.parked`).
+        """
+        sock = self._sockets.pop((spec.key, spec.steered), None)
+        if sock is not None and not parked and sock.getsockname()[1] != spec.key.port:
+            close_listening(sock)
+            return None
+        return sock
 
     def take_endpoint(
         self, specs: Iterable[ListenerSpec]

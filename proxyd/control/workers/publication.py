@@ -186,6 +186,19 @@ class Publication:
             # Workers know only the first of several specs, and are told of the change with that one.
             held.specs[spec.key] = spec
 
+    def supersede(self, spec: ListenerSpec, sock: socket.socket) -> Held:
+        """Give a listener another socket. The old one goes on accepting until `close_superseded`. Returns the old one."""
+        old = self.held[spec.key]
+        held = Held(next(self._ids), sock, spec, self._owner(spec), dict(old.specs))
+        self._hold(held)
+        self._update.listeners[held.id] = held
+        return old
+
+    def close_superseded(self, old: Held) -> None:
+        """Close the old socket of a listener that has another. Its relays stay."""
+        self._retire(old, None)
+        old.socket.close()
+
     def close(self, key: ListenerKey, drain: float | None) -> None:
         """Close a listener and all others of its socket. `drain` is as in `change`."""
         held = self.held[key]

@@ -1,0 +1,168 @@
+"""Opens listeners of VIPs parked: clients find them by a program of the kernel, and nobody's port is taken."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+
+from proxyd.api.service import Protocol
+from proxyd.control.runtime.logs import get_logger
+from proxyd.control.workers.inherited_sockets import InheritedSockets
+from proxyd.host.addresses import node_addresses
+from proxyd.host.holders import bound_exactly
+from proxyd.host.parked import ParkedListeners
+from proxyd.host.sockets import BindFailed
+from proxyd.host.udp_source import UdpSourcePorts
+from proxyd.state.spec import ListenerKey, ListenerSpec
+
+log = get_logger("reconciler")
+
+Opened = dict[ListenerKey, socket.socket | BindFailed]
+
+
+class Parking:
+    """The parked listeners of this node.
+
+    Args:
+        parked: the program's maps.
+        udp: puts the ports of UDP replies right; None if that is not possible: UDP is then not parked.
+        kept: whether VIPs stay guarded when this process is killed.
+    """
+
+    def __init__(self, parked: ParkedListeners, udp: UdpSourcePorts | None, *, kept: bool) -> None:
+        self.kept = kept
+        self._parked = parked
+        self._udp = udp
+        self._error = ""
+        self._bound: set[ListenerKey] = set()
+        # UDP sockets of closed listeners whose flows may still have replies to send.
+        self._replying: dict[ListenerKey, int] = {}
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """Of maps and link, by name, for the next program."""
+        return self._parked.descriptors
+
+    def guard(self, vips: AbstractSet[str]) -> None:
+        """Refuse the ports of VIPs that nobody listens on. Call it before a VIP's route is made, and after it is gone.
+
+        An address of the node itself is not guarded, whatever Service has it: its other ports are the node's own.
+        """
+        try:
+            own = {address.ip for address in node_addresses()}
+            self._parked.guard(
+                ip for ip in vips if ip not in own and not ip.startswith("127.") and ip != "::1"
+            )
+        except OSError as error:
+            self._say(f"VIPs are not guarded: {error.strerror or error}")
+
+    def parks(self, spec: ListenerSpec) -> bool:
+        """Whether a listener is to be parked."""
+        return (spec.key.protocol is not Protocol.UDP or self._udp is not None) and self._parked.parks(spec)
+
+    def open(self, specs: Sequence[ListenerSpec], inherited: InheritedSockets, backlog: int) -> Opened:
+        """Open listeners, each parked or with the socket that the program before an upgrade left.
+
+        Returns:
+            The sockets, which clients find from now on, and what failed.
+        """
+        others = _binders(spec.key for spec in specs)
+        found: Opened = {}
+        for spec in specs:
+            left = inherited.take(spec, parked=True)
+            if left is not None:
+                if self._parked.adopt(spec, left) == spec.key.port:
+                    self._bound.add(spec.key)
+                found[spec.key] = left
+                continue
+            try:
+                who = others.get(spec.key)
+                found[spec.key] = (
+                    self._parked.open(spec, backlog) if who is None else self.leave_to(spec.key, who)
+                )
+            except BindFailed as error:
+                found[spec.key] = error
+        self._send_from(found)
+        for key, sock in found.items():
+            if isinstance(sock, socket.socket):
+                try:
+                    self._parked.admit(key, sock)
+                except BindFailed as error:
+                    sock.close()
+                    found[key] = error
+        return found
+
+    def take_bound(self) -> set[ListenerKey]:
+        """The listeners whose inherited socket is bound to their own port, those of earlier calls left out."""
+        bound, self._bound = self._bound, set()
+        return bound
+
+    def close(self, key: ListenerKey) -> None:
+        """Refuse clients of a listener that is about to be closed."""
+        if (port := self._parked.udp_ports.get(key)) is not None:
+            self._replying[key] = port
+        self._parked.refuse(key)
+
+    def settle(self, held: AbstractSet[ListenerKey]) -> None:
+        """Forget the closed UDP listeners that have no flows any more: `held` are the keys of those that have."""
+        if gone := [key for key in self._replying if key not in held]:
+            for key in gone:
+                del self._replying[key]
+            self._send_from({})
+
+    def taken_by_others(self) -> dict[ListenerKey, str]:
+        """The parked listeners that somebody else is bound to by now, with who that is ("" if unknown)."""
+        ports = self._parked.ports
+        return _binders(key for key, port in ports.items() if port != key.port)
+
+    def forget(self) -> None:
+        """Somebody may have changed the nft table: it is made anew where it is missing."""
+        if self._udp is not None:
+            self._udp.forget()
+            self._send_from({})
+
+    def close_descriptors(self) -> None:
+        """Close link and maps, as at the end."""
+        self._parked.close()
+
+    def remove(self) -> None:
+        """Take everything back."""
+        if self._udp is not None:
+            self._udp.remove()
+        self._parked.remove()
+
+    def leave_to(self, key: ListenerKey, who: str) -> BindFailed:
+        """Leave a port to who is bound to it. Returns what is told of it."""
+        try:
+            self._parked.leave_to_others(key)
+        except OSError as error:
+            self._say(f"{key} is refused, though another process is bound to it: {error.strerror or error}")
+        text = f"in use by {who or 'another process'}, which is bound to {key.ip} itself and keeps it"
+        return BindFailed(text, taken=True)
+
+    def _send_from(self, found: Opened) -> None:
+        """Have UDP replies leave from the right ports; where that fails, so have the listeners that were just opened."""
+        if self._udp is None:
+            return
+        error = self._udp.sync({**self._replying, **self._parked.udp_ports})
+        if not error:
+            return
+        for key, sock in found.items():
+            if key.protocol is Protocol.UDP and isinstance(sock, socket.socket):
+                sock.close()
+                self._parked.refuse(key)
+                found[key] = BindFailed(f"nft can't give its replies their port: {error}")
+        self._say(f"replies of UDP Services leave from wrong ports: {error}")
+
+    def _say(self, text: str) -> None:
+        if text != self._error:
+            log.warning(text)
+        self._error = text
+
+
+def _binders(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
+    try:
+        return bound_exactly(keys)
+    except OSError:  # a sandbox: nothing is known of others
+        return {}

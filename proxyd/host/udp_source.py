@@ -1,0 +1,97 @@
+"""Replies of parked UDP listeners: an nft table that puts the Service's port in the place of the one they are parked at.
+
+The chain runs before connection tracking, which would otherwise see a stranger. Only packets from privileged ports are
+looked up. Needs `nft` and CAP_NET_ADMIN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from proxyd.host.nft import refused, run, table_exists, which
+from proxyd.state.spec import ListenerKey
+
+TABLE = "proxyd-udp"
+
+_RULES = f"""
+table inet {TABLE} {{
+  map ports4 {{ type ipv4_addr . inet_service : inet_service; }}
+  map ports6 {{ type ipv6_addr . inet_service : inet_service; }}
+  chain output {{
+    type filter hook output priority -310; policy accept;
+    meta l4proto != 17 accept
+    udp sport >= 1024 accept
+    udp sport set ip saddr . udp sport map @ports4 accept
+    udp sport set ip6 saddr . udp sport map @ports6 accept
+  }}
+}}
+"""
+
+
+class UdpSourcePorts:
+    """The table of this node, there while a UDP listener is parked."""
+
+    def __init__(self) -> None:
+        self._known: dict[ListenerKey, int] | None = None  # what was last put in force; None: not known
+
+    @staticmethod
+    def unavailable() -> str:
+        """Why it can't be used, in one line; "" where it can."""
+        if which("nft") is None:
+            return "the program `nft` was not found; install nftables"
+        try:
+            table_exists(TABLE)
+        except OSError as error:
+            return refused(error)
+        return ""
+
+    def forget(self) -> None:
+        """Have the next `sync` look at the kernel's table: somebody else may have changed it."""
+        self._known = None
+
+    def sync(self, parked: Mapping[ListenerKey, int]) -> str:
+        """Put these in force, and no others.
+
+        Args:
+            parked: by listener, the port that its socket is bound to.
+
+        Returns:
+            "", or one line: what went wrong.
+        """
+        if self._known == parked:
+            return ""
+        try:
+            exists = table_exists(TABLE)
+        except OSError as error:
+            return refused(error)
+        known = self._known if exists else None
+        if not parked:
+            failed = run(f"delete table inet {TABLE}\n") if exists else None
+        elif known is not None:
+            gone = {key: port for key, port in known.items() if parked.get(key) != port}
+            new = {key: port for key, port in parked.items() if known.get(key) != port}
+            failed = run(_elements("delete", gone) + _elements("add", new))
+        else:
+            failed = "not known"
+        if failed and parked:
+            failed = run(
+                f"table inet {TABLE}\ndelete table inet {TABLE}\n" + _RULES + _elements("add", parked)
+            )
+        self._known = None if failed else dict(parked)
+        return failed or ""
+
+    def remove(self) -> str:
+        """Delete the table. Returns "", or what went wrong."""
+        return self.sync({})
+
+
+def _elements(verb: str, parked: Mapping[ListenerKey, int]) -> str:
+    found: dict[int, list[str]] = {4: [], 6: []}
+    for key, port in parked.items():
+        value = f" : {key.port}" if verb == "add" else ""
+        found[6 if ":" in key.ip else 4].append(f"{key.ip} . {port}{value}")
+    return "".join(
+        f"{verb} element inet {TABLE} ports{family} {{ {', '.join(elements)} }}\n"
+        for family, elements in found.items()
+        if elements
+    )
