@@ -15,7 +15,6 @@ SUSPECT_SECONDS = 1.0
 MAX_PASSED = 64
 
 _WRAP = (1 << 64) - 1
-_EPHEMERAL = 32_768  # the first of the ports that the kernel gives out, by default
 
 
 class Endpoint:
@@ -24,7 +23,7 @@ class Endpoint:
     An endpoint that was removed is never used again: if it comes back, it is another object.
     """
 
-    __slots__ = ("address", "answered", "ephemeral", "family", "further", "removed", "row", "slot")
+    __slots__ = ("address", "answered", "family", "further", "removed", "row", "slot")
 
     def __init__(self, ip: str, port: int, slot: int, row: int) -> None:
         self.address = (ip, port)
@@ -34,8 +33,6 @@ class Endpoint:
         self.removed = False
         self.further: tuple[str, ...] = ()  # SCTP: its other addresses, of the same port
         self.answered = 0  # SCTP: index of the address that answered last
-        # A socket that connects to a local port where nobody listens can, by chance, be connected to itself.
-        self.ephemeral = port >= _EPHEMERAL
 
     def __str__(self) -> str:
         return address_text(*self.address)

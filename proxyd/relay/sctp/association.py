@@ -93,7 +93,7 @@ def connect(endpoint: Endpoint, first: int, streams: tuple[int, int], shared: Sh
             except OSError as error:
                 if error.errno != errno.EINPROGRESS:
                     raise
-            if not endpoint.ephemeral or sock.getsockname()[1] != port:
+            if sock.getsockname()[1] != port:
                 return sock
         except OSError as error:
             sock.close()

@@ -89,7 +89,9 @@ class Dialler(Dialling):
         endpoint = self._endpoint
         assert sock is not None
         assert endpoint is not None
-        if events & _FAILED_EVENTS or (endpoint.ephemeral and sock.getsockname()[:2] == endpoint.address):
+        # Towards an address of this node the kernel may pick the very port that is dialled. If nobody listens
+        # there, the socket is connected to itself. The range it picks from may change, so each one is checked.
+        if events & _FAILED_EVENTS or sock.getsockname()[:2] == endpoint.address:
             self._dial_after_error(sock)
             return
         plane = self.plane

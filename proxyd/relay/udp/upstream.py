@@ -194,7 +194,7 @@ class Upstream:
         """A socket that is connected to an endpoint, and watched."""
         sock = Socket(endpoint.family, _DGRAM, 0)
         code = sock.connect_ex(endpoint.address)
-        if endpoint.ephemeral and not code and sock.getsockname()[:2] == endpoint.address:
+        if not code and sock.getsockname()[:2] == endpoint.address:
             code = errno.ECONNREFUSED  # the socket is connected to itself
         if not code:
             try:
