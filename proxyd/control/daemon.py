@@ -131,6 +131,7 @@ class Daemon:
             core,
             telemetry,
             self._summariser,
+            held={key: one.holder for one in left.listeners if one.holder for key in one.keys},
             reconciled=self._reconciled,
             resynced=lambda: self._servers.check_admin_socket(),  # noqa: PLW0108 - as above
         )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from proxyd.control.core import Core
@@ -18,6 +18,7 @@ from proxyd.control.workers.publication import Update
 from proxyd.host.addresses import AddressMonitor, node_addresses
 from proxyd.state.desired import DesiredState, Planner
 from proxyd.state.snapshot import Snapshot
+from proxyd.state.spec import ListenerKey, ServicePortName
 
 log = get_logger("proxyd")
 
@@ -33,6 +34,7 @@ class ReconcileLoop:
         core: what is planned, and the parts that carry it out.
         telemetry: takes note of what is queued, published and carried out.
         summariser: logs what may happen over and over.
+        held: who held each address in the program before this one.
         reconciled: called after each reconcile with the state that was desired.
         resynced: called with each look at the node, every --iptables-sync-period.
     """
@@ -43,6 +45,7 @@ class ReconcileLoop:
         telemetry: Telemetry,
         summariser: Summariser,
         *,
+        held: Mapping[ListenerKey, ServicePortName],
         reconciled: Callable[[DesiredState], None],
         resynced: Callable[[], None],
     ) -> None:
@@ -54,6 +57,7 @@ class ReconcileLoop:
         self._changed = asyncio.Event()
         self._reconciled = False  # the last reconcile went through
         self._planner = Planner()
+        self._held = held
         self._monitor = AddressMonitor()
         self._addresses = node_addresses()
 
@@ -175,7 +179,8 @@ class ReconcileLoop:
     def _reconcile(self) -> None:
         core = self._core
         began = time.perf_counter()
-        desired = self._planner.desired(core.snapshot, core.node, core.options)
+        desired = self._planner.desired(core.snapshot, core.node, core.options, self._held)
+        self._held = self._planner.holders
         core.reconciler.reconcile(desired, core.supervisor.workers, self._publish)
         self._reconciled = True
         self._telemetry.reconciled(time.perf_counter() - began)

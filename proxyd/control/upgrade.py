@@ -134,6 +134,7 @@ class Upgrade:
                     held.spec.steered,
                     held.socket.fileno(),
                     [key.ip for key in held.specs if key != held.spec.key],
+                    held.spec.service_port,
                 )
                 for held in dict.fromkeys(core.publication.held.values())
             ],

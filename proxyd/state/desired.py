@@ -20,6 +20,7 @@ from proxyd.state.spec import (
     ListenerSpec,
     ListenerState,
     ListenerStatus,
+    ServicePortName,
     Steering,
     status_of,
 )
@@ -28,6 +29,8 @@ from proxyd.state.wishes import ServiceWishes, service_wishes
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 _Order: TypeAlias = tuple[bool, str, str, str]
+
+NOBODY: Mapping[ListenerKey, ServicePortName] = {}
 
 
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,15 +46,27 @@ class Planner:
     The result depends on the arguments alone. The memory saves the work for Services that did not change (the
     same immutable Python objects). A change of a few Services that touches no address of any other is put
     into a copy of the last result, so one change among thousands costs little more than one among ten.
+
+    Attributes:
+        holders: who holds each address by the last result, also one without endpoints.
     """
+
+    holders: Mapping[ListenerKey, ServicePortName]
 
     def __init__(self) -> None:
         self._context: tuple[NodeView, Options] | None = None
         self._snapshot = Snapshot()
         self._wishes: dict[ObjectName, ServiceWishes] = {}
         self._merged: _Merged | None = None
+        self.holders = {}
 
-    def desired(self, snapshot: Snapshot, node: NodeView, options: Options) -> DesiredState:
+    def desired(
+        self,
+        snapshot: Snapshot,
+        node: NodeView,
+        options: Options,
+        held: Mapping[ListenerKey, ServicePortName] = NOBODY,
+    ) -> DesiredState:
         """The desired state of a node. See `desired_state`."""
         if self._context != (node, options):
             self._context = (node, options)
@@ -67,19 +82,32 @@ class Planner:
                 self._wishes[name] = new
             if old != new:
                 changes.append((old, new))
-        if self._merged is None or not self._merged.patch(changes):
-            self._merged = None  # a half changed one is of no use if merging fails
-            self._merged = _Merged(self._wishes.values())
-        return self._merged.result
+        merged, self._merged = self._merged, None  # a half changed one is of no use if merging fails
+        if merged is None or not merged.follows(held) or not merged.patch(changes):
+            merged = _Merged(self._wishes.values(), held)
+        self._merged, self.holders = merged, merged.holders
+        return merged.result
 
 
-def desired_state(snapshot: Snapshot, node: NodeView, options: Options) -> DesiredState:
+def desired_state(
+    snapshot: Snapshot,
+    node: NodeView,
+    options: Options,
+    held: Mapping[ListenerKey, ServicePortName] = NOBODY,
+) -> DesiredState:
     """The desired state of a node.
 
-    Where two service ports want the same address, port and protocol, the Service that was created first keeps
-    it; of two created at the same moment the first by namespace and name. The other's status names it.
+    Where two service ports want the same address, port and protocol, the one that holds it keeps it, whatever
+    the times of creation say: clocks go back. If neither does, the Service that was created first gets it; of
+    two created at the same moment the first by namespace and name. The other's status names the holder.
+
+    Args:
+        snapshot: the objects.
+        node: from where they are seen.
+        options: what the operator wants.
+        held: who has each address now; of one that no two want it does not matter.
     """
-    return Planner().desired(snapshot, node, options)
+    return Planner().desired(snapshot, node, options, held)
 
 
 _NO_WISHES = ServiceWishes(order=(False, "", "", ""))
@@ -88,27 +116,32 @@ _NO_WISHES = ServiceWishes(order=(False, "", "", ""))
 class _Merged:
     """The desired state that the wishes of all Services come to, and what it takes to change a part of it."""
 
-    def __init__(self, all_wishes: Iterable[ServiceWishes]) -> None:
-        self._holders: dict[ListenerKey, ListenerSpec] = {}  # also listeners without endpoints
-        self._contested: set[ListenerKey] = set()  # those that are wanted more than once
+    def __init__(
+        self, all_wishes: Iterable[ServiceWishes], held: Mapping[ListenerKey, ServicePortName]
+    ) -> None:
+        all_wishes = sorted(all_wishes, key=attrgetter("order"))
+        self.holders: dict[ListenerKey, ServicePortName] = {}  # also listeners without endpoints
+        self._contested = _contested(all_wishes)
+        self._kept = self._keep(held)
         self._vips: dict[str, int] = {}  # how many Services want each
         listeners: dict[ListenerKey, ListenerSpec] = {}
         balancers: dict[BalancerKey, BalancerSpec] = {}
         steering: dict[ListenerKey, Steering] = {}
         self._unopened: dict[_Order, tuple[ListenerStatus, ...]] = {}  # by Service, if it has any
-        for wishes in sorted(all_wishes, key=attrgetter("order")):
+        for wishes in all_wishes:
             unopened = list(wishes.unopened)
             for vip in wishes.vips:
                 self._vips[vip] = self._vips.get(vip, 0) + 1
             for listener in wishes.listeners:
                 key = listener.key
-                holder = self._holders.setdefault(key, listener)
-                if holder is not listener:
-                    self._contested.add(key)
-                    # A service port may want an address twice, as externalIP and as load-balancer IP.
-                    if holder.service_port != listener.service_port:
-                        unopened.append(_conflict(listener, holder))
+                holder = self._kept.get(key) or self.holders.get(key, listener.service_port)
+                if holder != listener.service_port:
+                    unopened.append(_conflict(listener, holder))
                     continue
+                if key in self.holders:
+                    # A service port may want an address twice, as externalIP and as load-balancer IP.
+                    continue
+                self.holders[key] = holder
                 balancer = wishes.balancers.get(listener.balancer)
                 if listener.steered:
                     steering[key] = Steering.LOCAL if balancer else Steering.UNREACHABLE
@@ -129,6 +162,18 @@ class _Merged:
             unopened=tuple(chain.from_iterable(self._unopened.values())),
         )
 
+    def follows(self, held: Mapping[ListenerKey, ServicePortName]) -> bool:
+        """Whether merging anew, while `held` are held, would give every address to whom it was given."""
+        return held is self.holders or self._keep(held) == self._kept
+
+    def _keep(self, held: Mapping[ListenerKey, ServicePortName]) -> dict[ListenerKey, ServicePortName]:
+        """Who keeps what two or more want."""
+        return {
+            key: holder
+            for key, wanted_by in self._contested.items()
+            if (holder := held.get(key)) is not None and holder in wanted_by
+        }
+
     def patch(self, changes: Iterable[tuple[ServiceWishes, ServiceWishes]]) -> bool:
         """Replace the wishes of some Services. Returns whether that was possible.
 
@@ -142,9 +187,9 @@ class _Merged:
             if len(keys) < len(new.listeners):
                 return False
             mine = {listener.key for listener in old.listeners}
-            if not self._contested.isdisjoint(keys | mine):
+            if not self._contested.keys().isdisjoint(keys | mine):
                 return False
-            if any(key in self._holders for key in keys - mine):
+            if any(key in self.holders for key in keys - mine):
                 return False
         wanted = [listener.key for _, new in changes for listener in new.listeners]
         if len(set(wanted)) < len(wanted):
@@ -190,13 +235,13 @@ class _Merged:
         keys = {listener.key for listener in new.listeners}
         for listener in old.listeners:
             if listener.key not in keys:
-                del self._holders[listener.key]
+                del self.holders[listener.key]
                 listeners[listener.key] = None
                 steering.pop(listener.key, None)
             if listener.balancer not in new.balancers:
                 balancers[listener.balancer] = None
         for listener in new.listeners:
-            self._holders[listener.key] = listener
+            self.holders[listener.key] = listener.service_port
             balancer = new.balancers.get(listener.balancer)
             if balancer is None:
                 listeners[listener.key] = None
@@ -231,6 +276,17 @@ def _unopened(wishes: ServiceWishes) -> tuple[ListenerStatus, ...]:
     return (*wishes.unopened, *without)
 
 
-def _conflict(loser: ListenerSpec, holder: ListenerSpec) -> ListenerStatus:
-    who = holder.service_port
+def _contested(all_wishes: Iterable[ServiceWishes]) -> dict[ListenerKey, set[ServicePortName]]:
+    """What is wanted more than once, and by whom."""
+    first: dict[ListenerKey, ListenerSpec] = {}
+    contested: dict[ListenerKey, set[ServicePortName]] = {}
+    for wishes in all_wishes:
+        for listener in wishes.listeners:
+            before = first.setdefault(listener.key, listener)
+            if before is not listener:
+                contested.setdefault(listener.key, {before.service_port}).add(listener.service_port)
+    return contested
+
+
+def _conflict(loser: ListenerSpec, who: ServicePortName) -> ListenerStatus:
     return status_of(loser, ListenerState.CONFLICT, f"{loser.key} is held by {who}", holder=who)

@@ -399,6 +399,22 @@ def test_a_health_check_port_that_is_taken(cluster: Cluster, lab: Lab) -> None:
         wait_for(lambda: refused(lab.client, NODE_IP, 30198), "the port to close")
 
 
+def test_a_health_check_port_stays_with_whom_has_it(cluster: Cluster, lab: Lab) -> None:
+    """Also where another Service that wants the same comes first by name."""
+    cluster.create("services", balanced("web", 30199))
+    cluster.create("endpointslices", slice_of("web", pod(1)))
+    with cluster.proxyd(NODE_1) as daemon:
+        wait_for(lambda: not refused(lab.client, NODE_IP, 30199), "the port to open")
+        other = balanced("api", 30199)
+        other["spec"]["clusterIP"] = OTHER_VIP
+        cluster.create("services", other)
+        wait_for(lambda: problems(daemon), "a problem")
+        assert problems(daemon) == ["Service default/api: healthCheckNodePort 30199: default/web has it"]
+        assert json.loads(fetch(lab.node, 30199, "/", NODE_IP)[1])["service"]["name"] == "web"
+        cluster.delete("services", "web")
+        wait_for(lambda: not problems(daemon), "the other to have it")
+
+
 def test_events_about_services(cluster: Cluster, lab: Lab) -> None:
     ports = [{"name": "http", "port": 80, "nodePort": 30080}]
     with lab.node.listen(NODE_IP, 30080):

@@ -228,6 +228,39 @@ def test_the_first_of_two_services_keeps_the_address(lab: Lab, manifests: Path, 
         assert read_line(kept) == "after"
 
 
+def test_a_clock_that_goes_back_takes_no_address_away(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    """The first was seen when the clock was years ahead; by times and names the second came before it."""
+    ahead = {"created": "2099-01-01T00:00:00.000000Z"}
+    state = {"version": 1, "services": {"default/web": ahead}}
+    (manifests.parent / "state.json").write_text(json.dumps(state))
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80)
+    write(manifests / "api.yaml", service("api", VIP), endpoints("api", 2))
+    daemon.wait_listener(VIP, 80, "Conflict", "default/api")
+    # One that brings its time with it, from another machine's clock.
+    old = service("abc", VIP)
+    old["metadata"]["creationTimestamp"] = "2001-01-01T00:00:00Z"
+    write(manifests / "abc.yaml", old, endpoints("abc", 3))
+    daemon.wait_listener(VIP, 80, "Conflict", "default/abc")
+    assert many(lab.client, VIP, 80, 5).answered == {"pod-1": 5}
+    # Nor while the first has no endpoints, nor by an upgrade.
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web"))
+    daemon.wait_listener(VIP, 80, "NoEndpoints", "default/web")
+    assert refused(lab.client, VIP, 80)
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    daemon.wait_listener(VIP, 80, "Serving", "default/web")
+    assert daemon.cli("upgrade", timeout=100).returncode == 0
+    daemon.wait_listener(VIP, 80, "Conflict", "default/abc")
+    assert many(lab.client, VIP, 80, 5).answered == {"pod-1": 5}
+    # After a restart nothing is open, and what manifests and the state file say decides.
+    (manifests / "abc.yaml").unlink()
+    daemon.stop()
+    daemon.start()
+    daemon.wait_listener(VIP, 80, "Serving", "default/web")
+    daemon.wait_listener(VIP, 80, "Conflict", "default/api")
+
+
 def test_a_node_port_that_another_program_holds(lab: Lab, manifests: Path, proxyd: Run) -> None:
     write(manifests / "web.yaml", service("web", VIP, node_port=30080), endpoints("web", 1))
     write(manifests / "other.yaml", service("other", OTHER_VIP, node_port=30090), endpoints("other", 2))

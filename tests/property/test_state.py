@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +22,7 @@ from proxyd.api.service import (
     SessionAffinity,
     TrafficPolicy,
 )
-from proxyd.state.desired import Planner, desired_state
+from proxyd.state.desired import NOBODY, Planner, desired_state
 from proxyd.state.plan import Plan, plan
 from proxyd.state.snapshot import NodeAddress, NodeView, Options, Snapshot, VipMode
 from proxyd.state.spec import HostState, ListenerState, Steering
@@ -143,6 +144,26 @@ def test_a_planner_that_remembers_answers_like_one_that_does_not(seen: list[Snap
     planner = Planner()
     for snapshot in seen:
         assert planner.desired(snapshot, NODE, opts) == desired_state(snapshot, NODE, opts)
+    follower, held = Planner(), NOBODY
+    for snapshot in seen:
+        before = dict(held)
+        assert follower.desired(snapshot, NODE, opts, held) == desired_state(snapshot, NODE, opts, before)
+        held = follower.holders
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+@given(st.lists(snapshots(), min_size=2, max_size=4), options)
+def test_a_service_port_that_stays_keeps_what_it_holds(seen: list[Snapshot], opts: Options) -> None:
+    planner = Planner()
+    for before, after in itertools.pairwise(seen):
+        # Those of before stay, others come or go.
+        merged = Snapshot(
+            services={**after.services, **before.services}, slices={**after.slices, **before.slices}
+        )
+        planner.desired(before, NODE, opts, planner.holders)
+        held = dict(planner.holders)
+        planner.desired(merged, NODE, opts, planner.holders)
+        assert {key: planner.holders[key] for key in held} == held
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
@@ -171,9 +192,11 @@ def test_one_change_after_another_leads_to_what_all_at_once_does(
             if key in theirs:
                 mine[key] = theirs[key]
         snapshot = Snapshot(services=new_services, slices=new_slices)
-        have = planner.desired(snapshot, NODE, opts)
-        assert have == desired_state(snapshot, NODE, opts)
-        assert not plan(have.host, desired_state(snapshot, NODE, opts).host)
+        held = dict(planner.holders)
+        have = planner.desired(snapshot, NODE, opts, planner.holders)
+        anew = desired_state(snapshot, NODE, opts, held)
+        assert have == anew
+        assert not plan(have.host, anew.host)
         # What it remembers of its changes leaves nothing out.
         assert applied(before.host, plan(before.host, have.host)) == have.host
         before = have

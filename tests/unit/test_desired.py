@@ -15,9 +15,9 @@ from proxyd.api.service import (
     ServiceType,
     SessionAffinity,
 )
-from proxyd.state.desired import DesiredState, desired_state
+from proxyd.state.desired import NOBODY, DesiredState, desired_state
 from proxyd.state.snapshot import NodeAddress, NodeView, Options, Snapshot, VipMode
-from proxyd.state.spec import ListenerKey, Role, Steering
+from proxyd.state.spec import ListenerKey, Role, ServicePortName, Steering
 
 NODE = NodeView(
     name="n1",
@@ -40,7 +40,7 @@ def service(name="web", created="", status=None, **spec) -> Service:
     )
 
 
-def desired(*services: Service, endpoints=True, options=Options(), node=NODE) -> DesiredState:  # noqa: B008 - frozen
+def desired(*services: Service, endpoints=True, options=Options(), node=NODE, held=NOBODY) -> DesiredState:  # noqa: B008 - frozen
     slices = {}
     for one in services:
         ports = tuple(EndpointPort(name=p.name, protocol=p.protocol, port=9376) for p in one.spec.ports)
@@ -49,7 +49,7 @@ def desired(*services: Service, endpoints=True, options=Options(), node=NODE) ->
             EndpointSlice(metadata=ObjectMeta(name="s"), endpoints=found, ports=ports),
         )
     snapshot = Snapshot(services={one.metadata.key: one for one in services}, slices=slices)
-    return desired_state(snapshot, node, options)
+    return desired_state(snapshot, node, options, held)
 
 
 def keys(state: DesiredState) -> set[str]:
@@ -199,6 +199,30 @@ def test_the_holder_keeps_an_address_while_it_has_no_endpoints() -> None:
         "Conflict: 10.96.0.10:80/TCP is held by default/a:x",
         "NoEndpoints",
     ]
+
+
+def test_who_holds_an_address_keeps_it_whatever_the_times_say() -> None:
+    key = ListenerKey("10.96.0.10", 80, Protocol.TCP)
+    held = {key: ServicePortName("default", "web", "", Protocol.TCP)}
+    web, older = (
+        service("web", created="2026-02-01T00:00:00Z"),
+        service("alpha", created="2026-01-01T00:00:00Z"),
+    )
+    for endpoints in (True, False):
+        state = desired(web, older, held=held, endpoints=endpoints)
+        assert {status.holder.name for status in state.unopened if status.holder} == {"web"}
+        assert {str(spec.service_port) for spec in state.host.listeners.values()} == (
+            {"default/web"} if endpoints else set()
+        )
+    # Not once it wants the address no more.
+    moved = service("web", created="2026-02-01T00:00:00Z", cluster_ip="10.96.0.11")
+    state = desired(moved, older, held=held)
+    assert {str(key): str(spec.service_port) for key, spec in state.host.listeners.items()} == {
+        "10.96.0.10:80/TCP": "default/alpha",
+        "10.96.0.11:80/TCP": "default/web",
+    }
+    # Nor where it never was there.
+    assert desired(older, held=held).unopened == ()
 
 
 def test_one_service_that_names_an_address_twice_is_no_conflict() -> None:

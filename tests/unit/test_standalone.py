@@ -16,7 +16,7 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
 from proxyd.api.service import Service
 from proxyd.sources.manifests.source import ManifestSet
-from proxyd.sources.standalone.allocation import Allocated, Allocations, Settings, allocate
+from proxyd.sources.standalone.allocation import Allocated, Allocation, Allocations, Settings, allocate
 from proxyd.sources.standalone.assemble import Assembled, assemble
 
 NOW = "2026-01-02T03:04:05.000006Z"
@@ -455,6 +455,25 @@ class TestMemory:
         again = allocate(named([service(), service("z")]), first.allocations, SETTINGS, LATER)
         assert again.services[ObjectName("prod", "web")].metadata.creation_timestamp == NOW
         assert again.services[ObjectName("prod", "z")].metadata.creation_timestamp == LATER
+
+    def test_who_comes_later_is_younger_though_the_clock_has_gone_back(self) -> None:
+        """Also than one of the same moment, where names would decide."""
+        for then in (NOW, LATER):
+            first = allocate(named([service("zeta")]), Allocations(), SETTINGS, then)
+            second = allocate(named([service("zeta"), service("beta")]), first.allocations, SETTINGS, NOW)
+            third = allocate(
+                named([service("zeta"), service("beta"), service("alpha")]), second.allocations, SETTINGS, NOW
+            )
+            times = {name.name: one.metadata.creation_timestamp for name, one in third.services.items()}
+            assert times["zeta"] == then
+            assert times["zeta"] < times["beta"] < times["alpha"]
+            assert third.allocations.services[ObjectName("prod", "alpha")].created == times["alpha"]
+
+    def test_a_creation_time_that_is_none_hinders_nobody(self) -> None:
+        for odd in ("zzz", "9999-12-31T23:59:59.999999Z"):
+            previous = Allocations(services={ObjectName("prod", "a"): Allocation(created=odd)})
+            result = allocate(named([service("a"), service("b")]), previous, SETTINGS, NOW)
+            assert result.services[ObjectName("prod", "b")].metadata.creation_timestamp == odd
 
     def test_a_given_creation_time_is_kept(self) -> None:
         result = allocated(service(created="2020-01-01T00:00:00Z"))

@@ -37,7 +37,8 @@ class HealthCheckPorts:
 
     Any path is answered with the number of this node's ready endpoints: 200 where there are some and this
     proxy is healthy, else 503 (kubernetes pkg/proxy/healthcheck/service_health.go). The ports are open on the
-    addresses that NodePorts are open on. Of two Services that want the same port the first by name has it.
+    addresses that NodePorts are open on. Of two Services that want the same port the one that has it keeps it; if
+    neither has it, the first by name gets it.
 
     Args:
         healthy: says whether this proxy is healthy.
@@ -110,9 +111,11 @@ class HealthCheckPorts:
             await self._server.shutdown(1.0)
 
     def _want(self) -> None:
-        self._owners = {}
+        before, self._owners = self._owners, {}
         losers = {}
-        for name in sorted(self._counts):
+        for name in sorted(
+            self._counts, key=lambda n: (before.get(_port(self._snapshot.services[n])) != n, n)
+        ):
             port = _port(self._snapshot.services[name])
             owner = self._owners.setdefault(port, name)
             if owner is not name:

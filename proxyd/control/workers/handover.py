@@ -18,7 +18,7 @@ import msgspec
 
 from proxyd.api.service import Protocol
 from proxyd.control.runtime.logs import get_logger
-from proxyd.state.spec import ListenerKey
+from proxyd.state.spec import ListenerKey, ServicePortName
 
 log = get_logger("upgrade")
 
@@ -35,7 +35,13 @@ class UpgradeError(Exception):
 
 
 class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
-    """A listening socket. `steered`: as in a listener spec; `further`: more addresses of an SCTP endpoint."""
+    """A listening socket.
+
+    Attributes:
+        steered: as in a listener spec.
+        further: more addresses of an SCTP endpoint.
+        holder: the service port that it is open for; None: a program before this one did not say.
+    """
 
     ip: str
     port: int
@@ -43,6 +49,7 @@ class ListeningSocket(msgspec.Struct, frozen=True, array_like=True):
     steered: bool
     descriptor: int
     further: list[str] = []
+    holder: ServicePortName | None = None
 
     @property
     def key(self) -> ListenerKey:

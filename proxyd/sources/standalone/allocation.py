@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import msgspec
@@ -95,7 +96,8 @@ def allocate(
         services: all valid Services.
         previous: what an earlier call returned.
         settings: the ranges.
-        now: RFC 3339, UTC; the creation time of new Services that have none.
+        now: RFC 3339 with microseconds, UTC; the creation time of new Services that have none. If the clock
+            has gone back, they are a microsecond younger than the youngest in `previous`.
         absent: whether a Service that is not in `services` may still exist (rejected, or in an unreadable
             file): its allocations stay reserved.
         taken: what others have; an allocation that is among it moves.
@@ -108,6 +110,7 @@ class _Allocator:
         self, services: Mapping[ObjectName, Service], previous: Allocations, settings: Settings, now: str
     ) -> None:
         self._previous = previous.services
+        now = _after(previous.services.values(), now)
         self._services: dict[ObjectName, Service] = {}
         for name, service in services.items():
             known = self._previous.get(name, Allocation())
@@ -233,6 +236,18 @@ class _Allocator:
 
     def _lacks(self, service: ObjectName, path: str, message: str) -> None:
         self._shortages.append(Shortage(service, path, message))
+
+
+def _after(known: Iterable[Allocation], now: str) -> str:
+    """The time now, or the microsecond after the last creation: who comes later is younger by any clock."""
+    last = max((allocation.created for allocation in known), default="")
+    if now > last:
+        return now
+    try:
+        then = datetime.fromisoformat(last) + timedelta(microseconds=1)
+    except (ValueError, OverflowError):  # not from this program
+        return last
+    return then.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _dated(service: Service, created: str) -> Service:
