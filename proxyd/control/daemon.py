@@ -29,7 +29,7 @@ from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.control.runtime.tasks import cancel, spawn
 from proxyd.control.servers import Servers
 from proxyd.control.signals import handle_signals, hold_signals
-from proxyd.control.startup import claim, interruptible, make_core, make_feed, prepare_process, read_first
+from proxyd.control.startup import interruptible, make_core, make_feed, prepare_process, read_first
 from proxyd.control.upgrade import Upgrade, admin_socket
 from proxyd.control.workers.handover import Handover, answer, checking, take
 from proxyd.control.workers.orphans import Orphans
@@ -112,12 +112,9 @@ class Daemon:
         )
         self._reloading = Reloading(self._reload)
         self._handle_signals()
-        options = planning_options(settings, may_route=limits.can_route())
-        resources.enter_context(claim(options))
         notifier = Notifier.here()
         core = self._core = make_core(
             settings,
-            options,
             self._lifecycle,
             left,
             resources,
@@ -136,13 +133,12 @@ class Daemon:
             resynced=lambda: self._servers.check_admin_socket(),  # noqa: PLW0108 - as above
         )
         resources.callback(self._loop.close)
-        self._watchdog = Watchdog(core, notifier, due=self._loop.is_due)
-        resources.callback(self._watchdog.close)
+        watchdog = Watchdog(core, notifier, due=self._loop.is_due)
+        self._watchdog = resources.enter_context(contextlib.closing(watchdog))
         self._config = ConfigReload(
             configuration, lambda: core.settings, self._apply, telemetry.metrics.config_read
         )
-        replaceable = configuration is not None
-        self._upgrade = Upgrade(core, left, replaceable=replaceable, begun=self._watchdog.reloading)
+        self._upgrade = Upgrade(core, left, configuration is not None, watchdog.reloading)
         self._service_events = ServiceEvents(core)
         self._health_ports = HealthCheckPorts(telemetry.healthy, self._service_events.health_port_failed)
         self._operations = Operations(
@@ -273,9 +269,7 @@ class Daemon:
         if not self._servers.begun or self._core.supervisor.lagging():
             return
         self._watchdog.in_force()
-        self._core.old_workers.retire()  # this program's own workers have everything
-        if self._core.reconciler.park_inherited():
-            self._loop.look_again()
+        self._loop.in_force()
         if self._on_serving is not None:
             on_serving, self._on_serving = self._on_serving, None
             on_serving(self._operations.picture())

@@ -96,6 +96,12 @@ class ReconcileLoop:
         """Reconcile soon, for example because an address may be free."""
         self._changed.set()
 
+    def in_force(self) -> None:
+        """Every worker of this program has everything: those of earlier programs accept no more."""
+        self._core.old_workers.retire()
+        if self._core.reconciler.park_inherited():
+            self.look_again()
+
     def drained(self, worker: int, listeners: list[int]) -> None:
         """The last relays of closed listeners, by number, have ended in a worker."""
         if self._core.reconciler.drained(worker, listeners):

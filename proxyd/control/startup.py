@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from proxyd.control.config.options import StartError
+from proxyd.control.config.options import StartError, planning_options
 from proxyd.control.config.settings import Settings
 from proxyd.control.core import Core, VipListen
 from proxyd.control.feeds.joined import FeedError, JoinedFeed
@@ -65,7 +65,6 @@ def claim(options: Options) -> contextlib.AbstractContextManager[object]:
 
 def make_core(
     settings: Settings,
-    options: Options,
     lifecycle: Lifecycle,
     left: Handover,
     resources: contextlib.ExitStack,
@@ -79,7 +78,6 @@ def make_core(
 
     Args:
         settings: what to do.
-        options: how Services are planned.
         lifecycle: of the daemon.
         left: what the program before this one handed over.
         resources: closes what is to be closed at the end.
@@ -91,6 +89,8 @@ def make_core(
     Raises:
         StartError: the settings ask for what can't be had here.
     """
+    options = planning_options(settings, may_route=limits.can_route())
+    resources.enter_context(claim(options))
     slots = Slots.create()
     resources.callback(slots.close)
     access = AccessLog(settings.access_log)

@@ -51,7 +51,7 @@ class Upgrade:
         begun: called when the upgrade begins.
     """
 
-    def __init__(self, core: Core, left: Handover, *, replaceable: bool, begun: Callable[[], None]) -> None:
+    def __init__(self, core: Core, left: Handover, replaceable: bool, begun: Callable[[], None]) -> None:
         self._core = core
         self._left = left
         self._replaceable = replaceable
