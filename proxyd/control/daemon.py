@@ -121,7 +121,7 @@ class Daemon:
             summariser=self._summariser,
             note=self._history.note,
             look_again=lambda: self._loop.look_again(),  # noqa: PLW0108 - as above
-            keep=notifier.store,
+            notifier=notifier,
         )
         telemetry = self._telemetry = Telemetry(core, self._summariser)
         self._loop = ReconcileLoop(

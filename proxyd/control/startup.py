@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -13,6 +12,7 @@ from proxyd.control.core import Core, VipListen
 from proxyd.control.feeds.joined import FeedError, JoinedFeed
 from proxyd.control.lifecycle import Lifecycle
 from proxyd.control.observe import systemd
+from proxyd.control.observe.systemd import Notifier
 from proxyd.control.reconcile.parking import Parking
 from proxyd.control.reconcile.reconciler import Reconciler
 from proxyd.control.runtime.accesslog import AccessLog
@@ -72,7 +72,7 @@ def make_core(
     summariser: Summariser,
     note: Callable[[ServicePortName, str], None],
     look_again: Callable[[], None],
-    keep: Callable[[str, int], bool],
+    notifier: Notifier,
 ) -> Core:
     """Make the parts that the others share. Nothing is started, and nothing is done to the node.
 
@@ -84,7 +84,7 @@ def make_core(
         summariser: logs what happens often.
         note: takes note of what happened to a service port.
         look_again: orders a reconcile, because an address may be free.
-        keep: has the service manager keep a descriptor by a name; returns whether it does.
+        notifier: has the service manager keep what is to outlive this process.
 
     Raises:
         StartError: the settings ask for what can't be had here.
@@ -103,7 +103,7 @@ def make_core(
         WorkerOptions.of(settings, records=bool(settings.access_log)),
         summariser=summariser,
     )
-    parking, vip_listen = make_parking(settings, options, left, keep)
+    parking, vip_listen = make_parking(settings, options, left, notifier)
     if parking is not None:
         resources.callback(parking.close_descriptors)
     old_workers = DrainingWorkers(
@@ -152,43 +152,46 @@ def _make_reconciler(
 
 
 def make_parking(
-    settings: Settings, options: Options, left: Handover, keep: Callable[[str, int], bool]
+    settings: Settings, options: Options, left: Handover, notifier: Notifier
 ) -> tuple[Parking | None, VipListen]:
     """What parks listeners of VIPs, None if they are bound; and what is told of that.
 
     Args:
         settings: whether they are to be parked.
-        options: whether there are VIPs of proxyd's own making.
+        options: whether proxyd makes VIPs local.
         left: what the program before this one handed over.
-        keep: has the service manager keep a descriptor by a name; returns whether it does.
+        notifier: has the service manager keep what is to outlive this process.
 
     Raises:
         StartError: they are to be parked, and can't be.
     """
-    kept = {name: given[0] for name, given in systemd.stored().items() if name in parked.NAMES}
+    stored = {name: given[0] for name, given in systemd.stored().items() if name in parked.NAMES}
+    earlier = left.vip_lookup or stored
+    must = settings.vip_listen == "parked"
     if not options.vip_mode.route or settings.vip_listen == "bound":
-        for descriptor in {*kept.values(), *left.vip_lookup.values()}:
-            os.close(descriptor)
-        parked.unpin()
-        if settings.vip_listen == "parked":
-            raise StartError(
-                "--vip-listen=parked: there are no VIPs of proxyd's own making (--vip-mode=route)"
-            )
+        parked.discard(earlier)
+        for name in stored:
+            notifier.forget(name)
+        if must:
+            raise StartError("--vip-listen=parked needs --vip-mode=route: else proxyd makes no VIPs")
         return None, VipListen("bound", "--vip-listen=bound") if options.vip_mode.route else VipListen()
     try:
-        listeners = parked.ParkedListeners(left.vip_lookup or kept)
+        listeners = parked.ParkedListeners(earlier)
     except OSError as error:
         reason = parked.why_not(error)
-        if settings.vip_listen == "parked":
+        if must:
             raise StartError(f"--vip-listen=parked: {reason}") from None
         log.warning("VIPs are bound: a daemon that listens at all addresses takes their ports", reason=reason)
         return None, VipListen("bound", reason)
     pinned = not listeners.pin()
-    stored = not pinned and all(keep(name, fd) for name, fd in listeners.descriptors.items())
+    kept = not pinned and all(notifier.store(name, fd) for name, fd in listeners.descriptors.items())
     udp = UdpSourcePorts()
     if reason := udp.unavailable():
         log.warning("UDP Services are bound at their VIPs, and TCP ones parked", reason=reason)
-    return Parking(listeners, None if reason else udp, kept=pinned or stored), VipListen("parked")
+    return (
+        Parking(listeners, None if reason else udp, kept=pinned or kept, forget=notifier.forget),
+        VipListen("parked"),
+    )
 
 
 def make_feed(

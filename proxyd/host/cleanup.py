@@ -78,7 +78,7 @@ def remove_leftovers(*, dry_run: bool = False) -> Removal:
     # Last: they protect the VIPs while there are any.
     if found.tables and (reason := VipGuard().remove()):
         failed.append(f"cannot remove the VIP guard: {reason}")
-    parked.unpin()
+    parked.discard({})
     left = find_leftovers()
     gone = Leftovers(*(before - after for before, after in zip(found, left, strict=True)))
     more = [f"and {len(failed) - _SHOWN} more failures"] if len(failed) > _SHOWN else []

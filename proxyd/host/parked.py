@@ -55,31 +55,10 @@ class ParkedListeners:
     """
 
     def __init__(self, descriptors: Mapping[str, int] | None = None) -> None:
-        found = dict(descriptors or {})
-        if found.keys() != set(NAMES):
-            for descriptor in found.values():
-                os.close(descriptor)
-            found = _pinned()
-        self._vips = found.get(VIPS, -1)
-        self._ports = found.get(PORTS, -1)
-        self._link = found.get(LINK, -1)
-        if not found:
+        self._vips = self._ports = self._link = -1
+        self._guarded: set[str] = set()
+        if not any(self._adopt(found) for found in (dict(descriptors or {}), _pinned())):
             self._make()
-        else:
-            try:
-                program = _program(self._vips, self._ports)
-                with _closing(program):
-                    bpf.replace_program(self._link, program)
-            except BaseException:
-                self.close()
-                raise
-        try:
-            self._guarded = {
-                ip for key in bpf.keys(self._vips, vip_lookup.KEY_BYTES) if (ip := _address(key))
-            }
-        except BaseException:
-            self.close()
-            raise
         self._parked: dict[ListenerKey, int] = {}  # the ports that sockets are bound to
         self._passed: set[ListenerKey] = set()
 
@@ -188,7 +167,10 @@ class ParkedListeners:
         return ""
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Take everything back, also from who else has the link."""
+        if self._link >= 0:
+            with contextlib.suppress(OSError):
+                bpf.detach(self._link)
         unpin()
         self.close()
 
@@ -198,6 +180,26 @@ class ParkedListeners:
             if descriptor >= 0:
                 os.close(descriptor)
         self._link = self._ports = self._vips = -1
+
+    def _adopt(self, found: dict[str, int]) -> bool:
+        """Go on with maps and link of an earlier process. Returns whether that is possible; if not, they are closed."""
+        if found.keys() != set(NAMES):
+            for descriptor in found.values():
+                os.close(descriptor)
+            return False
+        self._vips, self._ports, self._link = (found[name] for name in NAMES)
+        try:
+            with _closing(_program(self._vips, self._ports)) as program:
+                bpf.replace_program(self._link, program)
+            keys = bpf.keys(self._vips, vip_lookup.KEY_BYTES)
+        except OSError:  # it was detached, or is of another program
+            self.close()
+            return False
+        self._guarded = {ip for key in keys if (ip := _address(key))}
+        for key in keys:
+            if not _address(key):  # a port that was left to somebody else
+                bpf.delete(self._vips, key)
+        return True
 
     def _make(self) -> None:
         _raise_memlock()
@@ -213,6 +215,17 @@ class ParkedListeners:
         except BaseException:
             self.close()
             raise
+
+
+def discard(descriptors: Mapping[str, int]) -> None:
+    """Take back what an earlier process left: these descriptors by name, and what is pinned."""
+    for found in (descriptors, _pinned()):
+        for name, descriptor in found.items():
+            if name == LINK:
+                with contextlib.suppress(OSError):
+                    bpf.detach(descriptor)
+            os.close(descriptor)
+    unpin()
 
 
 def is_pinned() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -302,10 +303,14 @@ def test_systemd_runs_it(running: Machine) -> None:
     status = running.ok("cat", f"/proc/{running.show('MainPID')}/status")
     values = {name: value.split() for name, value in re.findall(r"^(\w+):\s(.*)$", status, re.MULTILINE)}
     assert int(values["Uid"][0]) >= 61184  # systemd's range of dynamic users
-    assert int(values["CapEff"][0], 16) == 1 << 12 | 1 << 10  # CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
+    assert (
+        int(values["CapEff"][0], 16) == 1 << 39 | 1 << 12 | 1 << 10
+    )  # CAP_BPF, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
     assert values["Seccomp"] == ["2"]
     # The guard is there, on a node without /etc/protocols.
-    assert f"{vip} ." in running.ok("nft", "list", "table", "inet", "proxyd")
+    assert vip in running.ok("nft", "list", "table", "inet", "proxyd")
+    assert json.loads(running.ok("proxyd", "status", "-o", "json"))["vipListen"] == "parked"
+    assert running.show("NFileDescriptorStore") == "3"  # what finds parked listeners outlives a killed daemon
     assert "warning" not in running.log()
     assert running.ok("stat", "-c", "%a %G", "/run/proxyd", "/run/proxyd/admin.sock").splitlines() == [
         "750 proxyd-admin",
@@ -344,6 +349,23 @@ def test_one_that_hangs_or_dies_is_started_again(running: Machine, number: signa
     assert running.show("MainPID") != pid
     assert running.ask(vip, 80) == "hello\n"
     assert web_vip(running) == vip  # remembered in /var/lib/proxyd
+
+
+def test_the_vips_of_a_killed_daemon_stay_guarded(running: Machine) -> None:
+    """While nothing of proxyd runs, no port of a VIP reaches a daemon that listens at all addresses."""
+    vip, before = web_vip(running), int(running.show("NRestarts"))
+    with running.watch(vip, 22) as seen:
+        wait_for(lambda: len(seen()) > 20, "refusals")
+        running.ok("sh", "-c", "systemctl kill --kill-whom=all --signal=KILL proxyd")
+        wait_for(
+            lambda: (int(running.show("NRestarts")), running.show("ActiveState")) == (before + 1, "active"),
+            "a new start",
+        )
+        count = len(seen())
+        wait_for(lambda: len(seen()) > count + 20, "refusals by the next daemon")
+    assert set(seen()) == {"refused"}
+    assert running.ask(vip, 80) == "hello\n"
+    assert running.show("NFileDescriptorStore") == "3"
 
 
 def test_stopping_leaves_nothing(running: Machine) -> None:

@@ -18,6 +18,7 @@ class Manager:
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "notify")
         self.seen: list[tuple[float, dict[str, str]]] = []
+        self.stored: list[dict[str, str]] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
         Path(self.path).chmod(0o666)
@@ -28,7 +29,11 @@ class Manager:
         with contextlib.suppress(BlockingIOError):
             while True:
                 lines = self._socket.recv(65536).decode().splitlines()
-                self.seen.append((time.monotonic(), dict(line.split("=", 1) for line in lines)))
+                message = dict(line.split("=", 1) for line in lines)
+                if {"FDSTORE", "FDSTOREREMOVE"} & message.keys():
+                    self.stored.append(message)  # what is kept for the next start
+                else:
+                    self.seen.append((time.monotonic(), message))
         return [message for _, message in self.seen]
 
     def wait(self, name: str, value: str, count: int = 1) -> dict[str, str]:

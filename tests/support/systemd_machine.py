@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -202,6 +203,40 @@ class Machine:
             capture_output=True, text=True, check=False, timeout=DEADLINE,
         )  # fmt: skip
         return done.stdout
+
+    @contextlib.contextmanager
+    def watch(self, ip: str, port: int) -> Iterator[Callable[[], list[str]]]:
+        """Connect to an address over and over, beside a daemon that listens on that port of all addresses.
+
+        What is yielded gives what came of each connection: "refused", "reached", or another error.
+        """
+        script = (
+            "import socket, time\n"
+            f"listener = socket.create_server(('0.0.0.0', {port}))\n"
+            "while True:\n"
+            "    sock = socket.socket()\n"
+            "    sock.settimeout(1)\n"
+            "    try:\n"
+            f"        sock.connect(('{ip}', {port}))\n"
+            "        print('reached', flush=True)\n"
+            "    except ConnectionRefusedError:\n"
+            "        print('refused', flush=True)\n"
+            "    except OSError as error:\n"
+            "        print(error, flush=True)\n"
+            "    sock.close()\n"
+            "    time.sleep(0.01)\n"
+        )
+        (init,) = self._children()
+        output = self.shared / "watched"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                ["nsenter", f"--target={init}", "--net", sys.executable, "-c", script], stdout=file
+            )
+        try:
+            yield lambda: output.read_text().splitlines()
+        finally:
+            process.kill()
+            process.wait()
 
     def kill(self, number: signal.Signals) -> None:
         """Send a signal to the control process."""

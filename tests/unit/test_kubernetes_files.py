@@ -83,7 +83,13 @@ def test_the_daemonset_has_the_node_s_network_and_few_rights():
     assert (context["privileged"], context["allowPrivilegeEscalation"]) == (False, False)
     assert context["readOnlyRootFilesystem"] is True
     assert context["capabilities"]["drop"] == ["ALL"]
-    assert set(context["capabilities"]["add"]) == {"NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW", "SYS_RESOURCE"}
+    assert set(context["capabilities"]["add"]) == {
+        "BPF",
+        "NET_ADMIN",
+        "NET_BIND_SERVICE",
+        "NET_RAW",
+        "SYS_RESOURCE",
+    }
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     ports = {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from typing import Self
@@ -98,10 +99,19 @@ class Notifier:
             return False
         message = f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode()
         try:
-            socket.send_fds(self._socket, [message], [descriptor], socket.MSG_NOSIGNAL, self._address)
+            # Not socket.send_fds, which leaves out the address.
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", descriptor))
+            self._socket.sendmsg([message], [rights], socket.MSG_NOSIGNAL, self._address)
         except OSError:
             return False
         return True
+
+    def forget(self, name: str) -> None:
+        """Have the manager close what it keeps by a name."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                message = f"FDSTOREREMOVE=1\nFDNAME={name}".encode()
+                self._socket.sendto(message, socket.MSG_NOSIGNAL, self._address)
 
     def retry(self) -> None:
         """Send what could not be sent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
 from proxyd.api.service import Protocol
@@ -28,10 +28,19 @@ class Parking:
         parked: the program's maps.
         udp: puts the ports of UDP replies right; None if that is not possible: UDP is then not parked.
         kept: whether VIPs stay guarded when this process is killed.
+        forget: has the service manager close what it keeps by a name.
     """
 
-    def __init__(self, parked: ParkedListeners, udp: UdpSourcePorts | None, *, kept: bool) -> None:
+    def __init__(
+        self,
+        parked: ParkedListeners,
+        udp: UdpSourcePorts | None,
+        *,
+        kept: bool,
+        forget: Callable[[str], None],
+    ) -> None:
         self.kept = kept
+        self._forget_stored = forget
         self._parked = parked
         self._udp = udp
         self._error = ""
@@ -130,6 +139,8 @@ class Parking:
         """Take everything back."""
         if self._udp is not None:
             self._udp.remove()
+        for name in self._parked.descriptors:
+            self._forget_stored(name)
         self._parked.remove()
 
     def leave_to(self, key: ListenerKey, who: str) -> BindFailed:

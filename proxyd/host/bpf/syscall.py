@@ -30,7 +30,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # enum bpf_cmd
 _MAP_CREATE, _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = range(5)
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
-_LINK_CREATE, _LINK_UPDATE = 28, 29
+_LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 28, 29, 34
 
 # enum bpf_map_type
 HASH, SOCKHASH = 1, 18
@@ -182,6 +182,15 @@ def replace_program(link: int, program: int) -> None:
         BpfError: not a link, or a program of another type.
     """
     _call("BPF link", _LINK_UPDATE, struct.pack("=IIII", link, program, 0, 0))
+
+
+def detach(link: int) -> None:
+    """Take a link's program out of its place at once, whoever else has the link.
+
+    Raises:
+        BpfError: not a link, or it is detached already.
+    """
+    _call("BPF link", _LINK_DETACH, struct.pack("=I", link))
 
 
 def pin(descriptor: int, path: str) -> None:
