@@ -191,7 +191,7 @@ class VipGuard:
         return run(self._whole(vips, ports, ""))
 
     def _whole(self, vips: frozenset[str], ports: frozenset[ListenerKey], socket: str) -> str:
-        """A script that makes the table anew. Declared first, it can be deleted whether or not it was there."""
+        """A script that makes the table anew. It adds the table first, so that it can delete it."""
         rules = _RULES.format(first=self._first, tcp=REJECT_NEW_TCP, socket=socket, other=REJECT_OTHER)
         return "".join(
             [

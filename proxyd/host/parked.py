@@ -1,14 +1,14 @@
-"""Parked listeners: sockets of VIPs, bound to a port that nobody wants, which a program of the kernel finds for the real one.
+"""Parked listeners of VIPs: bound to a port that nobody wants, and found by the kernel for the real one.
 
-VIP:80 itself is never bound. So a daemon of this node may listen on 0.0.0.0:80 before or after proxyd starts, and both
-work. The socket listens at VIP:4, say, and a map tells the program of `proxyd.host.bpf.vip_lookup` that it is for VIP:80;
-accepted sockets have the address VIP:80, as the client used it. What comes to another port of a VIP is refused by the same
-program, before and while its routes are there.
+VIP:80 itself is never bound. So a daemon of this node may listen on 0.0.0.0:80, before or after proxyd starts,
+and both work. The socket listens at VIP:4, say, and a map tells the program of `proxyd.host.bpf.vip_lookup` that
+it is for VIP:80. Accepted sockets have the address VIP:80, which the client used. The same program refuses the
+other ports of a VIP, before its route is there and after it is gone.
 
-Replies of a UDP socket leave from the port that it is parked at: `proxyd.host.udp_source` puts the right one back.
+UDP replies leave from the parking port: `proxyd.host.udp_source` puts the right one in its place.
 
-Link and maps go with their last descriptor. They are kept beyond this process by pins in a BPF file system, where that is
-permitted, or by the service manager's store of descriptors: after a kill the VIPs stay guarded until the next start.
+Link and maps go with their last descriptor. Pins in a BPF file system keep them beyond this process, or else
+the service manager's descriptor store: after a kill the VIPs stay guarded until the next start.
 
 Needs CAP_BPF, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE and Linux 5.9.
 """
@@ -32,7 +32,7 @@ from proxyd.state.spec import ListenerKey, ListenerSpec
 
 # The descriptors by name, as they are pinned and stored.
 VIPS, PORTS, LINK = NAMES = ("proxyd-vips", "proxyd-ports", "proxyd-link")
-# Entries of each map. Kernels since 5.11 charge them to the cgroup, 2 MB each; earlier ones to RLIMIT_MEMLOCK.
+# Entries of each map. Kernels since 5.11 charge the cgroup, 2 MB for each map; earlier ones RLIMIT_MEMLOCK.
 MAX_ENTRIES = 131_072
 BPF_FS = "/sys/fs/bpf"
 
@@ -120,7 +120,7 @@ class ParkedListeners:
         return int(port)
 
     def admit(self, key: ListenerKey, sock: socket.socket) -> None:
-        """Have clients find a socket; one that they found before is found no more, and nobody is refused in between.
+        """Have clients find a socket from now on. None is refused while it takes the place of another.
 
         Raises:
             BindFailed: the map is full, or the socket listens no more.
@@ -153,7 +153,7 @@ class ParkedListeners:
             bpf.delete(self._vips, _key(key))
 
     def pin(self) -> str:
-        """Keep link and maps beyond this process in the BPF file system. Returns "", or why that can't be done."""
+        """Keep link and maps beyond this process in the BPF file system. Returns "", or why it can't."""
         folder = _folder()
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -182,7 +182,7 @@ class ParkedListeners:
         self._link = self._ports = self._vips = -1
 
     def _adopt(self, found: dict[str, int]) -> bool:
-        """Go on with maps and link of an earlier process. Returns whether that is possible; if not, they are closed."""
+        """Go on with maps and link of an earlier process. If that is not possible they are closed."""
         if found.keys() != set(NAMES):
             for descriptor in found.values():
                 os.close(descriptor)

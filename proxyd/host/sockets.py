@@ -72,8 +72,8 @@ def open_listener(
     Args:
         spec: what is wished for.
         backlog: of connections that nobody has accepted yet.
-        parked_at: the port to bind in the place of the listener's own (see `proxyd.host.parked`), before its address
-            is local.
+        parked_at: the port to bind in place of the listener's own (see `proxyd.host.parked`), also before its
+            address is local.
 
     Raises:
         BindFailed: why, and what to do.

@@ -1,7 +1,7 @@
-"""Replies of parked UDP listeners: an nft table that puts the Service's port in the place of the one they are parked at.
+"""Replies of parked UDP listeners: an nft table gives them the Service's port in place of the parking port.
 
-The chain runs before connection tracking, which would otherwise see a stranger. Only packets from privileged ports are
-looked up. Needs `nft` and CAP_NET_ADMIN.
+The chain runs before connection tracking, to which such a reply would be a stranger's. It looks only at
+packets from privileged ports. Needs `nft` and CAP_NET_ADMIN.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ FLAGS: tuple[Flag, ...] = (
         metavar="HOW",
         parse=values.one_of("auto", "parked", "bound"),
         default="auto",
-        help="how VIPs are listened at: parked (a kernel program finds the listener, so that daemons at 0.0.0.0 keep "
-        "their ports), bound (VIP:port is bound) or auto (parked if the kernel and the rights allow it)",
+        help="how VIPs are listened at: parked (a kernel program finds the listener, so daemons at 0.0.0.0 "
+        "keep their ports), bound (VIP:port is bound) or auto (parked if the kernel and the rights allow it)",
     ),
     Flag(
         name="external-ip-mode",

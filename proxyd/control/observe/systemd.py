@@ -91,9 +91,12 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def store(self, name: str, descriptor: int) -> bool:
-        """Have the manager keep a descriptor beyond this process: sd_pid_notify_with_fds(3). Returns whether it was sent.
+        """Have the manager keep a descriptor beyond this process: sd_pid_notify_with_fds(3).
 
-        The next start of the service gets it by that name (`stored`). The manager forgets all when the service ends.
+        The next start of the service gets it by that name (`stored`), unless the service has ended before.
+
+        Returns:
+            Whether the manager was told.
         """
         if self._socket is None:
             return False

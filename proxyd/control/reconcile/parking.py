@@ -1,4 +1,4 @@
-"""Opens listeners of VIPs parked: clients find them by a program of the kernel, and nobody's port is taken."""
+"""Parks listeners of VIPs: a program of the kernel finds them for clients, and they take nobody's port."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Parking:
         return self._parked.descriptors
 
     def guard(self, vips: AbstractSet[str]) -> None:
-        """Refuse the ports of VIPs that nobody listens on. Call it before a VIP's route is made, and after it is gone.
+        """Refuse the ports of VIPs that nobody listens on. Call it while a VIP has no route yet, or none any more.
 
-        An address of the node itself is not guarded, whatever Service has it: its other ports are the node's own.
+        An address of the node itself is not guarded: its other ports are the node's own.
         """
         try:
             own = {address.ip for address in node_addresses()}
@@ -103,7 +103,7 @@ class Parking:
         return found
 
     def take_bound(self) -> set[ListenerKey]:
-        """The listeners whose inherited socket is bound to their own port, those of earlier calls left out."""
+        """The listeners whose inherited socket is bound to their own port, each once."""
         bound, self._bound = self._bound, set()
         return bound
 
@@ -114,7 +114,7 @@ class Parking:
         self._parked.refuse(key)
 
     def settle(self, held: AbstractSet[ListenerKey]) -> None:
-        """Forget the closed UDP listeners that have no flows any more: `held` are the keys of those that have."""
+        """Forget closed UDP listeners without flows; `held` are the keys of those that have some."""
         if gone := [key for key in self._replying if key not in held]:
             for key in gone:
                 del self._replying[key]
@@ -153,7 +153,7 @@ class Parking:
         return BindFailed(text, taken=True)
 
     def _send_from(self, found: Opened) -> None:
-        """Have UDP replies leave from the right ports; where that fails, so have the listeners that were just opened."""
+        """Have UDP replies leave from the right ports. If that fails, the listeners just opened fail too."""
         if self._udp is None:
             return
         error = self._udp.sync({**self._replying, **self._parked.udp_ports})

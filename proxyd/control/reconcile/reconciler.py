@@ -204,7 +204,7 @@ class Reconciler:
         return self._parking.descriptors if self._parking is not None else {}
 
     def park_inherited(self) -> bool:
-        """Park the listeners that the program before bound. Call it when this program's workers have everything.
+        """Park the listeners that the program before bound. Call it when this one's workers have everything.
 
         Clients find the new socket at once; the old one is closed when nobody can be left in its backlog.
 
@@ -234,7 +234,7 @@ class Reconciler:
                 self._give_up(key, who)
 
     def next_retry(self) -> float | None:
-        """When there is something to do again (monotonic), as to try a failed listener; None if there is nothing."""
+        """When there is something to do again (monotonic), such as a failed listener; None if never."""
         due = [failure.retry_at for failure in self.failures.values()]
         due += [when for when, _ in self._superseded]
         return min(due, default=None)

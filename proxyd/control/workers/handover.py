@@ -24,7 +24,7 @@ log = get_logger("upgrade")
 
 VARIABLE = "PROXYD_HANDOVER"
 _CHECK = "check"  # its value if a program is only asked whether it would start
-# 2: listening sockets may be parked (`Handover.vip_lookup`). What needs no more says 1, so that an older program takes it.
+# 2: listening sockets may be parked (`Handover.vip_lookup`). Without these it says 1, for older programs.
 _VERSIONS = (1, 2)
 _NAME = "proxyd-handover"
 _CHECK_SECONDS = 60.0
@@ -103,7 +103,7 @@ def checking() -> bool:
 
 
 def answer() -> str:
-    """What such a process prints: it would start, and it understands these versions of the handover, one in a line."""
+    """What such a process prints: it would start, and understands these versions of the handover."""
     return "\n".join(f"{_NAME} {version}" for version in _VERSIONS)
 
 

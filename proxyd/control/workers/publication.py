@@ -187,7 +187,7 @@ class Publication:
             held.specs[spec.key] = spec
 
     def supersede(self, spec: ListenerSpec, sock: socket.socket) -> Held:
-        """Give a listener another socket. The old one goes on accepting until `close_superseded`. Returns the old one."""
+        """Give a listener another socket. Returns the old one, which accepts until `close_superseded`."""
         old = self.held[spec.key]
         held = Held(next(self._ids), sock, spec, self._owner(spec), dict(old.specs))
         self._hold(held)

@@ -1,1 +1,1 @@
-"""bpf(2): programs made by a small assembler, maps, and links that attach programs to this network namespace."""
+"""bpf(2): programs from a small assembler, maps, and links that attach programs to this namespace."""

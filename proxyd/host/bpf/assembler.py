@@ -1,8 +1,8 @@
 """A small assembler of BPF: each method adds one instruction, and labels stand for places to jump to.
 
-An instruction is eight bytes: opcode, registers, a 16-bit offset and a 32-bit immediate (RFC 9669). Registers: r0 takes
-what a call returns and what the program returns, r1 to r5 are a call's arguments and lost by it, r6 to r9 stay, and r10
-points to the end of the stack, 512 bytes.
+An instruction is eight bytes: opcode, registers, a 16-bit offset and a 32-bit immediate (RFC 9669). Register
+r0 takes what a call returns, and is what the program returns. r1 to r5 are a call's arguments, which it
+overwrites; r6 to r9 stay. r10 points to the end of the stack, which has 512 bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The system call bpf(2): maps, programs, links and pins, each a file descriptor. Shapes are of linux/bpf.h."""
+"""The system call bpf(2): maps, programs and links, which are file descriptors, and pins (linux/bpf.h)."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ def load_program(kind: int, attach: int, instructions: bytes, name: str) -> int:
         name: as `bpftool prog` shows it, 15 characters at most.
 
     Raises:
-        BpfError: the verifier's last word, where it refused the program; EPERM without CAP_BPF; EINVAL where the
-            kernel does not have such programs.
+        BpfError: the verifier's last word, if it refused the program; EPERM without CAP_BPF; EINVAL if the
+            kernel has no such programs.
     """
     log = ctypes.create_string_buffer(_LOG_BYTES)
     with _buffers(instructions, _LICENSE) as (code_at, license_at):
@@ -165,7 +165,10 @@ def _verdict(log: str) -> str:
 
 
 def attach_to_namespace(program: int, attach: int) -> int:
-    """Attach a program to this thread's network namespace. Returns the link's descriptor: closed, the program is gone.
+    """Attach a program to this thread's network namespace.
+
+    Returns:
+        The link's descriptor. When the last one is closed, the program is detached.
 
     Raises:
         BpfError: EPERM without CAP_NET_ADMIN; E2BIG where too many are attached.
@@ -197,7 +200,7 @@ def pin(descriptor: int, path: str) -> None:
     """Give a map or link a name in a BPF file system, under which it outlives this process.
 
     Raises:
-        BpfError: EEXIST where the name is taken, EPERM where that is not permitted, ENOENT where there is no folder.
+        BpfError: EEXIST if the name is taken, EPERM if that is not permitted, ENOENT if there is no folder.
     """
     with _buffers(os.fsencode(path) + b"\0") as (path_at,):
         _call(f"BPF pin {path}", _OBJ_PIN, struct.pack("=QII", path_at, descriptor, 0))

@@ -1,11 +1,11 @@
-"""The program that looks up sockets for VIPs: it finds the parked listener of a port, and refuses all other ports.
+"""The program that looks up sockets of VIPs: it finds the parked listener of a port, and refuses other ports.
 
-The kernel runs it (type SK_LOOKUP) for each TCP SYN and each UDP datagram that no connected socket takes, before it looks
-for a listening socket. So a socket is found for VIP:80 though none is bound there, and a daemon at 0.0.0.0:80 is not.
+The kernel runs it (type SK_LOOKUP) for each TCP SYN, and for each UDP datagram that no connected socket takes,
+before it looks for a listening socket. So it finds a socket for VIP:80 though none is bound there, and a daemon
+at 0.0.0.0:80 gets nothing of a VIP.
 
-`vips` has keys with port and protocol 0, of addresses: a value of 1 refuses what no entry is for, 0 lets it pass to the
-kernel's own search. Keys with a port and a value of 2 let that port pass: somebody else is bound to it. `listeners` has
-sockets by address, port and protocol.
+Two maps have keys of address, port, protocol and family. `vips` has an entry with port and protocol 0 for each
+VIP: REFUSE. It also has one for each port that somebody else is bound to: PASS_PORT. `listeners` has sockets.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def program(vips: int, listeners: int, *, interface: bool = True) -> bytes:
     Args:
         vips: descriptor of the map of addresses.
         listeners: descriptor of the map of sockets.
-        interface: whether the kernel tells the interface, as it does since 5.17. Without it an answer that a Service
-            sends to an unconnected UDP client of this node, whose address is then the VIP, is refused to others only
-            by its port.
+        interface: whether the kernel tells the interface, as since 5.17. Without it a datagram from a port
+            of a VIP that is listened on passes from everywhere, not over `lo` alone.
     """
     a = Assembler()
     a.move(R.R6, R.R1)  # r6: what is looked for
@@ -96,8 +95,8 @@ def program(vips: int, listeners: int, *, interface: bool = True) -> bytes:
     _look_up(a, vips)
     a.jump_if_not(R.R0, 0, "pass")  # somebody else is bound to this port of the VIP
 
-    # An answer of a Service to an unconnected UDP socket of this node comes from VIP:PORT to the VIP: the client's
-    # address is the VIP too. It passes where it comes over `lo` and from a port that there is a listener for.
+    # A UDP client of this node that is not connected has the VIP as its own address, so the Service's answer
+    # goes from VIP:PORT to the VIP. It passes if it comes over `lo`, from a port with a listener.
     a.load(4, R.R1, R.R6, _PROTOCOL)
     a.jump_if_not(R.R1, socket.IPPROTO_UDP, "drop")
     if interface:
