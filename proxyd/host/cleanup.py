@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from proxyd.host import fragments, guard, parked, refusal, udp_source
+from proxyd.host import fragments, guard, marking, parked, udp_source
 from proxyd.host.guard import VipGuard
+from proxyd.host.netlink import Netlink
 from proxyd.host.nft import table_exists
+from proxyd.host.policy_rules import own_rules, steering_routes
 from proxyd.host.routes import VipRoutes
-from proxyd.host.steering import STEERING_TABLE, Steering, steering_routes
+from proxyd.host.steering import Steering
 
+_TABLES = (guard.TABLE, marking.NFT_TABLE, marking.EARLIER_NFT_TABLE, fragments.TABLE, udp_source.TABLE)
 _SHOWN = 4  # so many failures are named one by one
 
 
@@ -45,14 +48,14 @@ def find_leftovers() -> Leftovers:
         OSError: netlink failed.
     """
     try:
-        tables = sum(
-            table_exists(table) for table in (guard.TABLE, refusal.TABLE, fragments.TABLE, udp_source.TABLE)
-        )
+        tables = sum(map(table_exists, _TABLES))
     except OSError:
         tables = 0
+    with Netlink() as netlink:
+        rules = len(own_rules(netlink))
     return Leftovers(
         vip_routes=len(VipRoutes().present()),
-        rules=len(Steering().present()),
+        rules=rules,
         steering_routes=len(steering_routes()),
         tables=tables,
         programs=int(parked.is_pinned()),
@@ -72,7 +75,9 @@ def remove_leftovers(*, dry_run: bool = False) -> Removal:
     if dry_run:
         return Removal(_counted(found))
     steering, routes = Steering(), VipRoutes()
-    failed = [*steering.remove(steering.present()).values(), *routes.remove(routes.present()).values()]
+    failed = [*steering.sync({}).values(), *routes.remove(routes.present()).values()]
+    if steering.trouble:
+        failed.append(steering.trouble)
     if error := udp_source.UdpSourcePorts().remove():
         failed.append(f"cannot remove the table of UDP replies: {error}")
     # Last: they protect the VIPs while there are any.
@@ -90,7 +95,7 @@ def _counted(found: Leftovers) -> tuple[str, ...]:
         f"{count} {one if count == 1 else many}"
         for count, one, many in (
             (found.rules, "policy rule for a foreign address", "policy rules for foreign addresses"),
-            (found.steering_routes, f"route of table {STEERING_TABLE}", f"routes of table {STEERING_TABLE}"),
+            (found.steering_routes, "route of a foreign address", "routes of foreign addresses"),
             (found.vip_routes, "VIP route", "VIP routes"),
             (found.tables, "nft table", "nft tables"),
             (found.programs, "program that looks up VIPs", "programs that look up VIPs"),

@@ -80,13 +80,18 @@ def u32(value: int) -> bytes:
 
 
 def attributes(data: bytes, offset: int) -> dict[int, bytes]:
-    """The attributes of a message body from `offset` on, by type (without its flags)."""
-    found = {}
+    """The attributes of a message body from `offset` on, by type; see `attribute_list`."""
+    return dict(attribute_list(data, offset))
+
+
+def attribute_list(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
+    """The attributes from `offset` on, in order: type (without its flags) and payload."""
+    found = []
     while offset + 4 <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
         if length < 4:
             break
-        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
+        found.append((kind & 0x3FFF, data[offset + 4 : offset + length]))
         offset += (length + 3) & ~3
     return found
 

@@ -1,4 +1,4 @@
-"""Changes tables of nftables by scripts for the program `nft`, and asks netlink whether a table exists."""
+"""Changes tables of nftables by scripts for the program `nft`, and asks netlink what there is."""
 
 from __future__ import annotations
 
@@ -8,17 +8,29 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 
-from proxyd.host.netlink import NETLINK_NETFILTER, Message, Netlink, attribute
+from proxyd.api.service import Protocol
+from proxyd.host.netlink import (
+    NETLINK_NETFILTER,
+    Message,
+    Netlink,
+    attribute,
+    attribute_list,
+    attributes,
+    unpacked,
+)
 from proxyd.state.spec import ListenerKey
 
 _TIMEOUT = 20.0  # seconds for one run of nft
 _SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 # linux/netfilter/nf_tables.h
-_GETTABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
-_NFTA_TABLE_NAME = 1
+_GETTABLE, _GETRULE, _GETSETELEM, _GETGEN = (10 << 8 | message for message in (1, 7, 13, 16))
+_NFTA_TABLE_NAME = _NFTA_RULE_TABLE = _NFTA_SET_ELEM_LIST_TABLE = _NFTA_GEN_ID = _NFTA_SET_ELEM_KEY = 1
+_NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 2, 3
 _NFPROTO_INET = 1
+_NFGENMSG = 4  # bytes: family, version, resource
 # Protocols are numbers: a node without /etc/protocols does not know the names.
-_NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132}
+_NUMBERS = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.SCTP: 132}
+_PROTOCOLS = {number: protocol for protocol, number in _NUMBERS.items()}
 
 # The answer to a client that may not connect. The rules keep no state of connections: by its packet alone
 # they see that a client is new, by a first SYN of TCP (6) or an INIT chunk of SCTP (132).
@@ -55,6 +67,53 @@ def table_exists(table: str) -> bool:
     return True
 
 
+def generation() -> int:
+    """A number that every change of this namespace's rules, whoever makes it, counts up.
+
+    Raises:
+        OSError: as of `table_exists`.
+    """
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        body = netlink.get(Message(_GETGEN, bytes(_NFGENMSG))).body
+    return int.from_bytes(attributes(body, _NFGENMSG)[_NFTA_GEN_ID], "big")
+
+
+def rules_of(table: str) -> tuple[bytes, ...]:
+    """The rules of a table of family inet as the kernel describes them; () where there is none. Each has a number of its own.
+
+    Raises:
+        OSError: as of `table_exists`.
+    """
+    body = bytes([_NFPROTO_INET, 0, 0, 0]) + attribute(_NFTA_RULE_TABLE, table.encode() + b"\0")
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        return tuple(message.body[_NFGENMSG:] for message in netlink.dump(Message(_GETRULE, body)))
+
+
+def members_of(table: str, name: str) -> list[bytes]:
+    """The elements of a set of a table of family inet, as the kernel has them; [] where there is none.
+
+    Raises:
+        OSError: as of `table_exists`.
+    """
+    body = (
+        bytes([_NFPROTO_INET, 0, 0, 0])
+        + attribute(_NFTA_SET_ELEM_LIST_TABLE, table.encode() + b"\0")
+        + attribute(_NFTA_SET_ELEM_LIST_SET, name.encode() + b"\0")
+    )
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        try:
+            messages = netlink.dump(Message(_GETSETELEM, body))
+        except FileNotFoundError:
+            return []
+    found = []
+    for message in messages:
+        elements = attributes(message.body, _NFGENMSG).get(_NFTA_SET_ELEM_LIST_ELEMENTS, b"")
+        for _, element in attribute_list(elements):
+            (_, value), *_rest = attribute_list(attributes(element, 0)[_NFTA_SET_ELEM_KEY])
+            found.append(value)
+    return found
+
+
 def refused(error: OSError) -> str:
     """One line of text for an error of `table_exists`: why, and what to do."""
     if error.errno in (errno.EPERM, errno.EACCES):
@@ -65,6 +124,14 @@ def refused(error: OSError) -> str:
 def port(key: ListenerKey) -> str:
     """A listener key as an element of a set of address, protocol and port."""
     return f"{key.ip} . {_NUMBERS[key.protocol]} . {key.port}"
+
+
+def port_of(member: bytes) -> ListenerKey:
+    """The listener key that an element of such a set, from `members_of`, stands for."""
+    *address, protocol, number = (member[start : start + 4] for start in range(0, len(member), 4))
+    return ListenerKey(
+        unpacked(b"".join(address)), int.from_bytes(number[:2], "big"), _PROTOCOLS[protocol[0]]
+    )
 
 
 def elements(verb: str, table: str, name: str, members: Iterable[str]) -> list[str]:

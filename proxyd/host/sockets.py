@@ -27,6 +27,7 @@ SPARE_DESCRIPTORS = 128
 
 # linux/in.h and linux/in6.h; the socket module lacks some of them
 _IP_TRANSPARENT = 19
+_IP_MTU_DISCOVER, _IP_PMTUDISC_DONT = 10, 0
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
 _IP_FREEBIND = 15
@@ -88,6 +89,7 @@ def open_listener(
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if spec.steered:
             _make_transparent(opened, family, key)
+            ignore_path_mtu(opened, key)
         if parked_at is not None:
             _free(opened, family)
         _bind(opened, key)
@@ -154,6 +156,16 @@ def _free(opened: socket.socket, family: int) -> None:
         opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     else:
         opened.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+
+
+def ignore_path_mtu(opened: socket.socket, key: ListenerKey) -> None:
+    """Have replies from a foreign IPv4 address cut on their way where they are too large for it, as far as it is UDP.
+
+    The kernel can't learn of a smaller path MTU there: it looks for the route without what lets it send from such an
+    address.
+    """
+    if key.protocol is Protocol.UDP and opened.family == socket.AF_INET:
+        opened.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
 
 
 def _bind(opened: socket.socket, key: ListenerKey) -> None:

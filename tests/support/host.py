@@ -17,6 +17,7 @@ from tests.support.netlab import Namespace
 
 REFUSED = "refused"
 UNREACHABLE = "unreachable"
+FORBIDDEN = "forbidden"
 SILENCE = "silence"
 # In struct tcp_info of linux/tcp.h.
 _RETRANSMITS = 2
@@ -118,7 +119,7 @@ def question(
     connected: bool = True,
     source: str = "",
 ) -> str:
-    """The answer of a Naming server, or REFUSED, UNREACHABLE, SILENCE.
+    """The answer of a Naming server, or REFUSED, FORBIDDEN, UNREACHABLE, SILENCE.
 
     What answers a connection has to answer its first SYN: where that is sent again it is SILENCE, though an answer may
     come later. Without `connected` a UDP client uses sendto, as some resolvers do.
@@ -142,6 +143,8 @@ def question(
             return SILENCE
         except ConnectionRefusedError:
             return REFUSED
+        except PermissionError:
+            return FORBIDDEN
         except OSError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.ENETUNREACH):
                 raise

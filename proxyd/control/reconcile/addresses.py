@@ -29,7 +29,7 @@ class Addresses:
     Attributes:
         vips: VIPs that are local by a route.
         vip_errors: for other VIPs, why they are not local.
-        steering: the policy rules in force.
+        steering: what is steered.
     """
 
     def __init__(
@@ -73,39 +73,33 @@ class Addresses:
             held: the addresses that relays of closed listeners need.
         """
         self._steer(todo, listeners, held)
-        self._refuse_new(listeners, held)
         self._remove(todo, held)
         if self._parking is not None:
             self._parking.settle(held)
         self._guard.sync(todo, self.vips, listeners)
 
     def observe(self) -> None:
-        """Read from the kernel again which routes and rules there are."""
+        """Read from the kernel again which routes there are, and have the next `settle` look after the rest."""
         try:
             if self._routes:
                 # A VIP that is one of the node's ordinary addresses has no route, and needs none.
                 own = {address.ip for address in node_addresses()}
                 self.vips = set(self._routes.present()) | (self.vips & own)
-            if self._rules:
-                self.steering = self._rules.present()
-                self.changed()
-                self._refused = None
         except OSError as error:
-            log.warning("routes and rules can't be read", error=str(error))
+            log.warning("routes can't be read", error=str(error))
+        self.changed()
         self._guard.forget()
         if self._parking is not None:
             self._parking.forget()
 
     def changed(self) -> None:
-        """Repair the routes whose source was one of the node's addresses. Call it when these have changed."""
-        if self._rules and self.steering:
-            _report("policy rule can't be repaired", {str(k): e for k, e in self._rules.refresh().items()})
+        """Have the next `settle` look after what is steered. Call it when the node's addresses have changed."""
+        self._refused = None
 
     def remove_all(self) -> None:
         """Remove every route and rule, and the guard."""
         if self._rules:
-            _report("policy rule can't be removed", self._rules.remove(list(self.steering)))
-            self._rules.refuse_new(frozenset())
+            _report("foreign address can't be given back", self._rules.sync({}))
         if self._routes and self.vips:
             _report("VIP route can't be removed", self._routes.remove(self.vips))
         self._guard.remove()
@@ -124,40 +118,33 @@ class Addresses:
             self.vips |= todo.add_vips.difference(failed)
 
     def _steer(self, todo: Plan, listeners: Container[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
-        if not self._rules or not todo.steer:
+        """Steer as the plan says."""
+        if self._rules is None:
             return
-        # A rule is LOCAL only while somebody listens: otherwise the traffic would hang. A key whose relays
-        # drain keeps its LOCAL rule, because they need it.
-        steer = {
+        # A key is LOCAL only while somebody listens: otherwise the traffic would hang. One whose relays drain
+        # stays LOCAL, because they need it.
+        wanted = self.steering | {
             key: how if key in listeners else Steering.UNREACHABLE
             for key, how in todo.steer.items()
             if how is Steering.LOCAL or key not in held
         }
-        steer = {key: how for key, how in steer.items() if self.steering.get(key) != how}
-        if steer:
-            failed = self._rules.set(steer)
-            _report("policy rule can't be set", {str(key): error for key, error in failed.items()})
-            self.steering |= {key: how for key, how in steer.items() if key not in failed}
-
-    def _refuse_new(self, listeners: Container[ListenerKey], held: AbstractSet[ListenerKey]) -> None:
-        """Refuse clients of an address whose listener is closed while its relays live on: they would hang."""
-        if self._rules is None:
+        for key in todo.unsteer:
+            if key not in held:
+                wanted.pop(key, None)
+        # Clients of an address whose listener is closed while its relays live on are refused: they would hang.
+        refused = frozenset(key for key in held if key in wanted and key not in listeners)
+        if wanted == self.steering and refused == self._refused:
             return
-        closed = frozenset(key for key in held if key in self.steering and key not in listeners)
-        if closed != self._refused:
-            self._rules.refuse_new(closed)
-            self._refused = closed
+        failed = self._rules.sync(wanted, refused)
+        _report("foreign address can't be steered", failed)
+        self.steering = {key: how for key, how in wanted.items() if key not in failed}
+        self._refused = refused
         if self._rules.trouble and self._rules.trouble != self._rules_trouble:
             log.warning(self._rules.trouble)
         self._rules_trouble = self._rules.trouble
 
     def _remove(self, todo: Plan, held: AbstractSet[ListenerKey]) -> None:
-        if self._rules and (unsteer := [key for key in todo.unsteer if key not in held]):
-            _report(
-                "policy rule can't be removed", {str(k): e for k, e in self._rules.remove(unsteer).items()}
-            )
-            for key in unsteer:
-                del self.steering[key]
+        """Take away the VIPs that nobody needs."""
         if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
             _report("VIP route can't be removed", self._routes.remove(free))
             self.vips -= free

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from proxyd.api.service import Protocol
 from proxyd.control.workers.handover import ListeningSocket
 from proxyd.control.workers.publication import close_listening
+from proxyd.host.sockets import ignore_path_mtu
 from proxyd.state.spec import ListenerKey, ListenerSpec
 
 
@@ -38,6 +39,8 @@ class InheritedSockets:
         if sock is not None and not parked and sock.getsockname()[1] != spec.key.port:
             close_listening(sock)
             return None
+        if sock is not None and spec.steered:
+            ignore_path_mtu(sock, spec.key)  # an earlier version did not
         return sock
 
     def take_endpoint(

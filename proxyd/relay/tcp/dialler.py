@@ -10,11 +10,14 @@ from proxyd.relay.engine.balancer import Endpoint
 from proxyd.relay.engine.dialling import DIAL_TIMEOUTS, MAX_ATTEMPTS, SHORTAGES, Dialling
 from proxyd.relay.engine.poller import ERR, HUP
 from proxyd.relay.ipc.slots import ATTEMPTS, CONNECT_US, OPENED
+from proxyd.state.own_dials import OWN_PRIORITY
 
 # Looked up once; `socket` has some as members of an enumeration.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _TCP = socket.IPPROTO_TCP
 _NODELAY = socket.TCP_NODELAY
+_SOCKET = socket.SOL_SOCKET
+_PRIORITY = socket.SO_PRIORITY
 _IN_PROGRESS = errno.EINPROGRESS
 _FAILED_EVENTS = ERR | HUP
 
@@ -55,6 +58,7 @@ class Dialler(Dialling):
             counters[endpoint.row + ATTEMPTS] += 1
             counters[balancer.row + ATTEMPTS] += 1
             sock.setsockopt(_TCP, _NODELAY, 1)
+            sock.setsockopt(_SOCKET, _PRIORITY, OWN_PRIORITY)  # or it might be steered to a listener of ours
             code = sock.connect_ex(endpoint.address)
             if code == _IN_PROGRESS or not code:
                 try:

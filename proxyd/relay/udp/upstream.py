@@ -34,6 +34,7 @@ from proxyd.relay.ipc.slots import (
 )
 from proxyd.relay.udp.mmsg import ClientKey, ClientName, MmsgBuffer, client_address, overruns
 from proxyd.relay.udp.postponed import Postponed
+from proxyd.state.own_dials import OWN_PRIORITY
 
 WAITING, ANSWERED, TALKING, DRAINING = range(4)
 
@@ -193,6 +194,7 @@ class Upstream:
     def _connected(self, endpoint: Endpoint) -> Socket:
         """A socket that is connected to an endpoint, and watched."""
         sock = Socket(endpoint.family, _DGRAM, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, OWN_PRIORITY)  # as of TCP
         code = sock.connect_ex(endpoint.address)
         if not code and sock.getsockname()[:2] == endpoint.address:
             code = errno.ECONNREFUSED  # the socket is connected to itself
