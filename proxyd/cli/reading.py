@@ -11,12 +11,13 @@ from typing import NamedTuple
 from proxyd.api.meta import ObjectName
 from proxyd.api.problems import Problem, Severity
 from proxyd.api.rules import Rules
-from proxyd.api.service import Service
+from proxyd.api.service import Protocol, Service
 from proxyd.cli.env import Env
 from proxyd.cli.run import given_settings, load
 from proxyd.control.config.file import Configuration
 from proxyd.control.config.options import planning_options
 from proxyd.control.config.settings import Settings, Surroundings
+from proxyd.host import parked
 from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import occupied
 from proxyd.sources.manifests.locate import located
@@ -87,7 +88,7 @@ def read(paths: list[str], settings: Settings) -> Reading:
     desired = desired_state(assembled.snapshot, node, options)
     held: dict[ListenerKey, str] = {}
     with contextlib.suppress(OSError):  # a sandbox hides who uses a port
-        held = occupied(desired.host.listeners)
+        held = occupied(desired.host.listeners, _parked(desired, settings))
     problems = located(
         {
             *found.problems,
@@ -99,6 +100,14 @@ def read(paths: list[str], settings: Settings) -> Reading:
     )
     problems.sort(key=lambda p: (p.file, p.line, p.column, p.subject, p.path, p.message))
     return Reading(found, assembled, node, options, desired, held, problems)
+
+
+def _parked(desired: DesiredState, settings: Settings) -> set[ListenerKey]:
+    """The listeners that the daemon would park, given all privileges."""
+    if settings.vip_listen == "bound" or not parked.kernel_may_park():
+        return set()
+    vips = desired.host.vips
+    return {key for key in desired.host.listeners if key.ip in vips and key.protocol is not Protocol.SCTP}
 
 
 def _node(settings: Settings) -> NodeView:

@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
@@ -73,8 +73,14 @@ def holder(key: ListenerKey, *, patient: bool = False) -> str:
     return found
 
 
-def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
+def occupied(
+    keys: Iterable[ListenerKey], parked: Container[ListenerKey] = frozenset()
+) -> dict[ListenerKey, str]:
     """Which of many listeners could not be opened now, as another process holds the port. Nothing is bound.
+
+    Args:
+        keys: of the listeners.
+        parked: those that only a socket bound to their very address is in the way of.
 
     Returns:
         The holder of each such port, as from `holder`. Sockets of a proxyd are left out: it probably serves
@@ -96,7 +102,7 @@ def occupied(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
         inodes = {
             bound.inode
             for bound in sockets.get((key.protocol, key.port), ())
-            if bound.in_the_way(family, address)
+            if bound.in_the_way(family, address) and (any(bound.address) or key not in parked)
         }
         if inodes:
             found[key] = inodes

@@ -1,9 +1,9 @@
 """Parked listeners of VIPs: bound to a port that nobody wants, and found by the kernel for the real one.
 
-VIP:80 itself is never bound. So a daemon of this node may listen on 0.0.0.0:80, before or after proxyd starts,
-and both work. The socket listens at VIP:4, say, and a map tells the program of `proxyd.host.bpf.vip_lookup` that
-it is for VIP:80. Accepted sockets have the address VIP:80, which the client used. The same program refuses the
-other ports of a VIP, before its route is there and after it is gone.
+VIP:80 itself is never bound. So a daemon of this node may listen on 0.0.0.0:80, before or after proxyd
+starts, and both work. The socket listens at VIP:4, say, and a map tells the program of
+`proxyd.host.bpf.vip_lookup` that it is for VIP:80. Accepted sockets have the address VIP:80, which the client
+used. The same program refuses the other ports of a VIP, before its route is there and after it is gone.
 
 UDP replies leave from the parking port: `proxyd.host.udp_source` puts the right one in its place.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
 import socket
 import struct
@@ -215,6 +216,12 @@ class ParkedListeners:
         except BaseException:
             self.close()
             raise
+
+
+def kernel_may_park() -> bool:
+    """Whether this kernel is recent enough, by its version. It needs no privilege, so it is not certain."""
+    version = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return version is not None and (int(version[1]), int(version[2])) >= (5, 9)
 
 
 def discard(descriptors: Mapping[str, int]) -> None:

@@ -125,6 +125,20 @@ def test_a_port_that_another_process_of_this_node_has(here: Path) -> None:
     assert said(text, *flags) == []
 
 
+def test_a_daemon_at_all_addresses_is_in_the_way_of_vips_that_are_bound(here: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        text = service("a", "  clusterIP: 10.96.0.7\n", f"[{{port: {port}}}]") + endpoints("a")
+        name = Path("/proc/self/comm").read_text().strip()
+        place = f"a.yaml:7:14: warning: Service default/a: spec.clusterIP: 10.96.0.7:{port}/TCP"
+        assert said(text, "--vip-mode", "route", "--vip-listen", "bound") == [
+            f"{place} is in use on this node by {name} (pid {os.getpid()})"
+        ]
+        assert said(text, "--vip-mode", "route") == []
+
+
 def test_an_ipv6_socket_is_in_the_way_of_ipv4_unless_it_says_otherwise(here: Path) -> None:
     for v6only in (0, 1):
         with socket.socket(socket.AF_INET6) as taken:

@@ -54,7 +54,7 @@ class Parking:
         return self._parked.descriptors
 
     def guard(self, vips: AbstractSet[str]) -> None:
-        """Refuse the ports of VIPs that nobody listens on. Call it while a VIP has no route yet, or none any more.
+        """Refuse the ports of VIPs that nobody listens on. Call it while a VIP has no route (yet).
 
         An address of the node itself is not guarded: its other ports are the node's own.
         """

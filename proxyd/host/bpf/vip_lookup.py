@@ -1,11 +1,12 @@
 """The program that looks up sockets of VIPs: it finds the parked listener of a port, and refuses other ports.
 
-The kernel runs it (type SK_LOOKUP) for each TCP SYN, and for each UDP datagram that no connected socket takes,
-before it looks for a listening socket. So it finds a socket for VIP:80 though none is bound there, and a daemon
-at 0.0.0.0:80 gets nothing of a VIP.
+The kernel runs it (type SK_LOOKUP) for each TCP SYN, and for each UDP datagram that no connected socket
+takes, before it looks for a listening socket. So it finds a socket for VIP:80 though none is bound there, and
+a daemon at 0.0.0.0:80 gets nothing of a VIP.
 
-Two maps have keys of address, port, protocol and family. `vips` has an entry with port and protocol 0 for each
-VIP: REFUSE. It also has one for each port that somebody else is bound to: PASS_PORT. `listeners` has sockets.
+Two maps have keys of address, port, protocol and family. `vips` has an entry with port and protocol 0 for
+each VIP: REFUSE. It also has one for each port that somebody else is bound to: PASS_PORT. `listeners` has
+sockets.
 """
 
 from __future__ import annotations
