@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import answer, ask, refused
+from tests.support import dns
+from tests.support.clients import Load, answer, ask, connect, refused
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, service, write
-from tests.support.netlab import BRIDGE_IP, NODE_IP, Lab, Namespace
+from tests.support.netlab import BRIDGE_IP, NODE_IP, NODE_IP6, Lab, Namespace
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="bpf(2) needs root: nothing is parked")
@@ -167,3 +168,124 @@ def test_how_vips_are_listened_at_can_be_chosen(lab: Lab, manifests: Path, proxy
         held = daemon.wait_listener(VIP, 80, state)
         assert (f"(pid {os.getpid()})" in held.detail) == (how == "bound")
         assert daemon.status()["vipListen"] == how
+
+
+@pytest.mark.parametrize("first", ["daemon", "proxyd"])
+def test_udp_and_ipv6_beside_daemons_at_all_addresses(
+    lab6: Lab, manifests: Path, folder: Path, first: str
+) -> None:
+    lab = lab6
+    lab.outside.run("ip", "route", "replace", f"{dns.VIP}/32", "via", NODE_IP)
+    lab.outside.run("ip", "-6", "route", "replace", f"{dns.VIP6}/128", "via", NODE_IP6)
+    write(
+        manifests / "dns.yaml",
+        dns.dns_service(clusterIPs=[dns.VIP, dns.VIP6]),
+        *(dns.dns_endpoints(1, v6=v6) for v6 in (False, True)),
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dns.programs(dns.echo(lab.pods[0])))
+
+        # Where the first listener of a VIP would be parked, somebody else may be.
+        ports = (53, 4) if first == "daemon" else (53,)
+
+        def others() -> list[socket.socket]:
+            udp = stack.enter_context(at_all_addresses(lab.node, *ports, kind=socket.SOCK_DGRAM))
+            return [*udp, *stack.enter_context(at_all_addresses(lab.node, 53))]
+
+        if first == "daemon":
+            theirs = others()
+        daemon = stack.enter_context(Proxyd(lab.node, folder, manifests))
+        for vip in (dns.VIP, dns.VIP6):
+            daemon.wait_listener(vip, 53)
+        if first == "proxyd":
+            theirs = others()
+        for client in clients(lab):
+            for vip in (dns.VIP, dns.VIP6):
+                for size in (1, 1400, 9000, 40000):
+                    for connected in (True, False):
+                        assert echoed(client, vip, size, connected=connected)
+        for sock in theirs:
+            sock.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1) if sock.type == socket.SOCK_DGRAM else sock.accept()
+
+
+def echoed(client: Namespace, ip: str, size: int, *, connected: bool) -> bool:
+    """Whether a datagram comes back from the address that it was sent to."""
+    data = os.urandom(size)
+    with client.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10)
+        if connected:
+            sock.connect((ip, 53))
+            sock.send(data)
+            return sock.recv(65535) == data
+        sock.sendto(data, (ip, 53))
+        came, address = sock.recvfrom(65535)
+        return (came, address[:2]) == (data, (ip, 53))
+
+
+def config(folder: Path, how: str) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+        f"proxyd: {{vipListen: {how}}}\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize(("before", "after"), [("bound", "parked"), ("parked", "parked")])
+def test_an_upgrade_loses_nobody(lab: Lab, manifests: Path, proxyd: Run, before: str, after: str) -> None:
+    folder = manifests.parent
+    web(manifests, 1, 2)
+    daemon = proxyd(workers=2, flags=("--config", str(config(folder, before))))
+    daemon.wait_listener(VIP, 80)
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(connect(lab.client, VIP, 80))
+        load = stack.enter_context(Load(lab.client, VIP, 80, clients=4))
+        load.wait_more(50)
+        config(folder, after)
+        assert daemon.cli("upgrade").returncode == 0, daemon.log()
+        daemon.wait_listener(VIP, 80)
+        assert daemon.status()["vipListen"] == after
+        load.wait_more(50)
+        if after == "parked":
+            # The sockets that the program before bound are gone in a moment, and the port is free.
+            wait_for(lambda: can_bind(lab.node, 80), "the port of all addresses")
+            stack.enter_context(at_all_addresses(lab.node, 80))
+        load.wait_more(50)
+        kept.sendall(b"who\n")
+        assert kept.recv(100)
+    assert (load.outcome.refused, load.outcome.broken) == ([], [])
+    assert refused(lab.client, VIP, 22)
+    assert daemon.stop() == 0
+
+
+def can_bind(node: Namespace, port: int) -> bool:
+    try:
+        with at_all_addresses(node, port):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_leaves_its_clients_in_the_backlog(lab: Lab, manifests: Path, proxyd: Run) -> None:
+    web(manifests)
+    with at_all_addresses(lab.node, 80):
+        daemon = proxyd(workers=1)
+        daemon.wait_listener(VIP, 80)
+        (victim,) = daemon.worker_pids()
+        os.kill(victim, signal.SIGKILL)
+        assert ask(lab.client, VIP, 80, timeout=30) == "pod-1"
+
+
+def test_what_is_left_parked_does_not_refuse_who_binds(lab: Lab, manifests: Path, folder: Path) -> None:
+    """After a kill, with --vip-listen=bound."""
+    web(manifests)
+    with Proxyd(lab.node, folder, manifests) as daemon:
+        daemon.wait_listener(VIP, 80)
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    with Proxyd(lab.node, folder, manifests, flags=("--vip-listen", "bound")) as daemon:
+        daemon.wait_listener(VIP, 80)
+        assert ask(lab.client, VIP, 80) == "pod-1"
+        assert refused(lab.client, VIP, 22)

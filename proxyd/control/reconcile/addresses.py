@@ -48,8 +48,6 @@ class Addresses:
         self._guard = _Guard(guard)
         self._refused: frozenset[ListenerKey] | None = None
         self._rules_trouble = ""
-        if parking is not None and self.vips:
-            parking.guard(self.vips)
 
     def add(self, todo: Plan, wanted: Collection[ListenerKey]) -> None:
         """Make VIPs local. Call it before listeners are opened.

@@ -53,8 +53,23 @@ class Parking:
         """Of maps and link, by name, for the next program."""
         return self._parked.descriptors
 
+    def begin(self, vips: AbstractSet[str], inherited: InheritedSockets) -> None:
+        """Guard the VIPs that there are. Clients still find the sockets that the program before an upgrade left.
+
+        Args:
+            vips: those that are local by a route.
+            inherited: sockets that no listener has taken yet.
+        """
+        for key, sock in inherited.at(vips):
+            try:
+                self._parked.admit(key, sock)
+            except BindFailed as error:
+                self._say(str(error))
+        if vips:
+            self.guard(vips)
+
     def guard(self, vips: AbstractSet[str]) -> None:
-        """Refuse the ports of VIPs that nobody listens on. Call it while a VIP has no route (yet).
+        """Refuse the ports of VIPs that nobody listens on. Call it while a VIP has no route.
 
         An address of the node itself is not guarded: its other ports are the node's own.
         """

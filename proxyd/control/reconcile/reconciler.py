@@ -190,6 +190,8 @@ class Reconciler:
         """
         self._inherited = InheritedSockets(sockets)
         self._old_workers = old_workers
+        if self._parking is not None:
+            self._parking.begin(self._addresses.vips, self._inherited)
 
     def relayed(self) -> dict[int, tuple[tuple[ListenerKey, ...], frozenset[int]]]:
         """By number, the addresses of each closed listener that may have relays, and the workers that may."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 
 from proxyd.api.service import Protocol
 from proxyd.control.workers.handover import ListeningSocket
@@ -42,6 +42,12 @@ class InheritedSockets:
         if sock is not None and spec.steered:
             ignore_path_mtu(sock, spec.key)  # an earlier version did not
         return sock
+
+    def at(self, ips: Container[str]) -> Iterator[tuple[ListenerKey, socket.socket]]:
+        """The TCP and UDP sockets for listeners at some addresses, which they are left with."""
+        for (key, _), sock in self._sockets.items():
+            if key.ip in ips and key.protocol is not Protocol.SCTP:
+                yield key, sock
 
     def take_endpoint(
         self, specs: Iterable[ListenerSpec]
