@@ -28,6 +28,7 @@ from tests.support.netlab import (
     BRIDGE_IP,
     CLIENT_POD_IP,
     NODE_IP,
+    NODE_IP6,
     OUTSIDE_IP,
     POD_PORT,
     Lab,
@@ -629,6 +630,8 @@ def test_health_check_node_port(town: Town, vip: str) -> None:
 
     wait_for(lambda: health() == (200, 2), "two local endpoints")
     assert health(path="/healthz") == (200, 2)
+    # Also of a Service that has IPv4 alone.
+    assert health(f"[{NODE_IP6}]") == (200, 2)
     wait_for(lambda: health(OUTSIDE_IP) == (503, 0), "none on the other node")
     # Only terminating ones: traffic is still served, but the load balancer is to go elsewhere.
     cluster.endpoints("web", pod(1, ready=False, serving=True, terminating=True))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.client
 import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +17,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support import without_call
 from tests.support.clients import ask, connect, lines_of, many, refused
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, service, write
-from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
+from tests.support.netlab import NODE_IP, NODE_IP6, POD_PORT, Lab, Namespace, pod_ip
 from tests.support.waiting import DEADLINE, wait_for
 
 Run = Callable[..., Proxyd]
@@ -95,6 +98,30 @@ def test_what_kube_proxys_observers_ask(lab: Lab, proxyd: Run) -> None:
     assert Answer(lab.node, METRICS, "/nothing").code == 404
     # Metrics are for the node itself.
     assert refused(lab.outside, NODE_IP, METRICS)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "[::]"])
+@pytest.mark.parametrize("only_ipv6", ["0", "1"])
+def test_health_is_answered_over_ipv4_and_ipv6(
+    lab6: Lab, folder: Path, manifests: Path, address: str, only_ipv6: str
+) -> None:
+    """As by kube-proxy, for which both addresses mean every address, whatever the node's default for sockets is."""
+    lab6.node.sysctl(net__ipv6__bindv6only=only_ipv6)
+    with Proxyd(
+        *(lab6.node, folder, manifests),
+        flags=(f"--healthz-bind-address={address}", f"--metrics-bind-address={address}:10249"),
+    ):
+        for ip in (NODE_IP, NODE_IP6):
+            wait_for(lambda ip=ip: not refused(lab6.outside, ip, HEALTH), "the health server")
+            assert Answer(lab6.outside, HEALTH, "/healthz", ip=ip).code == 200
+            assert Answer(lab6.outside, METRICS, "/proxyMode", ip=ip).body == b"userspace"
+
+
+def test_health_is_answered_where_there_is_no_ipv6(lab: Lab, proxyd: Run) -> None:
+    """In the kernel, or in a sandbox."""
+    proxyd(before=(sys.executable, without_call.__file__, "ipv6", str(errno.EAFNOSUPPORT)))
+    wait_for(lambda: not refused(lab.outside, NODE_IP, HEALTH), "the health server")
+    assert Answer(lab.outside, HEALTH, "/healthz", ip=NODE_IP).code == 200
 
 
 @pytest.mark.usefixtures("web")

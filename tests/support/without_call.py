@@ -1,6 +1,7 @@
-"""python without_call.py splice|sctp ERRNO COMMAND...: runs a command for which a system call fails.
+"""python without_call.py splice|sctp|ipv6 ERRNO COMMAND...: runs a command for which a system call fails.
 
-splice: splice(2), as in a sandbox or on an old kernel; sctp: socket(2) for SCTP, as where the kernel has no SCTP.
+splice: splice(2), as in a sandbox or on an old kernel; sctp: socket(2) for SCTP, as where the kernel has no SCTP; ipv6:
+socket(2) for IPv6, likewise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 # linux/bpf_common.h, linux/seccomp.h
 LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
 ALLOW, FAIL_WITH = 0x7FFF0000, 0x00050000
-NUMBER, THIRD_ARGUMENT = 0, 32  # where they are in struct seccomp_data
+NUMBER, FIRST_ARGUMENT, THIRD_ARGUMENT = 0, 16, 32  # where they are in struct seccomp_data
 
 
 class Program(ctypes.Structure):
@@ -31,11 +32,15 @@ def steps(call: str, error: int) -> list[tuple[int, int, int, int]]:
     ending = [(RETURN, 0, 0, FAIL_WITH | error), (RETURN, 0, 0, ALLOW)]
     if call == "splice":
         return [(LOAD_WORD, 0, 0, NUMBER), (JUMP_IF_EQUAL, 0, 1, SPLICE), *ending]
+    argument, value = {
+        "sctp": (THIRD_ARGUMENT, socket.IPPROTO_SCTP),
+        "ipv6": (FIRST_ARGUMENT, int(socket.AF_INET6)),
+    }[call]
     return [
         (LOAD_WORD, 0, 0, NUMBER),
         (JUMP_IF_EQUAL, 0, 3, SOCKET),
-        (LOAD_WORD, 0, 0, THIRD_ARGUMENT),
-        (JUMP_IF_EQUAL, 0, 1, socket.IPPROTO_SCTP),
+        (LOAD_WORD, 0, 0, argument),
+        (JUMP_IF_EQUAL, 0, 1, value),
         *ending,
     ]
 

@@ -203,12 +203,8 @@ class _Site:
                 )
 
     async def _listen(self) -> None:
-        host, port = self._address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        sock = _bound(*self._address)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
             self._server = await asyncio.get_running_loop().create_server(
                 self._protocol, sock=sock, backlog=_BACKLOG
             )
@@ -226,6 +222,33 @@ class _Site:
     def _shown(self) -> str:
         host, port = self._address
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A bound TCP socket; one of all addresses, `0.0.0.0` or `::`, is of IPv4 and IPv6, as kube-proxy's is.
+
+    Raises:
+        OSError: the address can't be opened.
+    """
+    everywhere = host in ("0.0.0.0", "::")
+    family = socket.AF_INET6 if everywhere or ":" in host else socket.AF_INET
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        if host != "0.0.0.0" or error.errno != errno.EAFNOSUPPORT:
+            raise
+        # Neither the kernel nor a sandbox has to have IPv6.
+        family, everywhere = socket.AF_INET, False
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if everywhere:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(("::" if everywhere else host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _why(error: OSError, address: tuple[str, int]) -> str:
