@@ -198,6 +198,27 @@ def test_a_slow_first_reply_is_waited_for() -> None:
         assert listen(worker, balancer(worker, servers)).ask(timeout=DEADLINE) == b"at last"
 
 
+@pytest.mark.parametrize("given_by", ["daemon", "service"])
+def test_a_timeout_that_was_given_is_that_of_the_first_exchange_too(given_by: str) -> None:
+    """A reply later than 10 s arrives, the first of a flow and one after a single exchange."""
+    idle = {"idle": 600.0} if given_by == "service" else {}
+    with (
+        running(udp_timeout=600.0 if given_by == "daemon" else None) as worker,
+        serving(lambda _: [], echo) as (silent, answering),
+    ):
+        unanswered = listen(worker, balancer(worker, [silent], **idle)).client()
+        answered = listen(worker, balancer(worker, [answering], first=1001, **idle)).client()
+        with unanswered, answered:
+            unanswered.send(b"?")
+            assert query(answered) == b"?"
+            wait_for(lambda: silent.peers and answering.peers)
+            time.sleep(11.5)  # the silence itself
+            for server in (silent, answering):
+                (flow,) = server.peers
+                server.socket.sendto(b"late", flow)
+            assert unanswered.recv(100) == answered.recv(100) == b"late"
+
+
 def test_idle_flows_end_and_busy_ones_stay() -> None:
     with running(udp_timeout=3, records=True) as worker, serving(echo, echo) as servers:
         number = balancer(worker, servers[:1])

@@ -34,6 +34,10 @@ def test_defaults_are_those_of_the_settings() -> None:
     assert Options.of(Settings()) == Options()
 
 
+def test_a_timeout_that_is_the_default_is_still_one_that_was_given() -> None:
+    assert Options.of(Settings(udp_timeout=60.0)) != Options.of(Settings())
+
+
 def test_one_argument_carries_all_of_them() -> None:
     options = Options(tcp_idle_timeout=0.25, tcp_splice=False, records=True, max_relays=7)
     assert Options.decode(options.encode()) == options

@@ -111,8 +111,8 @@ FLAGS: tuple[Flag, ...] = (
         kube=True,
         metavar="DURATION",
         parse=values.period,
-        default="60s",
-        help="end UDP flows that carried nothing for so long, after their first reply; "
+        default="60s, and 10s after a single exchange",
+        help="end UDP flows that carried nothing for so long; "
         "annotation proxyd.io/udp-idle-timeout says otherwise for one Service",
     ),
     Flag(
@@ -207,7 +207,7 @@ FLAGS: tuple[Flag, ...] = (
         metavar="IP[:PORT]",
         parse=values.bind_address,
         default="0.0.0.0:10256",
-        help='where /healthz and /livez are answered; "" for nowhere',
+        help='where /healthz and /livez are answered, 0.0.0.0 for IPv6 too; "" for nowhere',
     ),
     Flag(
         name="metrics-bind-address",

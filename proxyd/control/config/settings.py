@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ import msgspec
 
 from proxyd.control.config.flags import FEATURE_GATES, FLAGS
 from proxyd.control.config.values import DEFAULT_BURST, DEFAULT_QPS
+from proxyd.host.rights import has
 
 SYSTEM_SOCKET = "/run/proxyd/admin.sock"
-_CAP_NET_ADMIN = 12  # linux/capability.h
 
 
 class SettingsError(ValueError):
@@ -40,7 +39,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
         """Those of this process."""
         return cls(
             uid=os.getuid(),
-            net_admin=_has_net_admin(),
+            net_admin=has("CAP_NET_ADMIN"),
             cpus=len(os.sched_getaffinity(0)),
             hostname=socket.gethostname(),
             environ=dict(os.environ if environ is None else environ),
@@ -62,7 +61,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout: float = 25.0
     tcp_idle_timeout: float = 0.0  # 0 = off
     tcp_splice: bool = True
-    udp_timeout: float = 60.0
+    udp_timeout: float | None = None  # None = 60 s, and 10 s after a single exchange
     sctp_max_message: int = 256 * 1024  # bytes
     sctp_max_streams: int = 1024  # of an association, in each direction
     access_log: str = ""  # "" = none, "-" = standard output, else a file
@@ -255,12 +254,3 @@ def _defaults(surroundings: Surroundings) -> dict[str, Any]:
         "state_file": default_state_file(surroundings),
         "hostname_override": surroundings.hostname.lower(),
     }
-
-
-def _has_net_admin() -> bool:
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return os.getuid() == 0
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    return bool(match and int(match[1], 16) >> _CAP_NET_ADMIN & 1)

@@ -15,7 +15,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     tcp_idle_timeout: float = 0.0  # seconds without a byte after which a TCP relay is ended; 0: never
     tcp_splice: bool = True  # bulk goes by splice(2), which copies nothing
-    udp_timeout: float = 60.0  # seconds after which an idle UDP flow is ended
+    udp_timeout: float | None = (
+        None  # seconds after which an idle UDP flow is ended; None: as the table has it
+    )
     sctp_max_message: int = 256 * 1024  # bytes; a larger one ends its association
     workers: int = 1  # that share the node's local ports, and the user's pipes; 0: one, within control
     records: bool = False  # send a Connection for every relay that ended

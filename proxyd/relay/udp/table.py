@@ -23,10 +23,12 @@ from proxyd.relay.udp.upstream import ANSWERED, TALKING, WAITING, FlowOwner
 TICK_SECONDS = 0.5
 # For a timeout below 2 s a pass comes every quarter of it, but no more often than this.
 _MIN_TICK_SECONDS = 0.05
-# Until the first reply. Resolvers give a query up after 5 s, and some clients after 5 s more.
+# Until the first reply, at least. Resolvers give a query up after 5 s, and some clients after 5 s more.
 WAIT_SECONDS = 10.0
-# After a single exchange: most DNS queries are one, from a port that is never used again.
+# After a single exchange, unless a timeout is given: most DNS queries are one, from a port that is not used again.
 BRIEF_SECONDS = 10.0
+# Where nobody has said otherwise.
+IDLE_SECONDS = 60.0
 # The same while the table fills up.
 HURRIED_SECONDS = 1.0
 # How long a flow waits for a reply under way when its endpoint is gone.
@@ -77,7 +79,7 @@ class FlowTable:
         self.clock = plane.now()  # of the last pass
         self.listeners: dict[str, Listener] = {}  # by address
         self.draining: dict[Flow, float] = {}  # since when
-        self._idle_seconds = plane.options.udp_timeout
+        self._given_seconds = plane.options.udp_timeout
         self._ports = int(_local_ports() * _PORT_SHARE / max(plane.options.workers, 1))
         self._receivers: dict[int, MmsgBuffer] = {}
         self._senders: dict[int, MmsgBuffer] = {}
@@ -189,15 +191,15 @@ class FlowTable:
         self._measure()
         hurried = self.plane.flows > self.limit * _HURRIED_SHARE
         collect = not self._due  # else those of an earlier pass are still gone through
-        shortest = self._idle_seconds
+        shortest = IDLE_SECONDS
         for listener in list(self.listeners.values()):
-            own = listener.balancer.udp_idle_seconds
-            idle = own or self._idle_seconds
+            given = listener.balancer.udp_idle_seconds or self._given_seconds
+            idle = given or IDLE_SECONDS
             shortest = min(shortest, idle)
             if collect and listener.flows:
                 listener.count()
-                brief = HURRIED_SECONDS if hurried else (own or min(BRIEF_SECONDS, idle))
-                self._sweep(listener, (WAIT_SECONDS, brief, idle))
+                brief = HURRIED_SECONDS if hurried else (given or BRIEF_SECONDS)
+                self._sweep(listener, (max(WAIT_SECONDS, given or 0.0), brief, idle))
         if collect:
             self._swept = now
         for flow in [flow for flow, since in self.draining.items() if now - since >= DRAIN_SECONDS]:
