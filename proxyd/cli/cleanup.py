@@ -36,7 +36,7 @@ def cleanup(args: argparse.Namespace, env: Env) -> int:
         if args.kube_proxy:
             removals.append(remove_userspace_chains(dry_run=args.dry_run))
     except OSError as error:
-        hint = "; run as root" if os.getuid() else ""
+        hint = "; run as root" if os.geteuid() else ""
         raise CommandError(f"cannot look for leftovers: {error.strerror or error}{hint}") from None
     finally:
         if claim is not None:

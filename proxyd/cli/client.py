@@ -190,7 +190,11 @@ class Client:
         if isinstance(error, TimeoutError) or error.errno == errno.EAGAIN:
             return f"the daemon at {path} did not answer within {seconds:.0f} s"
         if error.errno == errno.EACCES:
-            return f"no permission for {path}; run as {_owner(path)} or a member of the socket's group"
+            owner = _owner(path)
+            if owner == os.geteuid():
+                return f"no permission for {path}: a folder above it or a security policy is in the way"
+            who = f"user {owner}" if owner else "root"
+            return f"no permission for {path}; run as {who} or a member of the socket's group"
         if error.errno in {errno.ENOENT, errno.ENOTDIR}:
             return f"no daemon at {path}; start it with `proxyd run`, or name its socket with --admin-socket"
         if error.errno in {errno.ECONNREFUSED, errno.ENOTSOCK}:
@@ -206,9 +210,9 @@ def with_query(path: str, query: Mapping[str, str]) -> str:
     return f"{path}?{given}" if given else path
 
 
-def _owner(path: str) -> str:
+def _owner(path: str) -> int:
+    """The user that a daemon's socket belongs to; root (0) where that can't be seen."""
     try:
-        uid = os.stat(path).st_uid  # noqa: PTH116 - the path is a text everywhere here
+        return os.stat(path).st_uid  # noqa: PTH116 - the path is a text everywhere here
     except OSError:
-        uid = 0
-    return "root" if uid == 0 else f"user {uid}"
+        return 0

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from proxyd.api.service import Protocol
 from proxyd.host.claim import CLAIM
-from proxyd.host.netlink import NETLINK_SOCK_DIAG, Message, Netlink, attributes, packed
-from proxyd.state.spec import ListenerKey
+from proxyd.host.netlink import NETLINK_SOCK_DIAG, Message, Netlink, attributes, packed, unpacked
+from proxyd.state.spec import Endpoint, ListenerKey
 
 # linux/inet_diag.h, linux/sock_diag.h
 _SOCK_DIAG_BY_FAMILY = 20
@@ -26,6 +26,7 @@ _V6ONLY = 11  # INET_DIAG_SKV6ONLY
 _LISTEN = 1 << 10
 _UNCONNECTED = 1 << 7
 _ANY_STATE = 0xFFFFFFFF
+_MAPPED = bytes(10) + b"\xff\xff"  # an IPv4 address within IPv6 begins so
 _NUMBERS = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 
 # Conflicts may come in hundreds, and must not hold up control. One search of /proc takes at most so many
@@ -48,24 +49,57 @@ class _Scan:
     not_before = 0.0
 
 
-def holder(key: ListenerKey, *, patient: bool = False) -> str:
-    """Name and pid of the process whose socket is in the way of a listener, such as `nginx (pid 812)`.
+class Holder(NamedTuple):
+    """What is in the way of a listener, as far as it can be seen.
+
+    Attributes:
+        process: name and pid, such as `nginx (pid 812)`; "" if it cannot be found: that takes the right to
+            see other processes' descriptors, and time.
+        peer: address and port of the other end, if it is an outgoing connection; "" for who listens.
+        ended: the connection has ended, and only the kernel keeps the port, for a minute at most.
+    """
+
+    process: str = ""
+    peer: str = ""
+    ended: bool = False
+
+    def __str__(self) -> str:
+        if not self.peer:
+            return self.process
+        if self.ended:
+            return f"an outgoing connection to {self.peer} that has just ended"
+        return f"an outgoing connection{f' of {self.process}' if self.process else ''} to {self.peer}"
+
+
+def holder(key: ListenerKey, *, patient: bool = False) -> Holder:
+    """What is in the way of a listener.
 
     Args:
         key: the listener's key.
         patient: search for up to a second of processor time; not within the event loop.
-
-    Returns:
-        "" if the process cannot be found: it takes the right to see other processes' descriptors, and time.
     """
     try:
-        inodes = _inodes(key)
+        bound = _in_the_way(key)
     except OSError:
+        return Holder()
+    # An outgoing connection holds a port only where nobody listens at it. Those that a listener of before has
+    # accepted are not in the way; they come from high ports, and the others go to low ones.
+    listening = [one for one in bound if not one.peer_port]
+    if not listening and bound:
+        first = min(bound, key=lambda one: one.peer_port)
+        return Holder(_named({first.inode}, patient=patient), first.peer, ended=not first.inode)
+    return Holder(_named({one.inode for one in listening}, patient=patient))
+
+
+def _named(inodes: set[int], *, patient: bool) -> str:
+    """The process that holds one of these sockets."""
+    inodes.discard(0)  # of a connection that has ended
+    if not inodes:
         return ""
     if patient:
-        return _owner(inodes, _LONG_SCAN_SECONDS) if inodes else ""
+        return _owner(inodes, _LONG_SCAN_SECONDS)
     now = time.monotonic()
-    if not inodes or now < _Scan.not_before:
+    if now < _Scan.not_before:
         return ""
     began = time.thread_time()
     found = _owner(inodes, _SCAN_SECONDS)
@@ -83,8 +117,9 @@ def occupied(
         parked: those that only a socket bound to their very address is in the way of.
 
     Returns:
-        The holder of each such port, as from `holder`. Sockets of a proxyd are left out: it probably serves
-        these very listeners. So are those of unknown processes where a proxyd manages the node's addresses.
+        The process that holds each such port, as of `holder`. Sockets of a proxyd are left out: it probably
+        serves these very listeners. So are those of unknown processes where a proxyd manages the node's
+        addresses.
 
     Raises:
         OSError: netlink failed.
@@ -122,7 +157,7 @@ def bound_exactly(keys: Iterable[ListenerKey]) -> dict[ListenerKey, str]:
     """To which of these listeners' very address and port another process than a proxyd is bound, TCP or UDP.
 
     Returns:
-        For each such key who that is, as from `holder`; "" where that cannot be seen.
+        For each such key the process, as of `holder`; "" where that cannot be seen.
 
     Raises:
         OSError: the kernel does not say.
@@ -160,6 +195,8 @@ class _Bound(NamedTuple):
     port: int
     inode: int
     v6only: bool
+    peer: str = ""  # address and port of the other end, of a connection
+    peer_port: int = 0
 
     def in_the_way(self, family: int, address: bytes) -> bool:
         """Whether it keeps others from binding its port at this address."""
@@ -168,18 +205,35 @@ class _Bound(NamedTuple):
         return self.family == family or (self.family == socket.AF_INET6 and not self.v6only)
 
 
-def _bound(netlink: Netlink, family: int, protocol: Protocol, port: int = 0) -> Iterator[_Bound]:
-    """Listening TCP sockets, or UDP sockets that take datagrams of everybody; of one port, or of all (0)."""
+def _bound(
+    netlink: Netlink, family: int, protocol: Protocol, port: int = 0, *, connected: bool = False
+) -> Iterator[_Bound]:
+    """Listening TCP sockets, or UDP sockets that take datagrams of everybody; of one port, or of all (0).
+
+    With `connected` those that are connected too. A socket of IPv6 with an address of IPv4 is one of IPv4.
+    """
     states = _LISTEN if protocol is Protocol.TCP else _UNCONNECTED
+    if connected:
+        states = _ANY_STATE
     body = (
         _REQUEST.pack(family, _NUMBERS[protocol], 0, 0, states) + _SOCKET.pack(port, 0, b"", b"") + bytes(12)
     )
     for message in netlink.dump(Message(_SOCK_DIAG_BY_FAMILY, body)):
-        port, _, source, _ = _SOCKET.unpack_from(message.body, _ANSWER_SOURCE)
+        port, peer_port, source, other = _SOCKET.unpack_from(message.body, _ANSWER_SOURCE)
         (inode,) = struct.unpack_from("=I", message.body, _ANSWER_INODE)
-        address = source[:4] if family == socket.AF_INET else source
+        of, address = _plain(family, source)
         v6only = attributes(message.body, _ANSWER_INODE + 4).get(_V6ONLY, b"") == b"\1"
-        yield _Bound(family, address, port, inode, v6only)
+        peer = str(Endpoint(unpacked(_plain(family, other)[1]), peer_port)) if peer_port else ""
+        yield _Bound(of, address, port, inode, v6only, peer, peer_port)
+
+
+def _plain(family: int, address: bytes) -> tuple[int, bytes]:
+    """Family and bytes of an address that sock_diag gives for a socket of a family."""
+    if family == socket.AF_INET:
+        return family, address[:4]
+    if address.startswith(_MAPPED):
+        return socket.AF_INET, address[len(_MAPPED) :]
+    return family, address
 
 
 def _proxyd_is_here() -> bool:
@@ -222,39 +276,31 @@ def _described(process: int) -> str:
     return f"{name} (pid {process})"
 
 
-def _inodes(key: ListenerKey) -> set[int]:
-    """The inodes of sockets that are bound to the key's port, at its address or at all addresses."""
+def _in_the_way(key: ListenerKey) -> list[_Bound]:
+    """The sockets that are bound to the key's port, at its address or at all addresses."""
     if key.protocol is Protocol.SCTP:
-        return _sctp_inodes(key)
-    protocol = _NUMBERS[key.protocol]
+        return list(_sctp_endpoints(key))
     family, address = packed(key.ip)
-    states = _LISTEN if key.protocol is Protocol.TCP else _ANY_STATE
-    found = set()
     with Netlink(NETLINK_SOCK_DIAG) as netlink:
-        # An IPv6 socket at [::] may hold the IPv4 port as well.
-        for asked in {family, socket.AF_INET6}:
-            body = (
-                _REQUEST.pack(asked, protocol, 0, 0, states) + _SOCKET.pack(key.port, 0, b"", b"") + bytes(12)
-            )
-            for message in netlink.dump(Message(_SOCK_DIAG_BY_FAMILY, body)):
-                port, _, source, _ = _SOCKET.unpack_from(message.body, _ANSWER_SOURCE)
-                bound = source[:4] if asked == socket.AF_INET else source
-                # A socket at all addresses conflicts with one at any address.
-                if port == key.port and (bound == address or not any(bound) or not any(address)):
-                    found.add(struct.unpack_from("=I", message.body, _ANSWER_INODE)[0])
-    return found
+        # An IPv6 socket may hold the IPv4 port as well. One at all addresses conflicts with one at any.
+        return [
+            bound
+            for asked in {family, socket.AF_INET6}
+            for bound in _bound(netlink, asked, key.protocol, key.port, connected=True)
+            if bound.port == key.port
+            and (bound.in_the_way(family, address) or (bound.family == family and not any(address)))
+        ]
 
 
-def _sctp_inodes(key: ListenerKey) -> set[int]:
-    """As `_inodes`, from /proc: sock_diag would need a kernel module of its own for SCTP."""
-    found = set()
+def _sctp_endpoints(key: ListenerKey) -> Iterator[_Bound]:
+    """As `_in_the_way`, from /proc: sock_diag would need a kernel module of its own for SCTP."""
     lines = Path("/proc/self/net/sctp/eps").read_text(encoding="ascii").splitlines()[1:]
+    family, address = packed(key.ip)
     for line in lines:
         # Columns (net/sctp/proc.c): endpoint, socket, style, state, bucket, port, user, inode, addresses.
         _, _, _, _, _, port, _, inode, *ips = line.split()
         if int(port) == key.port and not {key.ip, "0.0.0.0", "::"}.isdisjoint(_short(ip) for ip in ips):
-            found.add(int(inode))
-    return found
+            yield _Bound(family, address, int(port), int(inode), v6only=False)
 
 
 def _short(ip: str) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from proxyd.host.rights import advice
+
 NETLINK_ROUTE = 0
 NETLINK_SOCK_DIAG = 4
 NETLINK_NETFILTER = 12
@@ -257,7 +259,7 @@ def _failure(body: bytes, flags: int) -> Failure | None:
         return None
     text = os.strerror(code)
     if code in (errno.EPERM, errno.EACCES):
-        return Failure(code, f"{text}: run as root or with CAP_NET_ADMIN")
+        return Failure(code, f"{text}: {advice('CAP_NET_ADMIN')}")
     if flags & _NLM_F_ACK_TLVS and flags & _NLM_F_CAPPED and len(body) > 20:
         detail = attributes(body, 20).get(_NLMSGERR_ATTR_MSG, b"").rstrip(b"\0").decode("utf-8", "replace")
         if detail:

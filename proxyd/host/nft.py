@@ -18,6 +18,7 @@ from proxyd.host.netlink import (
     attributes,
     unpacked,
 )
+from proxyd.host.rights import advice
 from proxyd.state.spec import ListenerKey
 
 _TIMEOUT = 20.0  # seconds for one run of nft
@@ -117,7 +118,7 @@ def members_of(table: str, name: str) -> list[bytes]:
 def refused(error: OSError) -> str:
     """One line of text for an error of `table_exists`: why, and what to do."""
     if error.errno in (errno.EPERM, errno.EACCES):
-        return "nftables needs root or CAP_NET_ADMIN"
+        return f"nftables may not be used: {advice('CAP_NET_ADMIN')}"
     return f"nftables cannot be used: {error.strerror or error}"
 
 

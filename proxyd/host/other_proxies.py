@@ -43,7 +43,7 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 def neighbour(address: tuple[str, int]) -> Neighbour | None:
     """The process that listens at an address; None if none does. It takes seconds if that does not answer."""
     ip, port = address
-    process = holder(ListenerKey(ip, port, Protocol.TCP), patient=True)
+    process = str(holder(ListenerKey(ip, port, Protocol.TCP), patient=True))
     host = _ANY.get(ip, ip)
     mode = _get(host, port, "/proxyMode")
     if mode is None:

@@ -9,6 +9,7 @@ import socket
 
 from proxyd.api.service import Protocol
 from proxyd.host.holders import holder
+from proxyd.host.rights import advice, has
 from proxyd.host.routes import is_local
 from proxyd.state.spec import ListenerKey, ListenerSpec
 
@@ -145,7 +146,7 @@ def _make_transparent(opened: socket.socket, family: int, key: ListenerKey) -> N
             opened.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
     except PermissionError as error:
         raise BindFailed(
-            f"{key.ip} is not an address of this node: taking single ports of it needs root or CAP_NET_ADMIN",
+            f"{key.ip} is not an address of this node, and may not be bound: {advice('CAP_NET_ADMIN')}",
             retryable=False,
         ) from error
 
@@ -184,18 +185,25 @@ def explained(error: OSError, key: ListenerKey) -> BindFailed:
     """The failure to open a listener, with a text for the operator."""
     match error.errno:
         case errno.EADDRINUSE:
-            who = holder(key) or "another process"
+            found = holder(key)
+            if found.peer:
+                # The kernel gives such a port out by itself.
+                return BindFailed(
+                    f"in use by {found}: `sysctl net.ipv4.ip_local_reserved_ports` keeps ports for listeners",
+                    taken=True,
+                )
+            who = str(found) or "another process"
             return BindFailed(f"in use by {who}: stop it, or bind it to other addresses", taken=True)
         case errno.EACCES:
             return BindFailed(
-                f"port {key.port} needs root or CAP_NET_BIND_SERVICE; "
+                f"port {key.port} is privileged: {advice('CAP_NET_BIND_SERVICE')}; "
                 f"or `sysctl net.ipv4.ip_unprivileged_port_start={key.port}`"
             )
         case errno.EADDRNOTAVAIL:
-            return BindFailed(
-                f"{key.ip} is not an address of this node: "
-                "run as root (CAP_NET_ADMIN), or with --vip-mode=loopback if it is a VIP"
-            )
+            what = f"{key.ip} is not an address of this node"
+            if has("CAP_NET_ADMIN"):
+                return BindFailed(f"{what}: give it to an interface, or use --vip-mode=route if it is a VIP")
+            return BindFailed(f"{what}: {advice('CAP_NET_ADMIN')}; or use --vip-mode=loopback if it is a VIP")
         case errno.EMFILE:
             return BindFailed(
                 "out of file descriptors: raise LimitNOFILE= of the unit (or `ulimit -n`)", exhausted=True

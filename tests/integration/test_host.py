@@ -26,6 +26,7 @@ from proxyd.host.steering import Steering
 from proxyd.state.snapshot import NodeAddress
 from proxyd.state.spec import ListenerSpec
 from proxyd.state.spec import Steering as Action
+from tests.support.daemon import UNPRIVILEGED
 from tests.support.host import FORBIDDEN, REFUSED, SILENCE, Naming, daemon_socket, key, question, spec
 from tests.support.netlab import (
     CLIENT_POD_IP,
@@ -46,6 +47,7 @@ EXTERNAL_IP6 = "2001:db8:80::10"
 EXTERNALS = (EXTERNAL_IP, EXTERNAL_IP6)
 BOTH = ("TCP", "UDP")
 DGRAM = socket.SOCK_DGRAM
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 @pytest.fixture
@@ -255,11 +257,11 @@ def test_both_families_can_have_the_same_port_at_all_addresses(space: Namespace)
 
 
 @pytest.mark.parametrize("protocol", BOTH)
-@pytest.mark.parametrize("held", ["0.0.0.0", "::", VIP])
+@pytest.mark.parametrize("held", ["0.0.0.0", "::", VIP, f"::ffff:{VIP}"])
 def test_a_port_in_use_names_the_process(space: Namespace, protocol: str, held: str) -> None:
     space.call(VipRoutes().add, [VIP])
     kind = DGRAM if protocol == "UDP" else socket.SOCK_STREAM
-    with space.socket(socket.AF_INET6 if held == "::" else socket.AF_INET, kind) as other:
+    with space.socket(FAMILIES[":" in held], kind) as other:
         other.bind((held, 8000))
         if protocol == "TCP":
             other.listen()
@@ -277,10 +279,52 @@ def test_a_port_in_use_names_the_process(space: Namespace, protocol: str, held: 
     opened(space, spec(VIP, 8000, protocol)).close()
 
 
+OUTGOING = (
+    r"in use by an outgoing connection of .+ \(pid {pid}\) to 10\.0\.0\.1:9000: "
+    r"`sysctl net\.ipv4\.ip_local_reserved_ports` keeps ports for listeners"
+)
+
+
+@pytest.mark.parametrize("protocol", BOTH)
+@pytest.mark.parametrize("mapped", [False, True], ids=["IPv4", "IPv4 in IPv6"])
+def test_a_port_of_an_outgoing_connection_is_told_as_one(
+    space: Namespace, protocol: str, mapped: bool
+) -> None:
+    """The kernel gives outgoing connections NodePorts too where its range is wide."""
+    space.sysctl(net__ipv4__ip_local_port_range="30080 30080")
+    kind = DGRAM if protocol == "UDP" else socket.SOCK_STREAM
+    with space.listen("10.0.0.1", 9000), space.socket(FAMILIES[mapped], kind) as client:
+        client.connect(("::ffff:10.0.0.1" if mapped else "10.0.0.1", 9000))
+
+        def told() -> bool:
+            with pytest.raises(BindFailed) as failed:
+                opened(space, spec("10.0.0.1", 30080, protocol))
+            return bool(re.fullmatch(OUTGOING.format(pid=os.getpid()), str(failed.value)))
+
+        # As above.
+        wait_for(told, "the process is named")
+    if protocol == "UDP":
+        opened(space, spec("10.0.0.1", 30080, protocol)).close()
+
+
+def test_a_port_of_a_connection_that_has_ended_is_told_as_one(space: Namespace) -> None:
+    space.sysctl(net__ipv4__ip_local_port_range="30080 30080")
+    with space.listen("10.0.0.1", 9000) as server, space.socket() as client:
+        client.connect(("10.0.0.1", 9000))
+        accepted, _ = server.accept()
+        client.close()
+        accepted.close()
+        with pytest.raises(
+            BindFailed, match=r"an outgoing connection to 10\.0\.0\.1:9000 that has just ended: "
+        ):
+            opened(space, spec("10.0.0.1", 30080))
+
+
 @pytest.mark.parametrize("ip", VIPS)
 def test_an_address_that_is_not_the_nodes(space: Namespace, ip: str) -> None:
-    with pytest.raises(BindFailed, match=f"{ip} is not an address of this node: .*--vip-mode=loopback"):
+    with pytest.raises(BindFailed, match=f"{ip} is not an address of this node: .*--vip-mode=route") as told:
         opened(space, spec(ip, 80))
+    assert "root" not in str(told.value)
 
 
 def test_descriptors_that_ran_out(space: Namespace) -> None:
@@ -297,17 +341,33 @@ def test_descriptors_that_ran_out(space: Namespace) -> None:
     assert failed.value.exhausted
 
 
-def as_nobody(space: Namespace, code: str) -> str:
-    """What a script prints that runs without any capability."""
-    script = textwrap.dedent(code)
-    return space.run(
-        "setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", sys.executable, "-c", script
-    )
+NO_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
+# The root of another user namespace has all capabilities, for which the node's network does not care.
+STRANGER = ("unshare", "--user", "--map-root-user")
 
 
-def test_what_an_unprivileged_process_is_told(space: Namespace) -> None:
-    out = as_nobody(
-        space,
+@pytest.mark.parametrize(
+    ("who", "admin", "bind"),
+    [
+        (UNPRIVILEGED, "run as root or with CAP_NET_ADMIN", "run as root or with CAP_NET_BIND_SERVICE"),
+        (
+            NO_CAPABILITIES,
+            "root lacks CAP_NET_ADMIN here: give it to the container or the unit",
+            "root lacks CAP_NET_BIND_SERVICE here: give it to the container or the unit",
+        ),
+        (
+            STRANGER,
+            "CAP_NET_ADMIN does not help here: a user namespace or a security policy is in the way",
+            "CAP_NET_BIND_SERVICE does not help here: a user namespace or a security policy is in the way",
+        ),
+    ],
+    ids=["a-user", "root-without-capabilities", "root-of-another-namespace"],
+)
+def test_what_an_unprivileged_process_is_told(
+    space: Namespace, who: tuple[str, ...], admin: str, bind: str
+) -> None:
+    """Root is not told to be root."""
+    script = textwrap.dedent(
         """
         from tests.support.host import key, spec
         from proxyd.host import limits
@@ -322,14 +382,14 @@ def test_what_an_unprivileged_process_is_told(space: Namespace) -> None:
         print(limits.can_route())
         print(VipGuard().available())
         print(VipRoutes().add(["10.96.0.10"])["10.96.0.10"])
-        """,
-    ).splitlines()
-    assert out == [
-        "port 80 needs root or CAP_NET_BIND_SERVICE; or `sysctl net.ipv4.ip_unprivileged_port_start=80`",
-        "80.11.12.10 is not an address of this node: taking single ports of it needs root or CAP_NET_ADMIN",
+        """
+    )
+    assert space.run(*who, sys.executable, "-c", script).splitlines() == [
+        f"port 80 is privileged: {bind}; or `sysctl net.ipv4.ip_unprivileged_port_start=80`",
+        f"80.11.12.10 is not an address of this node, and may not be bound: {admin}",
         "False",
-        "nftables needs root or CAP_NET_ADMIN",
-        "cannot make 10.96.0.10 local: Operation not permitted: run as root or with CAP_NET_ADMIN",
+        f"nftables may not be used: {admin}",
+        f"cannot make 10.96.0.10 local: Operation not permitted: {admin}",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from proxyd.control.config.settings import Settings
+from proxyd.host.rights import advice
 from proxyd.state.snapshot import Options, VipMode
 
 _ANY_ADDRESS = ("0.0.0.0", "::", "")
@@ -28,7 +29,7 @@ def planning_options(settings: Settings, *, may_route: bool = True) -> Options:
     """
     mode = settings.vip_mode
     if mode == "route" and not may_route:
-        raise StartError("--vip-mode=route needs CAP_NET_ADMIN; run as root, or use --vip-mode=loopback")
+        raise StartError(f"--vip-mode=route: {advice('CAP_NET_ADMIN')}; or use --vip-mode=loopback")
     return Options(
         vip_mode=VipMode(
             route=may_route and mode in ("auto", "route"), loopback=mode == "loopback", serve=mode != "none"

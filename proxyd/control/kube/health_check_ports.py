@@ -37,8 +37,8 @@ class HealthCheckPorts:
 
     Any path is answered with the number of this node's ready endpoints: 200 where there are some and this
     proxy is healthy, else 503 (kubernetes pkg/proxy/healthcheck/service_health.go). The ports are open on the
-    addresses that NodePorts are open on. Of two Services that want the same port the one that has it keeps it; if
-    neither has it, the first by name gets it.
+    addresses that NodePorts are open on. Of two Services that want the same port the one that has it keeps
+    it; if neither has it, the first by name gets it.
 
     Args:
         healthy: says whether this proxy is healthy.
