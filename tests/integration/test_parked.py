@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -289,3 +293,64 @@ def test_what_is_left_parked_does_not_refuse_who_binds(lab: Lab, manifests: Path
         daemon.wait_listener(VIP, 80)
         assert ask(lab.client, VIP, 80) == "pod-1"
         assert refused(lab.client, VIP, 22)
+
+
+def set_checksums(node: Namespace, device: str, *, on: bool) -> None:
+    """As `ethtool -K DEVICE tx on|off`."""
+
+    def change() -> None:
+        value = array.array("I", [0x17, int(on)])  # ETHTOOL_STXCSUM of linux/ethtool.h
+        request = device.encode().ljust(16, b"\0") + struct.pack("@P", value.buffer_info()[0]) + bytes(16)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            fcntl.ioctl(sock, 0x8946, request)  # SIOCETHTOOL of linux/sockios.h
+
+    node.call(change)
+
+
+# Answers each datagram with as many buffers of 20 segments as it has bytes, as QUIC servers send them.
+_BULK = f"""
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("0.0.0.0", {dns.DNS_PORT}))
+sock.setsockopt(socket.IPPROTO_UDP, 103, 1200)  # UDP_SEGMENT of linux/udp.h
+while True:
+    data, peer = sock.recvfrom(65536)
+    for _ in data:
+        sock.sendto(bytes(range(240)) * 5 * 20, peer)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_bulk_over_a_device_that_makes_no_checksums(
+    lab: Lab, manifests: Path, proxyd: Run, when: str
+) -> None:
+    lab.outside.run("ip", "route", "replace", f"{dns.VIP}/32", "via", NODE_IP)
+    write(manifests / "dns.yaml", dns.dns_service(), dns.dns_endpoints(1))
+    if when == "before":
+        set_checksums(lab.node, "out0", on=False)
+    server = lab.pods[0].popen([sys.executable, "-c", _BULK])
+    with dns.programs(server), lab.outside.socket(kind=socket.SOCK_DGRAM) as client:
+        wait_for(lambda: dns.listens(lab.pods[0]), "the server")
+        daemon = proxyd()
+        daemon.wait_listener(dns.VIP, 53)
+        client.settimeout(2)
+        client.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE
+        client.connect((dns.VIP, 53))
+
+        def whole(rounds: int) -> bool:
+            """Whether all segments come; after some rounds the relay sends them on as it gets them."""
+            for _ in range(rounds):
+                client.send(bytes(3))
+                for _ in range(3 * 20):
+                    try:
+                        if client.recv(2000) != bytes(range(240)) * 5:
+                            return False
+                    except TimeoutError:
+                        return False
+            return True
+
+        assert whole(20)
+        if when == "later":
+            set_checksums(lab.node, "out0", on=False)
+            wait_for(lambda: whole(3), "whole answers")
+        assert whole(20)

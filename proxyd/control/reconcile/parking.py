@@ -11,6 +11,7 @@ from proxyd.control.runtime.logs import get_logger
 from proxyd.control.workers.inherited_sockets import InheritedSockets
 from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import bound_exactly
+from proxyd.host.links import devices_make_checksums
 from proxyd.host.parked import ParkedListeners
 from proxyd.host.sockets import BindFailed
 from proxyd.host.udp_source import UdpSourcePorts
@@ -29,6 +30,9 @@ class Parking:
         udp: puts the ports of UDP replies right; None if that is not possible: UDP is then not parked.
         kept: whether VIPs stay guarded when this process is killed.
         forget: has the service manager close what it keeps by a name.
+
+    Attributes:
+        gso: whether UDP replies may be sent as a buffer of segments, although nftables change their port.
     """
 
     def __init__(
@@ -44,9 +48,15 @@ class Parking:
         self._parked = parked
         self._udp = udp
         self._error = ""
+        self.gso = devices_make_checksums()
         self._bound: set[ListenerKey] = set()
         # UDP sockets of closed listeners whose flows may still have replies to send.
         self._replying: dict[ListenerKey, int] = {}
+
+    def look_at_devices(self) -> dict[ListenerKey, int]:
+        """Look again whether `gso` holds. Returns the UDP listeners for which that has changed."""
+        before, self.gso = self.gso, devices_make_checksums()
+        return self._parked.udp_ports if self.gso != before else {}
 
     @property
     def descriptors(self) -> dict[str, int]:
@@ -54,7 +64,7 @@ class Parking:
         return self._parked.descriptors
 
     def begin(self, vips: AbstractSet[str], inherited: InheritedSockets) -> None:
-        """Guard the VIPs that there are. Clients still find the sockets that the program before an upgrade left.
+        """Guard the VIPs that there are. Clients still find the sockets that the program before left.
 
         Args:
             vips: those that are local by a route.
@@ -69,7 +79,7 @@ class Parking:
             self.guard(vips)
 
     def guard(self, vips: AbstractSet[str]) -> None:
-        """Refuse the ports of VIPs that nobody listens on. Call it while a VIP has no route.
+        """Refuse the ports of VIPs that nobody listens on. To be called while a VIP has no route.
 
         An address of the node itself is not guarded: its other ports are the node's own.
         """

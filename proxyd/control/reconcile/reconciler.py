@@ -274,6 +274,10 @@ class Reconciler:
     def addresses_changed(self) -> None:
         """Repair what depends on the node's addresses. Call it when these have changed."""
         self._addresses.changed()
+        if self._parking is not None:
+            for key in self._parking.look_at_devices():
+                if key in self._listeners:
+                    self._publication.set_gso(key, gso=self._parking.gso)
 
     def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
         said = any(failure.exhausted for failure in self.failures.values())
@@ -322,7 +326,7 @@ class Reconciler:
             if isinstance(sock, BindFailed):
                 self._failed(spec, sock)
             else:
-                self._publication.open(spec, sock)
+                self._publication.open(spec, sock, gso=self._parking.gso)
                 self._opened(spec)
 
     def _give_up(self, key: ListenerKey, who: str) -> None:

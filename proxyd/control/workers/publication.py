@@ -54,6 +54,7 @@ class Held:
     spec: ListenerSpec
     owner: int | None
     specs: dict[ListenerKey, ListenerSpec]
+    gso: bool = True  # UDP: as in `ListenerConfig`
 
 
 @dataclass(slots=True, eq=False)
@@ -150,9 +151,9 @@ class Publication:
         if not keys:
             self._counted.pop(key.service_port, None)
 
-    def open(self, spec: ListenerSpec, sock: socket.socket) -> None:
-        """Publish a listener. The publication owns the socket from now on."""
-        held = Held(next(self._ids), sock, spec, self._owner(spec), {spec.key: spec})
+    def open(self, spec: ListenerSpec, sock: socket.socket, *, gso: bool = True) -> None:
+        """Publish a listener, and own its socket from now on. `gso` is as in `ListenerConfig`."""
+        held = Held(next(self._ids), sock, spec, self._owner(spec), {spec.key: spec}, gso)
         self._hold(held)
         self._update.listeners[held.id] = held
 
@@ -186,10 +187,17 @@ class Publication:
             # Workers know only the first of several specs, and are told of the change with that one.
             held.specs[spec.key] = spec
 
+    def set_gso(self, key: ListenerKey, *, gso: bool) -> None:
+        """Say otherwise of an open listener whether `gso` holds for it."""
+        held = self.held[key]
+        if held.gso != gso:
+            held.gso = gso
+            self._reissue(held, held.spec, None)
+
     def supersede(self, spec: ListenerSpec, sock: socket.socket) -> Held:
         """Give a listener another socket. Returns the old one, which accepts until `close_superseded`."""
         old = self.held[spec.key]
-        held = Held(next(self._ids), sock, spec, self._owner(spec), dict(old.specs))
+        held = Held(next(self._ids), sock, spec, self._owner(spec), dict(old.specs), old.gso)
         self._hold(held)
         self._update.listeners[held.id] = held
         return old
@@ -269,6 +277,7 @@ class Publication:
             address=f"{host}:{spec.key.port}",
             source_ranges=list(spec.source_ranges),
             implementation=registry.find().classes.get(spec.key.protocol, ""),
+            gso=held.gso,
         )
 
     def parts(self, update: Update, worker: int) -> Iterator[tuple[Apply, list[Held]]]:
@@ -305,7 +314,8 @@ class Publication:
     def _reissue(self, held: Held, spec: ListenerSpec, drain: float | None) -> None:
         # The same socket under a new number: the backlog is kept, and old relays can be told from new ones.
         self._retire(held, drain)
-        new = Held(next(self._ids), held.socket, spec, self._owner(spec), {**held.specs, spec.key: spec})
+        specs = {**held.specs, spec.key: spec}
+        new = Held(next(self._ids), held.socket, spec, self._owner(spec), specs, held.gso)
         self._hold(new)
         self._update.listeners[new.id] = new
 

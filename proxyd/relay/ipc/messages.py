@@ -38,6 +38,7 @@ class ListenerConfig(msgspec.Struct, frozen=True, array_like=True):
     address: str  # ip:port, for connection records
     source_ranges: list[str] = []
     implementation: str = ""  # module:class of another distribution; "" for proxyd's own
+    gso: bool = True  # UDP: replies may be sent as a buffer of segments
 
 
 class CloseListener(msgspec.Struct, frozen=True, array_like=True):

@@ -45,6 +45,7 @@ class UdpListener(Receiver):
         self.victims: deque[Victim] = deque()  # those of its flows that make room for others next
         self.postponed = Postponed(plane.poller, self._later)
         super().__init__(config.address, fd, flow_table(plane))
+        self.gso = config.gso
         self.overruns = overruns(self._socket)  # as counted so far
         before = self.table.listeners.get(self.address)
         self.table.listeners[self.address] = self

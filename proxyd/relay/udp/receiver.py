@@ -6,6 +6,7 @@ segments when one client fills the batches.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from _socket import socket as Socket  # noqa: N812 a class; without the Python layer it takes half the memory
@@ -46,6 +47,7 @@ class Receiver(ABC):
         self.named: dict[ClientName, Flow] = {}  # of them the conversations
         self._poller = table.poller
         self._last_turn = 0
+        self.gso = True  # whether segments may be sent in one buffer
         self._patience = 0  # batches of one datagram until they are taken one by one
         self._socket = Socket(fileno=fd)
         self.sendto = self._socket.sendto
@@ -191,17 +193,17 @@ class Receiver(ABC):
 
     def send_segments(self, data: memoryview, size: int, name: ClientName) -> int:
         """Send segments of `size` bytes to a client; how many of them the kernel did not take."""
-        try:
-            self._socket.sendmsg([data], gso.control_for(size), 0, name)
-        except OSError:
-            lost = 0
-            for segment in gso.segments(data, size):
-                try:
-                    self.sendto(segment, name)
-                except OSError:
-                    lost += 1
-            return lost
-        return 0
+        if self.gso:
+            with contextlib.suppress(OSError):
+                self._socket.sendmsg([data], gso.control_for(size), 0, name)
+                return 0
+        lost = 0
+        for segment in gso.segments(data, size):
+            try:
+                self.sendto(segment, name)
+            except OSError:
+                lost += 1
+        return lost
 
     def _receive_failed(self, error: OSError) -> None:
         if error.errno in _NOTHING:
