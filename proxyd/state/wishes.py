@@ -77,6 +77,7 @@ def service_wishes(
         admitted: list[ListenerSpec] = []
         for frontend in _frontends(service, port, node, options):
             listener, refusal = _listener(service, name, frontend, local_ips, options)
+            refusal = refusal or _left_to_endpoint(listener, port, slices)
             if refusal is not None:
                 unopened.append(status_of(listener, *refusal))
                 continue
@@ -220,6 +221,25 @@ def _listener(
         gate = _GATES.get(name.protocol, f"{name.protocol} is not relayed by this version")
         refusal = (ListenerState.DISABLED, gate)
     return listener, refusal
+
+
+def _left_to_endpoint(
+    listener: ListenerSpec, port: ServicePort, slices: tuple[EndpointSlice, ...]
+) -> tuple[ListenerState, str] | None:
+    """Why a listener is not opened at an address of this node that is itself an endpoint of the service port.
+
+    Such an endpoint, of a Pod in the node's network, has the port or wants it: while it is not ready too. A
+    listener in its place would hinder it, or connect to itself for ever.
+    """
+    key = listener.key
+    if listener.steered or not any(found.port == key.port for one in slices for found in one.ports):
+        return None
+    for candidate in candidates(port, slices, listener.balancer.family):
+        if candidate.endpoint == (key.ip, key.port):
+            if candidate.rank:
+                return ListenerState.SERVING, "its endpoint of the same address and port has the clients"
+            return ListenerState.NO_ENDPOINTS, "its endpoint of the same address and port is not ready"
+    return None
 
 
 def _balancer(

@@ -35,6 +35,7 @@ from tests.support.netlab import (
     Namespace,
     pod_ip6,
 )
+from tests.support.pod_servers import PodServers
 from tests.support.waiting import wait_for
 
 P1, P2, P3 = "pod-1", "pod-2", "pod-3"
@@ -488,6 +489,55 @@ def test_external_traffic_policy_local(town: Town, vip: str) -> None:
         lambda: refused(town.client, OUTSIDE_IP, 30104), "the NodePort of the node without endpoints to close"
     )
     wait_who(town.client, NODE_IP, {P1}, 30104)
+
+
+def test_ingresses_in_the_nodes_networks(town: Town, vip: str) -> None:
+    """The usual ingress on bare metal: externalIPs are the nodes' addresses, and so are the endpoints, with the same port.
+
+    A node's own address leads to its own ingress, every other address to both in turns, and nobody to himself.
+    """
+    cluster = town.cluster
+    other = pod(2, node=NODE_2, ip=OUTSIDE_IP)
+    ports = [{"name": "http", "port": 80}]
+    with PodServers() as second, PodServers() as first:
+        second.add("ingress-2", town.two.listen("::", 80))
+        second.start()
+        cluster.create("services", service("ingress", vip, ports=ports, externalIPs=[NODE_IP, OUTSIDE_IP]))
+        cluster.create("endpointslices", slice_of("ingress", other, ports=ports))
+        for place in (town.client, town.one, town.two):
+            for ip in (NODE_IP, OUTSIDE_IP):
+                wait_who(place, ip, {"ingress-2"})
+        # The Pod of node 1 comes up, and its server wants the port that proxyd has.
+        cluster.endpoints("ingress", pod(1, ip=NODE_IP, ready=False), other, ports=ports)
+        first.add("ingress-1", wait_for(lambda: listening(town.one, 80), "port 80 of node 1"))
+        first.start()
+        cluster.endpoints("ingress", pod(1, ip=NODE_IP), other, ports=ports)
+        both = {"ingress-1", "ingress-2"}
+        for place, ip, expected in (
+            (town.client, NODE_IP, {"ingress-1"}),
+            (town.one, NODE_IP, {"ingress-1"}),
+            (town.two, OUTSIDE_IP, {"ingress-2"}),
+            (town.client, OUTSIDE_IP, both),
+            (town.one, OUTSIDE_IP, both),
+            (town.two, NODE_IP, both),
+            (town.client, vip, both),
+            (town.two, vip, both),
+        ):
+            wait_who(place, ip, expected)
+            if expected is both:
+                assert many(place, ip, 80, 12).answered == {"ingress-1": 6, "ingress-2": 6}
+        for daemon in town.daemons.values():
+            states = {(one["address"], one["state"]) for one in daemon.get("listeners")}
+            assert states == {(ip, "Serving") for ip in (vip, NODE_IP, OUTSIDE_IP)}
+            wait_for(lambda daemon=daemon: not daemon.get("connections"), "no connection to be left")  # type: ignore[misc]  # a bound default has no type
+
+
+def listening(place: Namespace, port: int) -> socket.socket | None:
+    """A socket that listens at all addresses; None while that is not possible."""
+    try:
+        return place.listen("::", port)
+    except OSError:
+        return None
 
 
 def test_external_traffic_policy_local_at_foreign_addresses(town: Town, vip: str) -> None:

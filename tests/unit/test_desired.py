@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxyd.api.discovery import EndpointPort, EndpointSlice, SliceEndpoint
+from proxyd.api.discovery import EndpointConditions, EndpointPort, EndpointSlice, SliceEndpoint
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.service import (
     LoadBalancerIngress,
@@ -88,6 +88,29 @@ def test_external_ips_are_steered_unless_they_are_the_nodes_own() -> None:
     assert state.host.steering == {ListenerKey("80.11.12.10", 80, Protocol.TCP): Steering.LOCAL}
     without = desired(service(external_ips=("80.11.12.10",)), endpoints=False)
     assert without.host.steering == {ListenerKey("80.11.12.10", 80, Protocol.TCP): Steering.UNREACHABLE}
+
+
+def test_an_endpoint_at_the_nodes_own_address_and_port_has_it() -> None:
+    """It may be a server of a Pod in the node's network: a listener there would take its port, or dial itself."""
+    one = service(external_ips=("192.0.2.1", "192.0.2.7"), cluster_ip="10.96.0.10")
+    port = (EndpointPort(port=80),)
+    for ready, status in (
+        (True, "Serving: its endpoint of the same address and port has the clients"),
+        (False, "NoEndpoints: its endpoint of the same address and port is not ready"),
+    ):
+        ends = (
+            SliceEndpoint(addresses=("192.0.2.1",), conditions=EndpointConditions(ready=ready)),
+            SliceEndpoint(addresses=("192.0.2.7",)),
+        )
+        slices = {
+            one.metadata.key: (EndpointSlice(metadata=ObjectMeta(name="s"), endpoints=ends, ports=port),)
+        }
+        state = desired_state(Snapshot(services={one.metadata.key: one}, slices=slices), NODE, Options())
+        # Another node's address is steered, and reached as an endpoint too.
+        assert keys(state) == {"10.96.0.10:80/TCP", "192.0.2.7:80/TCP"}
+        assert reasons(state) == {"192.0.2.1:80/TCP": status}
+    # Where the endpoint has another port there is nothing in the way.
+    assert "192.0.2.1:80/TCP" in keys(desired(one))
 
 
 def test_load_balancer_addresses_with_their_source_ranges() -> None:
