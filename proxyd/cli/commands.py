@@ -237,6 +237,7 @@ def _add_check(parser: argparse.ArgumentParser, _environ: Mapping[str, str]) -> 
             *(
                 "vip-listen",
                 "external-ip-mode",
+                "fwmark",
                 "nodeport-addresses",
                 "bind-address",
                 "hostname-override",

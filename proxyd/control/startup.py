@@ -142,7 +142,7 @@ def _make_reconciler(
     return Reconciler(
         publication,
         routes=VipRoutes() if options.vip_mode.route else None,
-        rules=SteeringRules() if options.steer_external_ips else None,
+        rules=SteeringRules(settings.fwmark) if options.steer_external_ips else None,
         guard=guard,
         drain_seconds=settings.drain_timeout,
         note=note,

@@ -1,20 +1,21 @@
-"""Steering by a mark: an nftables table that marks what is for steered ports, and one policy rule for all of them.
+"""Steers by a mark: an nftables table marks what is for steered ports, and one policy rule takes all of it.
 
     nft table `proxyd-steering`: of what goes to a steered address and port, set the bit 0x1000 of the mark
     ip rule: priority 112, fwmark 0x1000/0x1000, lookup 7112
 
 However many ports are steered, a packet that the node forwards costs one look into a set of addresses.
 
-- ICMP errors have no port. Those that belong to a transparent socket, as proxyd's are, are marked too: without them no
-  router could tell of a smaller MTU.
-- The node's own packets are marked in `output`. Those of proxyd's own connections to endpoints are not, or an endpoint
-  that is itself a steered address and port would never be reached. They are known by the priority that workers give
-  their sockets, 4, together with DSCP 0: a socket that has such a priority because of its DSCP is somebody else's.
-- Where the node has no route to an address, its own clients would be told so before any packet is made. For them there
-  is a rule after all other tables. That it does not open the node's own ports at that address is seen to in `output`.
-- Ports that are to be refused (no endpoint, or a closed listener whose relays live on) are answered in front of connection
-  tracking, as a closed port does. A policy rule of type `unreachable` is no refusal: over IPv6 and UDP clients take the ICMP
-  error for something that will pass, and the kernel sends few of them.
+- ICMP errors have no port. Those that belong to a transparent socket, as proxyd's are, are marked too:
+  without them no router could tell of a smaller MTU.
+- The node's own packets are marked in `output`. Those of proxyd's own connections to endpoints are not, or an
+  endpoint that is itself a steered address and port would never be reached. They are known by the priority
+  that workers give their sockets. An IPv4 socket that has it because of its DSCP is somebody else's.
+- Where the node has no route to an address, its own clients would be told so before any packet is made. For
+  them there is a rule after all other tables. That it does not open the node's own ports at that address is
+  seen to in `output`.
+- Ports that are to be refused (no endpoint, or a closed listener whose relays live on) are answered in front
+  of connection tracking, as a closed port does. A policy rule of type `unreachable` is no refusal: over IPv6
+  and UDP clients take the ICMP error for something that will pass, and the kernel sends few of them.
 - The bit is taken away where a packet is delivered, so that nobody else sees it there.
 
 Needs `nft`, CAP_NET_ADMIN and Linux 5.9.
@@ -49,14 +50,13 @@ from proxyd.host.policy_rules import (
     rule_of_mark,
     sources,
 )
-from proxyd.state.own_dials import OWN_PRIORITY
+from proxyd.state.marks import DEFAULT_MARK, OWN_PRIORITY
 from proxyd.state.spec import ListenerKey
 from proxyd.state.spec import Steering as Action
 
 NFT_TABLE = "proxyd-steering"
 # Earlier versions refused in a table of its own.
 EARLIER_NFT_TABLE = "proxyd-refusal"
-DEFAULT_MARK = 0x1000
 
 # Before connection tracking (-200) and address translation (-100): what is refused makes no entries there.
 _FIRST = -310
@@ -104,23 +104,25 @@ _FAMILY_CHAINS = f"""
     {{errors}}
   }}}}
   chain from{{n}} {{{{
-    meta priority 0:{OWN_PRIORITY} {{ip}} dscp 0 goto nowhere
+    meta priority 0:{OWN_PRIORITY} {{dscp}} goto nowhere
     {{refusal}}
     {{ip}} daddr . meta l4proto . th dport @ports{{n}} meta mark set meta mark | {{bit}} accept
     goto nowhere
   }}}}
 """
 _ICMP_ERRORS = "meta l4proto {icmp} socket transparent 1 meta mark set meta mark | {bit}"
-# Over `lo` the kernel would send the ICMP error from the address itself, which over IPv4 it can't. So the sender is told
-# by EPERM.
 _FAMILIES = (
     {
         "n": 4,
         "ip": "ip",
         "icmp": 1,
-        "refusal": "meta l4proto 17 ip daddr . meta l4proto . th dport @refused4 reject with icmp type port-unreachable",
+        # Whose type of service the kernel does not map to that priority (ip_tos2prio).
+        "dscp": "@nh,8,8 & 0x18 != 0x18",
+        # Over `lo` the kernel would send the ICMP error from the address itself, which over IPv4 it can't. So
+        # the sender is told by EPERM.
+        "refusal": "ip daddr . meta l4proto . udp dport @refused4 reject with icmp type port-unreachable",
     },
-    {"n": 6, "ip": "ip6", "icmp": 58, "refusal": ""},
+    {"n": 6, "ip": "ip6", "icmp": 58, "dscp": "", "refusal": ""},
 )
 
 
@@ -137,7 +139,7 @@ class _Contents(NamedTuple):
 
 
 class Marks:
-    """The table and the rules of this node. Remembers what it last put in force, so that small changes stay small.
+    """This node's table and rules. It remembers what it last put in force, so that small changes stay small.
 
     Args:
         bit: the bit of a packet's mark that is used.
@@ -154,7 +156,7 @@ class Marks:
         self._generation = 0
 
     def present(self) -> dict[ListenerKey, Action]:
-        """The keys in the table, whichever process made it. Those that are refused have no endpoint, or no listener.
+        """The keys in the table, whichever process made it; those that are refused as UNREACHABLE.
 
         Raises:
             OSError: netfilter's netlink cannot be used.
@@ -197,7 +199,7 @@ class Marks:
         if reason := self._change(wish):
             raise Unusable(reason)
         if wish.ips:
-            # Without them only the node's own clients lose something, and only without a route to the address.
+            # Where these fail, the node's own clients that have no other route to an address get none.
             add_routes(netlink, LAST_TABLE, sources(wish.ips))
             add_rules(netlink, last := [last_rule(version) for version in versions])
             rules += last

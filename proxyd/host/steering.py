@@ -1,13 +1,14 @@
-"""Taking single ports of addresses that are not the node's own: externalIPs and load-balancer IPs of others.
+"""Takes single ports of addresses that are not the node's own: externalIPs and load-balancer IPs of others.
 
-Of such an address the node takes (address, protocol, port) and nothing else; all its other ports are routed as before.
-What is taken is led to a routing table of proxyd's own, in which the address is local:
+Of such an address the node takes (address, protocol, port) and nothing else; all its other ports are routed
+as before. What is taken is led to a routing table of proxyd's own, in which the address is local:
 
     table 7112: local IP dev lo
 
-Answers leave from the address, because the listener is bound transparently. Marks lead there (see marking.py), and where
-they can't be used a policy rule for each port (see port_rules.py). Fragments of a datagram after the first have no port;
-while a UDP port is steered they are put together before routing (see fragments.py).
+Answers leave from the address, because the listener is bound transparently. Marks lead there (see
+marking.py), and where they can't be used a policy rule for each port (see port_rules.py). Fragments of a
+datagram after the first have no port; while a UDP port is steered they are put together before routing (see
+fragments.py).
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from collections.abc import Set as AbstractSet
 
 from proxyd.api.service import Protocol
 from proxyd.host.fragments import Fragments
-from proxyd.host.marking import DEFAULT_MARK, Marks, Unusable
+from proxyd.host.marking import Marks, Unusable
 from proxyd.host.netlink import Netlink
 from proxyd.host.policy_rules import LAST_TABLE, TABLE, add_routes, keep_routes
 from proxyd.host.port_rules import ports_present, steer_ports
+from proxyd.state.marks import DEFAULT_MARK
 from proxyd.state.spec import ListenerKey
 from proxyd.state.spec import Steering as Action
 
 _BY_PORT = (
-    "foreign addresses are taken by a policy rule for each port, which slows down all that the node forwards, "
-    "and clients are not refused at once"
+    "foreign addresses are taken by a policy rule for each port, which slows down what the node forwards, "
+    "and clients may not be refused at once"
 )
 _NOT_REMOVED = "the nft table can't be removed"
 
@@ -68,12 +70,14 @@ class Steering:
     ) -> dict[ListenerKey, str]:
         """Steer these ports, and no others. What somebody else changed is repaired.
 
-        What leads a packet here is made before what led it here goes, so that in between none is routed to the foreign
-        host. A listener must be open before its key becomes LOCAL. No listener may be open at an UNREACHABLE one.
+        What leads a packet here is made before what led it here goes, so that in between none is routed to
+        the foreign host. A listener must be open before its key becomes LOCAL. No listener may be open at an
+        UNREACHABLE one.
 
         Args:
             wanted: what becomes of the traffic to each port.
-            refused_too: LOCAL ones whose listener is closed while its relays live on: new clients are refused. Without
+            refused_too: LOCAL ones whose listener is closed while its relays live on: new clients are
+                refused. Without
                 it they would hang, as the kernel can't answer from an address that is not its own.
 
         Returns:

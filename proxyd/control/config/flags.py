@@ -7,6 +7,7 @@ from proxyd.control.config.cluster_flags import SHARED_FLAGS
 from proxyd.control.config.durations import parse_duration, parse_port_range
 from proxyd.control.config.flag import Flag
 from proxyd.control.config.values import FEATURE_GATES, MAX_WORKERS
+from proxyd.state.marks import DEFAULT_MARK
 
 __all__ = ["FEATURE_GATES", "FLAGS", "MAX_WORKERS", "Flag"]
 
@@ -55,7 +56,14 @@ FLAGS: tuple[Flag, ...] = (
         metavar="MODE",
         parse=values.one_of("steer", "none"),
         default="steer",
-        help="externalIPs that are not the node's own: steer (policy rules take their service ports) or none",
+        help="externalIPs that are not the node's own: steer (their service ports are taken) or none",
+    ),
+    Flag(
+        name="fwmark",
+        metavar="BIT",
+        parse=values.mark,
+        default=f"{DEFAULT_MARK:#x}",
+        help="the bit of packet marks by which those are taken, where another program uses the default",
     ),
     Flag(
         name="nodeport-addresses",

@@ -13,6 +13,7 @@ import msgspec
 from proxyd.control.config.flags import FEATURE_GATES, FLAGS
 from proxyd.control.config.values import DEFAULT_BURST, DEFAULT_QPS
 from proxyd.host.rights import has
+from proxyd.state.marks import DEFAULT_MARK
 
 SYSTEM_SOCKET = "/run/proxyd/admin.sock"
 
@@ -55,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     vip_mode: Literal["auto", "route", "bind", "loopback", "none"] = "auto"
     vip_listen: Literal["auto", "parked", "bound"] = "auto"
     external_ip_mode: Literal["steer", "none"] = "steer"
+    fwmark: int = DEFAULT_MARK  # one bit of packet marks
     nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all
     bind_address: str = "0.0.0.0"  # NodePorts are opened on this one only; unspecified = all
     workers: int = 1  # 0 = inside the control process

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from proxyd.control.config.durations import parse_duration
+from proxyd.state.marks import DEFAULT_MARK
 
 MAX_WORKERS = 16  # the shared counters have room for so many
 FEATURE_GATES = {"SCTPSupport": False}
@@ -101,6 +102,17 @@ def one_of(*words: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def mark(text: str) -> int:
+    """One bit of a packet's mark, decimal or hexadecimal."""
+    try:
+        bit = int(text.strip(), 0)
+    except ValueError:
+        bit = 0
+    if bit.bit_count() != 1 or not 0 < bit < 1 << 32:
+        raise ValueError(f'expected one bit such as {DEFAULT_MARK:#x}, from 0x1 to 0x80000000, got "{text}"')
+    return bit
 
 
 def boolean(value: str | bool) -> bool:

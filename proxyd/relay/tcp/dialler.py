@@ -10,7 +10,7 @@ from proxyd.relay.engine.balancer import Endpoint
 from proxyd.relay.engine.dialling import DIAL_TIMEOUTS, MAX_ATTEMPTS, SHORTAGES, Dialling
 from proxyd.relay.engine.poller import ERR, HUP
 from proxyd.relay.ipc.slots import ATTEMPTS, CONNECT_US, OPENED
-from proxyd.state.own_dials import OWN_PRIORITY
+from proxyd.state.marks import OWN_PRIORITY
 
 # Looked up once; `socket` has some as members of an enumeration.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

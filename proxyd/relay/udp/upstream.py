@@ -34,7 +34,7 @@ from proxyd.relay.ipc.slots import (
 )
 from proxyd.relay.udp.mmsg import ClientKey, ClientName, MmsgBuffer, client_address, overruns
 from proxyd.relay.udp.postponed import Postponed
-from proxyd.state.own_dials import OWN_PRIORITY
+from proxyd.state.marks import OWN_PRIORITY
 
 WAITING, ANSWERED, TALKING, DRAINING = range(4)
 
