@@ -80,7 +80,7 @@ def generation() -> int:
 
 
 def rules_of(table: str) -> tuple[bytes, ...]:
-    """The rules of a table of family inet as the kernel describes them; () where there is none. Each has a number of its own.
+    """The rules of a table of family inet, with their handles, as the kernel describes them; () of no table.
 
     Raises:
         OSError: as of `table_exists`.

@@ -79,8 +79,8 @@ class ParkedListeners:
         return {key: port for key, port in self._parked.items() if key.protocol is Protocol.UDP}
 
     def parks(self, spec: ListenerSpec) -> bool:
-        """Whether a listener is to be parked: TCP or UDP at a VIP that is guarded here."""
-        return spec.key.ip in self._guarded and spec.key.protocol in vip_lookup.PROTOCOLS and not spec.steered
+        """Whether a listener is to be parked: TCP or UDP at an address that is guarded here."""
+        return spec.key.ip in self._guarded and spec.key.protocol in vip_lookup.PROTOCOLS
 
     def guard(self, vips: Iterable[str]) -> None:
         """Refuse all ports of these addresses but those that are listened on, and of no others.

@@ -1,4 +1,4 @@
-"""Proxyd's policy rules (`ip rule`), and the routing tables that they lead to: the netlink messages behind steering.
+"""Makes the policy rules behind steering (`ip rule`), and the routing tables that they lead to, by netlink.
 
     table 7112 or 7113: local IP dev lo [src <an address of the node>], protocol 112
 
@@ -62,7 +62,7 @@ _GONE = frozenset({errno.ESRCH, errno.ENOENT})
 
 
 class PolicyRule(NamedTuple):
-    """One rule. `body` is its message's; of a rule that the kernel told of it differs from the one that made it.
+    """One rule. `body` is its message's, which the kernel completes.
 
     Attributes:
         version: 4 or 6.
@@ -244,7 +244,7 @@ def add_routes(
 
 
 def keep_routes(netlink: Netlink, table: int, needed: Iterable[str] = ()) -> None:
-    """Take away a table's routes but for these addresses. One that stays does nothing: no rule leads to it."""
+    """Take away a table's routes but for these addresses. No rule leads to those."""
     needed = frozenset(needed)
     unused = [route.ip for route in local_routes(netlink, table) if route.ip not in needed]
     netlink.batch([local_route(ip, table, RTM_DELROUTE) for ip in unused])

@@ -1,10 +1,10 @@
-"""Steering by a policy rule for each port, where packets can't be marked (no `nft`, Linux before 5.9).
+"""Steers by a policy rule for each port, where packets can't be marked (no `nft`, Linux before 5.9).
 
-    ip rule: priority 112, to IP ipproto tcp dport PORT, lookup 7112, or `unreachable` where there is no endpoint
+    ip rule: priority 112, to IP ipproto tcp dport PORT, lookup 7112; `unreachable` without an endpoint
 
-The rules are a linear list, walked for every packet that is not local: right for tens of addresses. Clients that are to be
-refused get an ICMP error or silence, and an endpoint that is itself a steered address and port is never reached.
-Needs Linux 4.17 and CAP_NET_ADMIN.
+The rules are a linear list, walked for every packet that is not local: right for tens of addresses. Clients
+that are to be refused get an ICMP error or silence, and an endpoint that is itself a steered address and port
+is never reached. Needs Linux 4.17 and CAP_NET_ADMIN.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from proxyd.state.spec import Steering as Action
 
 
 def ports_present(netlink: Netlink) -> dict[ListenerKey, Action]:
-    """What the rules do now, whichever process made them. Of two rules for one key the first counts, as in the kernel.
+    """What the rules do now, whichever process made them. For two rules of a key the first counts.
 
     Raises:
         OSError: netlink failed.
@@ -41,9 +41,10 @@ def ports_present(netlink: Netlink) -> dict[ListenerKey, Action]:
 def steer_ports(netlink: Netlink, wanted: Mapping[ListenerKey, Action]) -> dict[ListenerKey, str]:
     """Have rules for these, and no others.
 
-    A rule that changes is made before the old one goes, so that in between the old one is still in force and the
-    traffic is never routed to the foreign host. The routes have a source: without it the node's own connections to the
-    address would come from the address itself, and the answers to those to its other ports would be routed away.
+    A rule that changes is made before the old one goes, so that in between the old one is still in force and
+    the traffic is never routed to the foreign host. The routes have a source: without it the node's own
+    connections to the address would come from the address itself, and the answers to those to its other ports
+    would be routed away.
 
     Returns:
         One line for each key that failed.

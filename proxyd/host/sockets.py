@@ -160,10 +160,10 @@ def _free(opened: socket.socket, family: int) -> None:
 
 
 def ignore_path_mtu(opened: socket.socket, key: ListenerKey) -> None:
-    """Have replies from a foreign IPv4 address cut on their way where they are too large for it, as far as it is UDP.
+    """Have a UDP socket's replies from a foreign IPv4 address cut where they are too large for their way.
 
-    The kernel can't learn of a smaller path MTU there: it looks for the route without what lets it send from such an
-    address.
+    The kernel can't learn of a smaller path MTU there: it looks for the route as if no such address could
+    send.
     """
     if key.protocol is Protocol.UDP and opened.family == socket.AF_INET:
         opened.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)

@@ -31,6 +31,7 @@ from tests.support.host import FORBIDDEN, REFUSED, SILENCE, Naming, daemon_socke
 from tests.support.netlab import (
     CLIENT_POD_IP,
     EXTERNAL_IP,
+    EXTERNAL_IP6,
     NODE_FAR_IP,
     NODE_IP,
     NODE_IP6,
@@ -43,7 +44,6 @@ from tests.support.waiting import DEADLINE, wait_for
 
 VIP, VIP6 = "10.96.0.10", "fd96::10"
 VIPS = (VIP, VIP6)
-EXTERNAL_IP6 = "2001:db8:80::10"
 EXTERNALS = (EXTERNAL_IP, EXTERNAL_IP6)
 BOTH = ("TCP", "UDP")
 DGRAM = socket.SOCK_DGRAM
@@ -68,16 +68,7 @@ def naming() -> Iterator[Naming]:
 def town() -> Iterator[Lab]:
     """The lab with IPv6, and the far host reached through the node at both external addresses."""
     with Lab(1, ipv6=True) as lab:
-        lab.node.ip(
-            "addr add fd01::1/64 dev far0 nodad\nroute add 2001:db8:80::/64 via fd01::2\n"
-            f"route add {EXTERNAL_IP}/32 via 198.51.100.2"
-        )
-        lab.far.ip(
-            f"addr add fd01::2/64 dev eth0 nodad\naddr add {EXTERNAL_IP6}/128 dev lo nodad\n"
-            "route add default via fd01::1"
-        )
-        lab.node.settle()
-        lab.far.settle()
+        lab.reach_far_by_ipv6()
         yield lab
 
 

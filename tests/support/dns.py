@@ -74,18 +74,18 @@ def programs(*started: subprocess.Popen[bytes]) -> Iterator[None]:
             process.wait()
 
 
-def echo(pod: Namespace, ip: str = "::") -> subprocess.Popen[bytes]:
+def echo(pod: Namespace, ip: str = "::", port: int = DNS_PORT) -> subprocess.Popen[bytes]:
     """A server in a pod, once it can be asked."""
-    started = pod.popen([sys.executable, "-c", _ECHO, str(DNS_PORT), pod.name, ip])
-    wait_for(lambda: listens(pod), f"the server in {pod.name}")
+    started = pod.popen([sys.executable, "-c", _ECHO, str(port), pod.name, ip])
+    wait_for(lambda: listens(pod, port), f"the server in {pod.name}")
     return started
 
 
-def listens(pod: Namespace) -> bool:
-    """Whether a UDP socket is bound to the servers' port."""
+def listens(pod: Namespace, port: int = DNS_PORT) -> bool:
+    """Whether a UDP socket is bound to a port."""
     tables = [pod.call(Path(f"/proc/thread-self/net/{name}").read_text) for name in ("udp", "udp6")]
     return any(
-        line.split()[1].endswith(f":{DNS_PORT:04X}") for table in tables for line in table.splitlines()[1:]
+        line.split()[1].endswith(f":{port:04X}") for table in tables for line in table.splitlines()[1:]
     )
 
 

@@ -42,6 +42,7 @@ OUTSIDE_IP6 = "2001:db8:2::20"
 CLIENT_POD_IP = "10.244.0.100"
 DATABASE_IP = "1.2.3.4"  # the far host's, as in the seed manifest external-database.yaml
 EXTERNAL_IP = "80.11.12.10"  # the far host's, as in the seed manifest external-ip.yaml
+EXTERNAL_IP6 = "2001:db8:80::10"  # the far host's, after `Lab.reach_far_by_ipv6`
 POD_PORT = 9376
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -270,6 +271,19 @@ class Lab:
         for number, pod in enumerate(self.pods, 1):
             pod.ip(f"addr add {pod_ip6(number)}/64 dev eth0 nodad\nroute add default via fd00:10:244::1")
         self.client.ip("addr add fd00:10:244::100/64 dev eth0 nodad\nroute add default via fd00:10:244::1")
+
+    def reach_far_by_ipv6(self) -> None:
+        """Have the node lead to the far host at EXTERNAL_IP6 as well, which the far host has from now on."""
+        self.node.ip(
+            "addr add fd01::1/64 dev far0 nodad\nroute add 2001:db8:80::/64 via fd01::2\n"
+            f"route add {EXTERNAL_IP}/32 via 198.51.100.2"
+        )
+        self.far.ip(
+            f"addr add fd01::2/64 dev eth0 nodad\naddr add {EXTERNAL_IP6}/128 dev lo nodad\n"
+            "route add default via fd01::1"
+        )
+        self.node.settle()
+        self.far.settle()
 
     def blackhole_pod(self, number: int) -> None:
         """Make a pod drop every packet it gets: connections to it hang."""

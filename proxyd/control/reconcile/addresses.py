@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
+from proxyd.api.problems import Problem, Severity
 from proxyd.control.reconcile.parking import Parking
 from proxyd.control.runtime.logs import get_logger, log_some
 from proxyd.host.addresses import node_addresses
@@ -49,6 +50,17 @@ class Addresses:
         self._refused: frozenset[ListenerKey] | None = None
         self._rules_trouble = ""
 
+    @property
+    def guarded(self) -> set[str]:
+        """The VIPs, and the addresses that are steered: what nobody listens on is refused there."""
+        return self.vips | {key.ip for key in self.steering}
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What does not work as it should."""
+        trouble = self._rules_trouble
+        return (Problem(severity=Severity.WARNING, message=trouble),) if trouble else ()
+
     def add(self, todo: Plan, wanted: Collection[ListenerKey]) -> None:
         """Make VIPs local. Call it before listeners are opened.
 
@@ -56,9 +68,9 @@ class Addresses:
             todo: the plan.
             wanted: what will be listened on.
         """
+        if todo.add_vips or todo.steer or todo.unsteer:
+            self._guard_parked(todo.add_vips.union(key.ip for key in todo.steer))
         if todo.add_vips:
-            if self._parking is not None:
-                self._parking.guard(todo.add_vips | self.vips)
             self._guard.begin(todo.add_vips | self.vips, wanted)
         self._add_vips(todo)
 
@@ -72,12 +84,14 @@ class Addresses:
         """
         self._steer(todo, listeners, held)
         self._remove(todo, held)
+        if todo.remove_vips or todo.unsteer:
+            self._guard_parked()
         if self._parking is not None:
             self._parking.settle(held)
         self._guard.sync(todo, self.vips, listeners)
 
     def observe(self) -> None:
-        """Read from the kernel again which routes there are, and have the next `settle` look after the rest."""
+        """Read from the kernel again which routes there are. The next `settle` looks after the rest."""
         try:
             if self._routes:
                 # A VIP that is one of the node's ordinary addresses has no route, and needs none.
@@ -91,7 +105,7 @@ class Addresses:
             self._parking.forget()
 
     def changed(self) -> None:
-        """Have the next `settle` look after what is steered. Call it when the node's addresses have changed."""
+        """Have the next `settle` look after what is steered: the node's addresses have changed."""
         self._refused = None
 
     def remove_all(self) -> None:
@@ -129,7 +143,7 @@ class Addresses:
         for key in todo.unsteer:
             if key not in held:
                 wanted.pop(key, None)
-        # Clients of an address whose listener is closed while its relays live on are refused: they would hang.
+        # Clients of an address whose listener is closed while its relays live on would hang.
         refused = frozenset(key for key in held if key in wanted and key not in listeners)
         if wanted == self.steering and refused == self._refused:
             return
@@ -146,8 +160,10 @@ class Addresses:
         if self._routes and (free := todo.remove_vips.difference(key.ip for key in held)):
             _report("VIP route can't be removed", self._routes.remove(free))
             self.vips -= free
-            if self._parking is not None:
-                self._parking.guard(self.vips)
+
+    def _guard_parked(self, more: AbstractSet[str] = frozenset()) -> None:
+        if self._parking is not None:
+            self._parking.guard(self.guarded | more)
 
 
 class _Guard:

@@ -13,7 +13,7 @@ from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import bound_exactly
 from proxyd.host.links import devices_make_checksums
 from proxyd.host.parked import ParkedListeners
-from proxyd.host.sockets import BindFailed
+from proxyd.host.sockets import BindFailed, open_listener
 from proxyd.host.udp_source import UdpSourcePorts
 from proxyd.state.spec import ListenerKey, ListenerSpec
 
@@ -92,11 +92,13 @@ class Parking:
             self._say(f"VIPs are not guarded: {error.strerror or error}")
 
     def parks(self, spec: ListenerSpec) -> bool:
-        """Whether a listener is to be parked."""
-        return (spec.key.protocol is not Protocol.UDP or self._udp is not None) and self._parked.parks(spec)
+        """Whether a listener is to be opened by `open`."""
+        return self._parked.parks(spec)
 
     def open(self, specs: Sequence[ListenerSpec], inherited: InheritedSockets, backlog: int) -> Opened:
         """Open listeners, each parked or with the socket that the program before an upgrade left.
+
+        UDP ones are bound where replies can't be given their port; clients find them by the program as well.
 
         Returns:
             The sockets, which clients find from now on, and what failed.
@@ -112,9 +114,7 @@ class Parking:
                 continue
             try:
                 who = others.get(spec.key)
-                found[spec.key] = (
-                    self._parked.open(spec, backlog) if who is None else self.leave_to(spec.key, who)
-                )
+                found[spec.key] = self._open(spec, backlog) if who is None else self.leave_to(spec.key, who)
             except BindFailed as error:
                 found[spec.key] = error
         self._send_from(found)
@@ -126,6 +126,13 @@ class Parking:
                     sock.close()
                     found[key] = error
         return found
+
+    def _open(self, spec: ListenerSpec, backlog: int) -> socket.socket:
+        if spec.key.protocol is not Protocol.UDP or self._udp is not None:
+            return self._parked.open(spec, backlog)
+        sock = open_listener(spec, backlog)
+        self._parked.adopt(spec, sock)
+        return sock
 
     def take_bound(self) -> set[ListenerKey]:
         """The listeners whose inherited socket is bound to their own port, each once."""

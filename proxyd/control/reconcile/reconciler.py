@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from proxyd.api.problems import Problem
 from proxyd.api.service import Protocol
 from proxyd.control.reconcile.addresses import Addresses
 from proxyd.control.reconcile.parking import Parking
@@ -191,7 +192,7 @@ class Reconciler:
         self._inherited = InheritedSockets(sockets)
         self._old_workers = old_workers
         if self._parking is not None:
-            self._parking.begin(self._addresses.vips, self._inherited)
+            self._parking.begin(self._addresses.guarded, self._inherited)
 
     def relayed(self) -> dict[int, tuple[tuple[ListenerKey, ...], frozenset[int]]]:
         """By number, the addresses of each closed listener that may have relays, and the workers that may."""
@@ -222,6 +223,11 @@ class Reconciler:
                 old = self._publication.supersede(self._listeners[key], sock)
                 self._superseded.append((time.monotonic() + _BACKLOG_SECONDS, old))
         return bool(specs)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What does not work as it should, of no single listener."""
+        return self._addresses.problems
 
     def set_drain(self, seconds: float) -> None:
         """Set how long the relays of listeners that are closed from now on may go on."""
