@@ -13,9 +13,9 @@ However many ports are steered, a packet that the node forwards costs one look i
 - Where the node has no route to an address, its own clients would be told so before any packet is made. For
   them there is a rule after all other tables. That it does not open the node's own ports at that address is
   seen to in `output`.
-- Ports that are to be refused (no endpoint, or a closed listener whose relays live on) are answered in front
-  of connection tracking, as a closed port does. A policy rule of type `unreachable` is no refusal: over IPv6
-  and UDP clients take the ICMP error for something that will pass, and the kernel sends few of them.
+- Ports that are to be refused (no endpoint, or a closed listener whose relays live on) answer as closed ones.
+  A policy rule of type `unreachable` is no refusal: over IPv6 and UDP clients take its ICMP error for
+  something that will pass, and the kernel sends few of them.
 - The bit is taken away where a packet is delivered, so that nobody else sees it there.
 
 Needs `nft`, CAP_NET_ADMIN and Linux 5.9.
@@ -58,17 +58,11 @@ NFT_TABLE = "proxyd-steering"
 # Earlier versions refused in a table of its own.
 EARLIER_NFT_TABLE = "proxyd-refusal"
 
-# Before connection tracking (-200) and address translation (-100): what is refused makes no entries there.
-_FIRST = -310
-# After address translation, and after everybody's mangling (-150), which may replace the whole mark.
+# After address translation (-100), and after everybody's mangling (-150), which may replace the whole mark.
 _MARKING = -99
+_FIRST = -310  # of those who look at marks
 
 _CHAINS = f"""
-  chain refusal {{{{
-    type filter hook prerouting priority {_FIRST}; policy accept;
-    ip daddr . meta l4proto . th dport @refused4 jump refuse
-    ip6 daddr . meta l4proto . th dport @refused6 jump refuse
-  }}}}
   chain refuse {{{{
     tcp flags & (fin | syn | rst | ack) == syn reject with tcp reset
     meta l4proto 6 return
@@ -100,6 +94,7 @@ _FAMILY_CHAINS = f"""
   set ports{{n}} {{{{ type ipv{{n}}_addr . inet_proto . inet_service; }}}}
   set refused{{n}} {{{{ type ipv{{n}}_addr . inet_proto . inet_service; }}}}
   chain to{{n}} {{{{
+    {{ip}} daddr . meta l4proto . th dport @refused{{n}} jump refuse
     {{ip}} daddr . meta l4proto . th dport @ports{{n}} meta mark set meta mark | {{bit}} accept
     {{errors}}
   }}}}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from proxyd.host.nft import which
-from tests.support.clients import ask, connect, read_all, refused
+from tests.support.clients import Load, ask, connect, read_all, refused
 from tests.support.daemon import Proxyd
 from tests.support.dns import DNS_PORT, echo, listens, programs
 from tests.support.dns import answers as udp_answers
@@ -297,6 +297,42 @@ def test_another_bit_of_the_mark(town: Lab, folder: Path, manifests: Path, bit: 
         for host in hosts(town):
             assert ask(host, EXTERNAL_IP, 80) == "pod-1"
             assert ask(host, EXTERNAL_IP, 8080) == "far"
+
+
+def test_from_rules_to_marks_nobody_is_lost(town: Lab, manifests: Path, proxyd: Run) -> None:
+    """As after nftables was installed, or from a version that had a rule for each port; relays go on as well."""
+    write(manifests / "web.yaml", web(*FOREIGN), *POD_1)
+    daemon = proxyd(before=WITHOUT_NFT, flags=("--sync-period", "1s"))
+    wait_served(town, daemon, *FOREIGN)
+    # What an earlier version had where it refused.
+    town.node.run("nft", "add table inet proxyd-refusal")
+    with contextlib.ExitStack() as stack:
+        places = [(host, ip) for host in hosts(town) for ip in (EXTERNAL_IP, NOBODYS6)]
+        held = [stack.enter_context(connect(host, ip, 80)) for host, ip in places]
+        for sock in held:
+            sock.sendall(b"echo\n")
+        loads = [stack.enter_context(Load(host, ip, 80, 1)) for host, ip in places]
+        for load in loads:
+            load.wait_more(5)
+        subprocess.run(
+            ["nsenter", "--mount", f"--target={daemon.pid}", "umount", str(which("nft"))], check=True
+        )
+        wait_for(lambda: "dport" not in town.node.run("ip", "rule"), "the end of the rules")
+        for load in loads:
+            load.wait_more(5)
+        assert daemon.cli("upgrade").returncode == 0
+        for load in loads:
+            load.wait_more(5)
+        for sock in held:
+            sock.sendall(b"to and fro")
+            assert sock.recv(20) == b"to and fro"
+    for load in loads:
+        assert (load.outcome.refused, load.outcome.broken) == ([], [])
+    assert "fwmark" in town.node.run("ip", "rule")
+    assert "proxyd-refusal" not in town.node.run("nft", "list", "tables")
+    assert not daemon.status()["problems"]
+    assert daemon.stop() == 0
+    assert "proxyd" not in town.node.run("nft", "list", "tables")
 
 
 def test_what_somebody_flushes_comes_back(town: Lab, manifests: Path, proxyd: Run) -> None:
