@@ -53,9 +53,9 @@ class Core:
     supervisor: Supervisor
     old_workers: DrainingWorkers
     access: AccessLog
-    vip_listen: VipListen
     feed: JoinedFeed = field(init=False)
     node: NodeView
+    vip_listen: VipListen = field(default_factory=VipListen)
     snapshot: Snapshot = field(default_factory=Snapshot)
     turns: int = 0
     started: float = field(default_factory=time.time)

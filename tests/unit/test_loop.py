@@ -87,7 +87,12 @@ class Lab:
         self.telemetry = Telemetry(self.core, summariser)
         self.reconcile_loop = loop.call(
             lambda: ReconcileLoop(
-                self.core, self.telemetry, summariser, reconciled=self.done.append, resynced=self._resynced
+                self.core,
+                self.telemetry,
+                summariser,
+                held={},
+                reconciled=self.done.append,
+                resynced=self._resynced,
             )
         )
 
