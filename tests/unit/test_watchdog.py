@@ -183,6 +183,7 @@ def test_a_reload_is_reported_and_ends_when_it_is_in_force(lab: Lab) -> None:
     assert int(message["MONOTONIC_USEC"]) > 0
     lab.watchdog.in_force()  # of a change before it
     messages = lab.advance(20)
+    assert not [message for message in messages if "STATUS" in message]  # it is "reloading" all the time
     lab.watchdog.reloaded()
     messages += lab.advance(20)
     assert not [message for message in messages if "READY" in message]
@@ -239,17 +240,21 @@ def test_a_start_that_is_stopped_is_never_ready(lab: Lab) -> None:
     assert not [message for message in lab.advance(20) if "READY" in message]
 
 
-def test_a_manager_that_is_away_is_told_when_it_is_back(loop: ManualLoop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ["READY", "STOPPING"])
+def test_a_manager_that_is_away_is_told_when_it_is_back(loop: ManualLoop, tmp_path: Path, state: str) -> None:
     folder = tmp_path / "later"
     folder.mkdir()
     with Manager(folder) as gone:
-        lab = Lab(loop, gone)
+        lab = Lab(loop, gone, 0.0)
     Path(gone.path).unlink()
-    lab.watchdog.in_force()
+    if state == "READY":
+        lab.watchdog.in_force()
+    else:
+        lab.watchdog.stopping(25.0)
     loop.advance(TICK_SECONDS)
     with Manager(folder) as back:
         loop.advance(TICK_SECONDS)
-        assert back.read()[0]["READY"] == "1"
+        assert back.read()[0][state] == "1"
     lab.watchdog.close()
 
 
