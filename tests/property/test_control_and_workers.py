@@ -188,18 +188,11 @@ class Crew(Supervisor):
 
     programs: dict[int, WorkerProgram]
 
-    def _spawn(self, index: int) -> None:
-        count, self.count = self.count, 0
-        try:
-            super()._spawn(index)
-        finally:
-            self.count = count
-
-    def _in_process(self, index: int, ours: socket.socket, theirs: socket.socket) -> Worker:
+    def _process(self, index: int, ours: socket.socket, theirs: socket.socket) -> Worker:
         ours.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, 1
         )  # as small as can be: messages wait in control
-        program = WorkerProgram(self._loop, Channel(theirs), self._slots, index, self._options)
+        program = WorkerProgram(self._loop, Channel(theirs.dup()), self._slots, index, self._options)
         program._plane.now = self._loop.time
         program.start()
         self.programs[index] = program

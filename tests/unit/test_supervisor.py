@@ -420,7 +420,69 @@ def test_a_worker_that_hangs_in_its_start_is_replaced(lab: Lab) -> None:
     lab.in_force()
 
 
+NONSENSE = """
+import os, socket, sys, time
+(fd,) = (one for one in sys.argv if one.startswith("--channel-fd="))
+channel = socket.socket(fileno=int(fd.partition("=")[2]))
+channel.send(b"\\x92nonsense")
+open(__file__ + ".said", "x").close()
+time.sleep(600)
+"""
+
+
+def test_a_worker_that_talks_nonsense_is_listened_to_no_more_and_replaced(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!{sys.executable}{NONSENSE}")
+    program.chmod(0o755)
+    with monkeypatch.context() as other:
+        other.setattr(sys, "executable", str(program))
+        lab.start()
+    worker = lab.worker()
+    lab.loop.until(program.with_suffix(".said").exists)
+    for _ in range(MAX_UNANSWERED + 1):
+        lab.loop.turn()
+        lab.supervisor.probe()
+    assert not state(worker.pid)
+    lab.loop.turn()
+    lab.in_force()
+
+
 # The end
+
+
+def test_the_last_words_of_a_worker_are_heard_though_it_is_gone_already(lab: Lab) -> None:
+    server = lab.server(Server(echo))
+    lab.set_endpoints(server.port)
+    spec, port = lab.open()
+    lab.publication.take_update()
+    number = lab.publication.held[spec.key].id
+    lab.start()
+    lab.in_force()
+    assert echoes(lab.client(port))
+    worker = lab.worker()
+    ended = lab.run(lab.supervisor.stop(0))
+    os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED | os.WNOWAIT)
+    lab.loop.until(ended.done)
+    assert lab.drained == [(0, [number])]
+
+
+def test_the_end_comes_also_where_a_worker_does_not_read_that(
+    two: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start()
+    two.in_force()
+    silent = two.stopped(0)
+    update = Update(two.publication.generation)
+    while not silent.outgoing:
+        two.supervisor.publish(update)
+    monkeypatch.setattr(module, "MAX_QUEUED", len(silent.outgoing))
+    ended = two.run(two.supervisor.stop(600))
+    two.loop.until(ended.done)
+    ended.result()
+    assert two.died[0] == 0
+    assert not state(silent.pid)
 
 
 def test_relays_go_on_while_they_drain_and_then_the_worker_ends(lab: Lab) -> None:

@@ -176,7 +176,7 @@ class Supervisor:
     async def stop(self, drain: float) -> None:
         """Let the workers finish what they relay, for at most `drain` seconds, then end them."""
         self._start_none()
-        for worker in self.workers.values():
+        for worker in list(self.workers.values()):  # one that does not read is taken out
             worker.outgoing.append((Shutdown(drain), []))
             self._flush(worker)
         with contextlib.suppress(TimeoutError):
