@@ -546,6 +546,8 @@ def test_a_second_order_kills_all_at_once(two: Lab) -> None:
     assert not any(map(state, pids))
     two.loop.until(ended.done)
     assert sorted(two.died) == [0, 1]
+    two.loop.advance(60)
+    assert not two.supervisor.workers
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
