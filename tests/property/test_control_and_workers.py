@@ -44,6 +44,7 @@ from proxyd.control.workers.publication import Held, Publication
 from proxyd.control.workers.slot_allocator import SPARE, SlotAllocator
 from proxyd.control.workers.supervisor import Events, Supervisor, Worker
 from proxyd.host import sockets as sockets_module
+from proxyd.host.holders import Holder
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import Trouble
 from proxyd.relay.ipc.options import Options as WorkerOptions
@@ -212,7 +213,7 @@ class ControlAndWorkers(RuleBasedStateMachine):
         self.patches.setattr(publication_module, "MAX_DESCRIPTORS", 2)
         self.patches.setattr(publication_module, "_PART_BYTES", 500)
         # It looks through /proc, which takes long, for a word in a message.
-        self.patches.setattr(sockets_module, "holder", lambda _key: "somebody")
+        self.patches.setattr(sockets_module, "holder", lambda _key: Holder("somebody"))
         self.services: dict[ObjectName, Service] = {}
         self.wishes: dict[ObjectName, Comes] = {}
         self.slices: dict[ObjectName, tuple[EndpointSlice, ...]] = {}
