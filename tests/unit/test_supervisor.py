@@ -537,6 +537,16 @@ def test_a_worker_that_does_not_end_is_killed_after_the_drain_and_a_margin(lab: 
     assert not state(worker.pid)
 
 
+def test_a_worker_that_has_drained_does_not_come_back_while_others_drain(two: Lab) -> None:
+    two.start()
+    two.in_force()
+    slow = two.stopped(1)
+    two.run(two.supervisor.stop(600))
+    two.loop.until(lambda: 0 not in two.supervisor.workers)
+    two.loop.advance(60)
+    assert two.supervisor.workers == {1: slow}
+
+
 def test_a_second_order_kills_all_at_once(two: Lab) -> None:
     two.start()
     two.in_force()
