@@ -366,10 +366,13 @@ def test_a_flow_that_is_used_again_and_again_stays(lab: Lab, speaker: str) -> No
     server.sock.sendto(b"answer", source)
     client.hears()
     lab.flow(client)
+    server.hears()
     for _ in range(5):
         lab.time(25)
+        lab.answered(Peer(lab), server)
         if speaker == "client":
             assert lab.flow(client) is flow
+            server.hears()
         else:
             server.sock.sendto(b"answer", source)
             client.hears()
@@ -603,7 +606,17 @@ def test_a_second_datagram_that_learns_of_the_refusal_goes_to_the_next_endpoint(
     flow = lab.flow(client, b"1")
     assert lab.flow(client, b"2") is flow  # before the event
     assert server.hears()[0] == b"2"
-    assert lab.figures(FAILED) == [0, 1, 0]
+    assert (flow.datagrams_in, flow.bytes_in, lab.figures(FAILED)) == (2, 2, [0, 1, 0])
+
+
+def test_of_several_datagrams_without_a_reply_the_last_goes_to_the_next_endpoint(lab: Lab) -> None:
+    first, second, client = Peer(lab), Peer(lab), Peer(lab)
+    lab.balance(first.port, second.port)
+    lab.flow(client, b"1")
+    first.hears()
+    first.sock.close()
+    lab.flow(client, b"2")
+    assert second.hears()[0] == b"2"
 
 
 def test_where_all_refuse_the_flow_is_over(lab: Lab) -> None:
