@@ -37,6 +37,7 @@ from proxyd.relay.udp.table import (
     BRIEF_SECONDS,
     DRAIN_SECONDS,
     HURRIED_SECONDS,
+    IDLE_SECONDS,
     TICK_SECONDS,
     WAIT_SECONDS,
     FlowTable,
@@ -135,8 +136,8 @@ class Peer:
 class Lab(PlaneLab):
     """A flow table, one listener, its balancer, and a clock."""
 
-    def __init__(self, resources: contextlib.ExitStack, **options: float) -> None:
-        settings = {"max_relays": 1000, "udp_timeout": 30.0, **options}
+    def __init__(self, resources: contextlib.ExitStack, **options: float | None) -> None:
+        settings = {"max_relays": 1000, **options}
         super().__init__(resources, Options(records=True, **settings))  # type: ignore[arg-type]  # floats here
         self.row = self.slots.row(0, 1)
         self.balancer = Balancer(SERVICE, self.slots.view, 1, self.row)
@@ -317,20 +318,23 @@ def waiting(lab: Lab, client: Peer, _server: Peer) -> Flow:
 @pytest.mark.parametrize(
     ("stage", "timeout", "own", "seconds"),
     [
-        (waiting, 30, None, WAIT_SECONDS),
-        (waiting, 3, None, WAIT_SECONDS),  # an endpoint may think for long, whatever is said of idle flows
-        (Lab.answered, 30, None, BRIEF_SECONDS),
-        (Lab.answered, 3, None, 3),
-        (Lab.answered, 30, 20.0, 20),
-        (Lab.talking, 30, None, 30),
-        (Lab.talking, 3, None, 3),
-        (Lab.talking, 30, 5.0, 5),
+        (waiting, None, None, WAIT_SECONDS),
+        (waiting, 3.0, None, WAIT_SECONDS),  # an endpoint may think for long, whatever is said of idle flows
+        (waiting, 30.0, None, 30),
+        (waiting, 30.0, 20.0, 20),
+        (Lab.answered, None, None, BRIEF_SECONDS),
+        (Lab.answered, 3.0, None, 3),
+        (Lab.answered, 30.0, None, 30),
+        (Lab.answered, 30.0, 20.0, 20),
+        (Lab.talking, None, None, IDLE_SECONDS),
+        (Lab.talking, 3.0, None, 3),
+        (Lab.talking, 30.0, 5.0, 5),
     ],
 )
 def test_an_idle_flow_is_ended(
     resources: contextlib.ExitStack,
     stage: Callable[[Lab, Peer, Peer], Flow],
-    timeout: float,
+    timeout: float | None,
     own: float | None,
     seconds: float,
 ) -> None:
@@ -359,7 +363,8 @@ def test_a_flow_is_idle_since_its_last_datagram_not_since_the_pass_before_that(l
 
 
 @pytest.mark.parametrize("speaker", ["client", "server"])
-def test_a_flow_that_is_used_again_and_again_stays(lab: Lab, speaker: str) -> None:
+def test_a_flow_that_is_used_again_and_again_stays(resources: contextlib.ExitStack, speaker: str) -> None:
+    lab = Lab(resources, udp_timeout=30)
     server, client = lab.server(), Peer(lab)
     flow = lab.flow(client)
     _, source = server.hears()
