@@ -23,12 +23,9 @@ class PlaneLab:
     Args:
         resources: closes everything at the end of the test.
         options: of the worker.
-        kind: class of the plane.
     """
 
-    def __init__(
-        self, resources: contextlib.ExitStack, options: Options | None = None, kind: type[Plane] = Plane
-    ) -> None:
+    def __init__(self, resources: contextlib.ExitStack, options: Options) -> None:
         self.resources = resources
         self.loop = loop = resources.enter_context(ManualLoop())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -36,9 +33,7 @@ class PlaneLab:
         channel = Channel(theirs)
         self.slots = Slots.create()
         self.reporter = Reporter(loop, channel)
-        self.plane = kind(
-            loop, self.reporter, self.slots, 0, options or Options(max_relays=1000), now=loop.time
-        )
+        self.plane = Plane(loop, self.reporter, self.slots, 0, options, now=loop.time)
         self._said: list[Any] = []
         for undo in (self.slots.close, ours.close, channel.close, self.reporter.stop, self.plane.shut):
             resources.callback(undo)
