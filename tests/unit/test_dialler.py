@@ -201,7 +201,7 @@ def lab() -> Iterator[Lab]:
 
 
 class Scripted(Socket):
-    """A socket to an endpoint for which the kernel has these errors first; integration tests have real ones."""
+    """A socket to an endpoint for which the kernel has these errors first; integration tests have them."""
 
     codes: ClassVar[dict[int, list[int]]]  # by port
 

@@ -138,7 +138,7 @@ class Lab(PlaneLab):
 
     def __init__(self, resources: contextlib.ExitStack, **options: float | None) -> None:
         settings = {"max_relays": 1000, **options}
-        super().__init__(resources, Options(records=True, **settings))  # type: ignore[arg-type]  # floats here
+        super().__init__(resources, Options(records=True, **settings))  # type: ignore[arg-type]  # mixed
         self.row = self.slots.row(0, 1)
         self.balancer = Balancer(SERVICE, self.slots.view, 1, self.row)
         self.table: FlowTable = flow_table(self.plane)

@@ -315,8 +315,8 @@ SCRIPTS: dict[str, list[Step]] = {
     ],
     # Held.
     "a side that is held is read when it is released": [
-        holds("one"), sends("one", b"early"), hears_nothing("other"), releases("one"), hears("other", b"early"),
-        *CHAT, told(),
+        holds("one"), sends("one", b"early"), hears_nothing("other"), releases("one"),
+        hears("other", b"early"), *CHAT, told(),
     ],
     "a side that is held is written to all the same": [
         holds("one"), sends("other", b"greeting"), hears("one", b"greeting"), releases("one"), *CHAT, told(),
@@ -372,7 +372,8 @@ SCRIPTS: dict[str, list[Step]] = {
     # Reset.
     "a reset": [*CHAT, resets("one"), turns(), told("reset by one")],
     "a reset behind bytes comes after them": [
-        sends("one", b"last words"), resets("one"), turns(), hears("other", b"last words"), told("reset by one"),
+        sends("one", b"last words"), resets("one"), turns(), hears("other", b"last words"),
+        told("reset by one"),
     ],
     "a reset behind the end": [
         ends("one"), hears_end("other"), sends("other", b"x"), turns(), resets("one"), turns(),
@@ -404,7 +405,8 @@ SCRIPTS: dict[str, list[Step]] = {
         hears("other", b"ab!cd"), *CHAT, told(),
     ],
     "urgent data and the end": [
-        sends("one", b"ab"), urges("one", b"!"), ends("one"), hears("other", b"ab!"), hears_end("other"), told(),
+        sends("one", b"ab"), urges("one", b"!"), ends("one"), hears("other", b"ab!"), hears_end("other"),
+        told(),
     ],
     "urgent data where a full read ends": [
         sends("one", MUCH[:READ_BYTES]), urges("one", b"!"), sends("one", b"cd"),
