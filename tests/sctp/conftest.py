@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         remote.close()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    lab = getattr(item, "funcargs", {}).get("sctp")
+    if report.failed and lab is not None:
+        report.sections.append(("log of proxyd", lab.log()[-20_000:]))
+    return report
+
+
 @pytest.fixture(scope="session")
-def sctp() -> Iterator[SctpLab]:
+def shared_lab() -> Iterator[SctpLab]:
     """The lab and the daemon of all tests."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -67,6 +76,13 @@ def sctp() -> Iterator[SctpLab]:
     with SctpLab(folder) as lab:
         yield lab
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def sctp(shared_lab: SctpLab) -> Iterator[SctpLab]:
+    """The same, where a test's Services are removed with it, whatever became of it."""
+    yield shared_lab
+    shared_lab.remove_services()
 
 
 @pytest.fixture(params=["direct", "proxyd"])
@@ -89,9 +105,7 @@ def join(sctp: SctpLab) -> Iterator[Callable[..., tuple[Association, Association
             if via == "direct":
                 client = sctp_probe.connect(sctp.lab.client, server.ip, server.port, **options)
             else:
-                service = sctp.service(server)
-                stack.callback(service.remove)
-                client = service.connect(**options)
+                client = sctp.service(server).connect(**options)
             return stack.enter_context(client), stack.enter_context(server.accept())
 
         yield make

@@ -148,7 +148,6 @@ def test_end_before_proxyd_accepts(sctp: SctpLab, how: End) -> None:
         with service.connect() as second:
             second.send(Message(b"second"))
             assert b"second" in _first_data(server)
-        service.remove()
 
 
 def _first_data(server: Server) -> Iterator[bytes]:
@@ -168,7 +167,6 @@ def test_end_while_proxyd_connects_to_an_endpoint_that_is_silent(sctp: SctpLab, 
         wait_for(service.connections, "the association")
         ENDS[how](client)
         service.wait_ended()
-    service.remove()
 
 
 def test_close_with_unread_messages_is_an_abort_for_the_other_side(join: Join, via: str) -> None:
@@ -229,4 +227,3 @@ def test_slow_receiver_stops_its_sender_and_nobody_else(sctp: SctpLab) -> None:
             received = slow.receive_all(len(sent))
             sender.join()
             assert sorted(received) == sent
-        service.remove()

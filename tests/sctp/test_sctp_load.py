@@ -42,7 +42,6 @@ def test_five_hundred_associations_at_once(sctp: SctpLab) -> None:
         for client in clients:
             client.close()
         service.wait_ended()
-        service.remove()
 
 
 @pytest.mark.timeout(400)

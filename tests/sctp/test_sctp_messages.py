@@ -79,7 +79,6 @@ def test_stream_that_the_endpoint_did_not_grant_aborts_the_association_when_used
             assert accepted.receive() is End.ABORT
         (record,) = service.wait_records(1)
         assert record["reason"] == "stream not granted"
-        service.remove()
 
 
 def test_message_above_the_limit_aborts_both_ends_and_says_so(sctp: SctpLab, join: Join) -> None:

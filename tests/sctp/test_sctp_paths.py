@@ -98,7 +98,6 @@ def test_client_with_two_paths_to_a_service_loses_nothing_when_one_is_cut(
             client.shut_down()
             assert accepted.receive() is End.SHUTDOWN
             assert client.receive() is End.SHUTDOWN
-        service.remove()
 
 
 @pytest.mark.parametrize("first", ["cbr0", "cbr1"])
@@ -111,7 +110,6 @@ def test_endpoint_with_two_paths_loses_nothing_when_one_is_cut(
         service = sctp.service(server, further=further)
         with service.connect(sctp.lab.outside) as client, server.accept() as accepted:
             talk(client, accepted, lambda: cut(first))
-        service.remove()
 
 
 def test_endpoint_whose_first_address_is_dead_is_reached_by_its_second(
@@ -126,7 +124,6 @@ def test_endpoint_whose_first_address_is_dead_is_reached_by_its_second(
             client.send(Message(b"by the second"))
             with server.accept() as accepted:
                 assert accepted.receive() == Message(b"by the second")
-        service.remove()
 
 
 def test_address_that_is_added_or_taken_away_leaves_associations_alone(sctp: SctpLab) -> None:
@@ -145,7 +142,6 @@ def test_address_that_is_added_or_taken_away_leaves_associations_alone(sctp: Sct
                 service.connect(ip=NODE_IP_2)
             client.send(Message(b"still"))
             assert accepted.receive() == Message(b"still")
-        service.remove()
 
 
 def test_ipv4_and_ipv6_are_addresses_of_one_endpoint(sctp: SctpLab) -> None:
@@ -163,4 +159,3 @@ def test_ipv4_and_ipv6_are_addresses_of_one_endpoint(sctp: SctpLab) -> None:
             assert client.peers() == {NODE_IP, NODE_IP6}
             client.send(Message(b"six"))
             assert accepted.receive() == Message(b"six")
-        service.remove()

@@ -32,7 +32,6 @@ def multi_homed(sctp: SctpLab) -> Iterator[tuple[Service, Server]]:
         service = sctp.service(server, annotations=ADDRESSES)
         sctp.proxyd.wait_listener(NODE_IP_2, PORT, service=f"default/{service.name}")
         yield service, server
-        service.remove()
 
 
 class Knocking:

@@ -51,14 +51,12 @@ def test_endpoints_take_turns(sctp: SctpLab) -> None:
     with two_servers(sctp) as (first, second):
         service = sctp.service(first, second)
         assert served_by(service, first, second) == {first.ip: 3, second.ip: 3}
-        service.remove()
 
 
 def test_same_client_keeps_its_endpoint_with_affinity(sctp: SctpLab) -> None:
     with two_servers(sctp) as (first, second):
         service = sctp.service(first, second, sessionAffinity="ClientIP")
         assert list(served_by(service, first, second).values()) == [6]
-        service.remove()
 
 
 @pytest.mark.parametrize("why", ["refuses", "is silent"])
@@ -66,7 +64,6 @@ def test_endpoint_that_refuses_or_is_silent_is_not_noticed_by_clients(sctp: Sctp
     with Server(sctp.lab.pods[0], pod_ip(1)) as alive:
         service = sctp.service(alive, (pod_ip(2) if why == "refuses" else DEAD, alive.port))
         assert served_by(service, alive, count=4) == {alive.ip: 4}
-        service.remove()
 
 
 def test_clients_are_aborted_when_every_endpoint_refuses(sctp: SctpLab) -> None:
@@ -76,7 +73,6 @@ def test_clients_are_aborted_when_every_endpoint_refuses(sctp: SctpLab) -> None:
         assert client.receive() is End.ABORT
     service.wait_records(1, lambda record: record["reason"] == "no endpoint")
     service.wait_ended()
-    service.remove()
 
 
 def test_clients_are_refused_while_there_are_no_endpoints(sctp: SctpLab) -> None:
@@ -91,19 +87,17 @@ def test_clients_are_refused_while_there_are_no_endpoints(sctp: SctpLab) -> None
         service.wait("NoEndpoints")
         with pytest.raises(OSError, match=REFUSED):
             service.connect()
-    service.remove()
 
 
 def test_node_port_and_external_ip_are_served(sctp: SctpLab) -> None:
     with Server(sctp.lab.pods[0], pod_ip(1)) as server:
-        service = sctp.service(server, nodePort=30_868, externalIPs=[NODE_IP])
+        sctp.service(server, nodePort=30_868, externalIPs=[NODE_IP])
         sctp.proxyd.wait_listener(NODE_IP, 30_868)
         sctp.proxyd.wait_listener(NODE_IP, PORT)
         for port in (30_868, PORT):
             with sctp_probe.connect(sctp.lab.outside, NODE_IP, port) as client, server.accept() as accepted:
                 client.send(Message(b"%d" % port, 9, b"\1\2\3\4", True))
                 assert accepted.receive() == Message(b"%d" % port, 9, b"\1\2\3\4", True)
-        service.remove()
 
 
 def test_external_ip_of_somebody_else_fails_alone(sctp: SctpLab) -> None:
@@ -112,7 +106,6 @@ def test_external_ip_of_somebody_else_fails_alone(sctp: SctpLab) -> None:
         failed = sctp.proxyd.wait_listener(EXTERNAL_IP, PORT, "Failed")
         assert "not an address of this node" in failed.detail
         assert served_by(service, server, count=1)
-        service.remove()
 
 
 def test_ipv6_client_reaches_an_ipv6_endpoint(sctp: SctpLab) -> None:
@@ -122,7 +115,6 @@ def test_ipv6_client_reaches_an_ipv6_endpoint(sctp: SctpLab) -> None:
             for sender, receiver in ((client, accepted), (accepted, client)):
                 sender.send(Message(bytes(100_000), 3))
                 assert receiver.receive() == Message(bytes(100_000), 3)
-        service.remove()
 
 
 def test_connections_access_log_and_metrics_tell_of_associations(sctp: SctpLab) -> None:
@@ -155,4 +147,3 @@ def test_connections_access_log_and_metrics_tell_of_associations(sctp: SctpLab) 
         assert record["frontend"] == f"{service.vip}:{PORT}"
         assert record["reason"] == "closed"
         assert (record["bytesIn"], record["bytesOut"]) == (1500, 100)
-        service.remove()

@@ -63,7 +63,6 @@ def test_sctp_darn_talks_to_sctp_darn(sctp: SctpLab) -> None:
             sender.stdin.flush()
             said = read_until(server, b"second line")
         assert b"first line" in said
-        service.remove()
 
 
 @pytest.mark.parametrize(("case", "streams"), [("3", "17"), ("4", "1")])
@@ -97,7 +96,6 @@ def test_sctp_test_sends_its_sequences_of_sizes(sctp: SctpLab, case: str, stream
             "4": [1, 1000, 2000, 3000, 5000, 10000, 15000, 20000, 25000, 32768],
         }[case]
         assert set(sizes) == set(expected)
-        service.remove()
 
 
 def test_socat_talks_to_socat(sctp: SctpLab) -> None:
@@ -110,4 +108,3 @@ def test_socat_talks_to_socat(sctp: SctpLab) -> None:
             asking.stdin.write(b"there and back\n")
             asking.stdin.flush()
             assert read_until(asking, b"\n") == b"there and back\n"
-        service.remove()

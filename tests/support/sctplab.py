@@ -42,6 +42,7 @@ class SctpLab:
         self.manifests.mkdir()
         self.lab = Lab(pods=2, ipv6=True)
         self._numbers = itertools.count(1)
+        self._services: list[Service] = []
         self._daemon: Proxyd | None = None
         try:
             self._add_second_path()
@@ -98,9 +99,20 @@ class SctpLab:
         """
         number = next(self._numbers)
         made = Service(self, f"sctp-{number}", vip or f"10.96.1.{number}")
+        self._services.append(made)
         made.write(*servers, annotations=annotations, further=further, **spec)
         made.wait("Serving" if servers else "NoEndpoints")
         return made
+
+    def remove_services(self) -> None:
+        """Remove all Services."""
+        for service in self._services:
+            service.remove()
+        self._services.clear()
+
+    def log(self) -> str:
+        """What the daemon has logged."""
+        return self._daemon.log() if self._daemon is not None else ""
 
     def close(self) -> None:
         """End everything."""
