@@ -233,20 +233,18 @@ __all__ = [
 ]
 
 
-def one_after_the_other(sctp: SctpLab, count: int) -> int:
-    """That many associations, a message each way on each; by how many KiB the worker grew after the first tenth."""
+def resident_by_round(sctp: SctpLab, count: int, rounds: int) -> list[int]:
+    """Associations one after the other, a message each way on each: KiB that the worker has after each round of `count`."""
     worker = sctp.worker()
+    sizes = []
     with Server(sctp.lab.pods[0], pod_ip(1)) as server, Echo(server):
         service = sctp.service(server)
-        warm = 0
-        for number in range(count):
-            with service.connect() as client:
-                message = Message(number.to_bytes(4, "big"), number % 10)
-                client.send(message)
-                assert client.receive() == message
-            if number == count // 10:
-                warm = resident_kib(worker)
-        service.wait_ended()
-        grown = resident_kib(worker) - warm
-        service.remove()
-    return grown
+        for _ in range(rounds):
+            for number in range(count):
+                with service.connect() as client:
+                    message = Message(number.to_bytes(4, "big"), number % 10)
+                    client.send(message)
+                    assert client.receive() == message
+            service.wait_ended()
+            sizes.append(resident_kib(worker))
+    return sizes
