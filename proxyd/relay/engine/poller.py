@@ -86,7 +86,7 @@ class Poller:
         self._on_error = on_error
         self._epoll = select.epoll()
         self._closing: list[Closable] = []
-        self._again: list[Handler] = []
+        self._again: dict[Handler, None] = {}  # in the order in which they asked
         self._inside = False
         self._alone = alone
         self._leave = False  # do not linger: the loop has something more urgent to do
@@ -130,11 +130,15 @@ class Poller:
             self.close(sock)
 
     def again(self, handler: Handler) -> None:
-        """Call `handler(IN | OUT)` in the next turn of the loop, after everybody else had a turn."""
+        """Call `handler(IN | OUT)` once in the next turn of the loop, after everybody else had a turn.
+
+        A handler that waits for its turn may be called for an edge and ask again meanwhile. That is no second turn: under
+        constant traffic turns would grow longer and longer.
+        """
         if not self._again:
             self._loop.call_soon(self._continue)
             self._leave = True
-        self._again.append(handler)
+        self._again[handler] = None
 
     def give_way_to(self, fd: int) -> None:
         """End lingering when this descriptor, which the loop watches, is readable."""
@@ -195,7 +199,7 @@ class Poller:
     def _continue(self) -> None:
         """Give the handlers that asked for it another turn."""
         self._inside = True
-        waiting, self._again = self._again, []
+        waiting, self._again = self._again, {}
         for handler in waiting:
             try:
                 handler(IN | OUT)
