@@ -23,6 +23,7 @@ from proxyd.control.workers.supervisor import (
     MAX_PAUSE_SECONDS,
     MAX_QUEUED,
     MAX_UNANSWERED,
+    MAX_UNANSWERED_AT_START,
     SILENT_PROBES,
     STEADY_SECONDS,
     Events,
@@ -410,10 +411,21 @@ def test_a_worker_that_answers_now_and_then_is_never_replaced(lab: Lab) -> None:
     assert lab.worker() is worker
 
 
+def test_a_worker_may_take_long_to_start(lab: Lab) -> None:
+    lab.start()
+    slow = lab.stopped()
+    for _ in range(MAX_UNANSWERED_AT_START):
+        assert lab.supervisor.probe() == "1 of 1 workers do not run"
+    os.kill(slow.pid, signal.SIGCONT)
+    lab.in_force()
+    assert lab.supervisor.probe() == "", "what it missed while it started is not held against it"
+    assert lab.worker() is slow
+
+
 def test_a_worker_that_hangs_in_its_start_is_replaced(lab: Lab) -> None:
     lab.start()
     silent = lab.stopped()
-    for _ in range(MAX_UNANSWERED + 1):
+    for _ in range(MAX_UNANSWERED_AT_START + 1):
         assert lab.supervisor.probe() == "1 of 1 workers do not run"
     assert not state(silent.pid)
     lab.loop.turn()
@@ -441,7 +453,7 @@ def test_a_worker_that_talks_nonsense_is_listened_to_no_more_and_replaced(
         lab.start()
     worker = lab.worker()
     lab.loop.until(program.with_suffix(".said").exists)
-    for _ in range(MAX_UNANSWERED + 1):
+    for _ in range(MAX_UNANSWERED_AT_START + 1):
         lab.loop.turn()
         lab.supervisor.probe()
     assert not state(worker.pid)

@@ -45,6 +45,9 @@ MAX_QUEUED = 20_000
 # replaced.
 SILENT_PROBES = 4
 MAX_UNANSWERED = 7
+# For a worker that has not said yet that it runs. On a busy machine the start of Python takes long,
+# and that of the next worker would take as long.
+MAX_UNANSWERED_AT_START = 30
 # A worker that lived this long is started again at once. One that keeps dying is started again after a pause
 # that grows, and is below a second until its fourth death.
 STEADY_SECONDS = 10.0
@@ -156,7 +159,7 @@ class Supervisor:
         """
         for worker in list(self.workers.values()):
             worker.unanswered += 1
-            if worker.unanswered > MAX_UNANSWERED:
+            if worker.unanswered > (MAX_UNANSWERED if worker.ready else MAX_UNANSWERED_AT_START):
                 log.error("worker does not answer: it is replaced", worker=worker.index, pid=worker.pid)
                 self._remove(worker)
         self.publish(Update(self._publication.generation))
@@ -310,6 +313,7 @@ class Supervisor:
         match message:
             case Ready():
                 worker.ready = True
+                worker.unanswered = 0
                 log.debug("worker runs", worker=worker.index, pid=worker.pid)
             case Acknowledged(generation=generation):
                 worker.acknowledged = generation
