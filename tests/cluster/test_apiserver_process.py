@@ -15,9 +15,9 @@ from pathlib import Path
 import aiohttp
 
 from tests.support.cluster_source import Follower, name_of
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import eventually
 
-REPOSITORY = Path(__file__).parents[2]
 KUBECTL = shutil.which("kubectl")
 
 

@@ -21,9 +21,10 @@ import pytest
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
 from tests.support.clients import ask, refused
-from tests.support.daemon import COMMAND, REPOSITORY, UNPRIVILEGED, Proxyd
-from tests.support.manifests import DATA, Document, write
+from tests.support.daemon import COMMAND, UNPRIVILEGED, Proxyd
+from tests.support.manifests import Document, write
 from tests.support.netlab import POD_PORT, Namespace
+from tests.support.paths import DATA, REPOSITORY
 from tests.support.pod_servers import PodServers
 from tests.support.waiting import DEADLINE, wait_for
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon import REPOSITORY, is_alive
+from tests.support.daemon import is_alive
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE, wait_for
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n"

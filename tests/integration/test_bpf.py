@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,6 +21,7 @@ from proxyd.host.parked import ParkedListeners
 from proxyd.host.udp_source import UdpSourcePorts
 from proxyd.state.spec import BalancerKey, ListenerKey, ListenerSpec, Role, ServicePortName
 from tests.support.netlab import Namespace
+from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="bpf(2) needs root")
 
@@ -296,7 +296,7 @@ def _as_nobody(*capabilities: str) -> str:
         text=True,
         check=False,
         timeout=60,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -22,9 +22,10 @@ from proxyd.cli.client import Client, UnreachableError
 from proxyd.cli.env import FAILED, CommandError
 from proxyd.control.admin.schema import ServiceView, StatusView
 from tests.support.clients import connect, many, read_line, refused
-from tests.support.daemon import COMMAND, REPOSITORY, Proxyd, resident_kib
+from tests.support.daemon import COMMAND, Proxyd, resident_kib
 from tests.support.manifests import endpoints, endpoints_at, service, write
 from tests.support.netlab import CLIENT_POD_IP, NODE_IP, Lab
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE, wait_for
 
 VIP = "10.96.0.10"

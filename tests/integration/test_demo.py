@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.netlab import Namespace
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE
 
-ROOT = Path(__file__).parents[2]
 POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
 
@@ -33,7 +33,7 @@ def demo(
     command = [*POWERLESS, sys.executable, "-m", "proxyd", "demo", "--admin-socket", f"{folder}/admin.sock"]
     env = {**os.environ, **({"TMPDIR": temporary} if temporary else {})}
     with namespace.popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY, env=env
     ) as process:
         try:
             assert process.stdout is not None
@@ -63,7 +63,7 @@ def test_the_demo_serves_and_ends_at_once(folder):
         told = subprocess.run(
             hint.partition("  in another")[0],
             shell=True,
-            cwd=ROOT,
+            cwd=REPOSITORY,
             capture_output=True,
             text=True,
             check=True,
@@ -87,7 +87,7 @@ def test_the_demo_serves_and_ends_at_once(folder):
 def test_a_second_demo_says_what_is_in_its_way(folder):
     command = [*POWERLESS, sys.executable, "-m", "proxyd", "demo", "--admin-socket", f"{folder}/other.sock"]
     with Namespace("demo") as namespace, demo(namespace, folder):
-        second = namespace.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+        second = namespace.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY)
         out, err = second.communicate(timeout=DEADLINE)
     assert second.returncode == 1
     assert not out

@@ -19,8 +19,9 @@ from tests.support.clients import ask, connect, read_line
 from tests.support.daemon import Proxyd
 from tests.support.manifests import endpoints, endpoints_at, service, write
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, routes_and_rules
+from tests.support.paths import REPOSITORY
 from tests.support.service_manager import Manager
-from tests.support.systemd_machine import POD_IP, REPOSITORY, Machine, real_root
+from tests.support.systemd_machine import POD_IP, Machine, real_root
 from tests.support.waiting import DEADLINE, wait_for
 
 UNIT = "/usr/local/lib/systemd/system/proxyd.service"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from proxyd.sources.text import yaml_plain
 from proxyd.sources.text.yaml_reader import Unreadable, read_fully
+from tests.support.paths import REPOSITORY
 
 KEYS = ["a", "b", "c-d", "x.y/z", "true", "null", "n", "on", "0", "~", "a b", '"q"', "<<", "é", "_"]
 VALUES = [
@@ -192,7 +193,7 @@ def test_plain_documents_are_read(value: dict[str, object], step: int) -> None:
     assert same(quick, read_fully(text, 0)), text
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("config/**/*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("config/**/*.yaml")), ids=str)
 def test_the_demo_is_read_the_same(path: Path) -> None:
     text = path.read_text().split("\n---")[0]
     quick = yaml_plain.read(text)

@@ -15,9 +15,10 @@ from proxyd.api.problems import Problem
 from proxyd.sources.cluster import ClusterSource, ClusterState, Tuning, load_access
 from tests.support.api_server import ApiServer, kubeconfig
 from tests.support.api_store import slice_body
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE, eventually
 
-RECORDINGS = Path(__file__).parent.parent / "cluster" / "recordings"
+RECORDINGS = REPOSITORY / "tests" / "cluster" / "recordings"
 QUICK = Tuning(
     watch_seconds=(20, 20), slack_seconds=1, steady_seconds=0.1, first_pause=0.05, longest_pause=0.4
 )

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.clients import ask
-from tests.support.daemon import REPOSITORY, Proxyd
+from tests.support.daemon import Proxyd
 from tests.support.netlab import NODE_IP, POD_PORT, Lab, Namespace, pod_ip
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE, wait_for
 
 Body = dict[str, Any]

@@ -6,13 +6,11 @@ import asyncio
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import main
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE
-
-ROOT = Path(__file__).parents[2]
 
 
 class Result:
@@ -29,7 +27,7 @@ def run(*argv: str, environ: dict[str, str] | None = None, stdout: io.StringIO |
 def process(*argv: str, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "proxyd", *argv]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT, check=False, **options
+        command, capture_output=True, text=True, timeout=DEADLINE, cwd=REPOSITORY, check=False, **options
     )
 
 

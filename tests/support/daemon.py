@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.netlab import Namespace
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE, wait_for
 
-REPOSITORY = Path(__file__).parent.parent.parent
 # Another build of the program can be tested by naming its command here.
 COMMAND = shlex.split(os.environ.get("PROXYD_TEST_COMMAND", "")) or [sys.executable, "-m", "proxyd"]
 UNPRIVILEGED = ["unshare", "--user", "--map-user=1000"]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Self
 
 from tests.support.clients import connect
-from tests.support.daemon import REPOSITORY, command_line, is_alive
+from tests.support.daemon import command_line, is_alive
 from tests.support.netlab import Namespace
+from tests.support.paths import REPOSITORY
 from tests.support.waiting import DEADLINE, wait_for
 
 # As pip writes it for the console script.

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.netlab import POD_PORT, pod_ip
+from tests.support.paths import DATA
 
 Document = dict[str, Any]
 
-DATA = Path(__file__).parent.parent / "data"
 SEED = DATA / "seed"
 MYAPP_PODS = DATA / "pods" / "myapp.yaml"  # pod-1, pod-2 and pod-3 of the lab, labelled `app: MyApp`
 

@@ -16,7 +16,6 @@ from typing import Self
 
 from tests.support.waiting import DEADLINE, wait_for
 
-REPOSITORY = Path(__file__).parent.parent.parent
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 POD_IP = "192.0.2.1"
 

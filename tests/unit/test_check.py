@@ -14,7 +14,8 @@ import pytest
 from proxyd.cli.reading import read
 from proxyd.control.config.options import planning_options
 from proxyd.control.config.settings import Settings
-from tests.support.commandline import ROOT, Result, run
+from tests.support.commandline import Result, run
+from tests.support.paths import REPOSITORY
 
 FLAGS = ("--service-cluster-ip-range", "10.96.0.0/16", "--hostname-override", "node-1")
 
@@ -169,7 +170,7 @@ def test_nothing_is_bound(here: Path) -> None:
         text=True,
         timeout=60,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert got.returncode == 0, got.stderr
     assert "a.yaml" in got.stderr

@@ -11,7 +11,8 @@ import pytest
 
 from proxyd.cli.env import Env
 from proxyd.cli.main import COMMANDS, build_parser
-from tests.support.commandline import ROOT, run
+from tests.support.commandline import run
+from tests.support.paths import REPOSITORY
 
 # The command line
 
@@ -93,7 +94,7 @@ def test_version():
 
 
 def test_manifests_that_are_not_there():
-    got = run("run", "--manifests", "nowhere", "--manifests", str(ROOT), "--manifests", "gone")
+    got = run("run", "--manifests", "nowhere", "--manifests", str(REPOSITORY), "--manifests", "gone")
     assert got.code == 3
     assert got.err.splitlines() == [
         "proxyd: error: --manifests: nowhere: no such file or folder",
@@ -158,7 +159,7 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     )
     command = f"{sys.executable} -m proxyd check {tmp_path} | head -1"
     got = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False
     )
     assert len(got.stdout.splitlines()) == 1
     assert not got.stderr
@@ -170,7 +171,7 @@ def test_asking_does_not_load_the_daemons_libraries():
         "print(*{m.split('.')[0] for m in sys.modules})"
     )
     got = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=True
     )
     loaded = set(got.stdout.split())
     assert "msgspec" in loaded
@@ -180,6 +181,6 @@ def test_asking_does_not_load_the_daemons_libraries():
 def test_help_loads_next_to_nothing():
     code = "import sys; from proxyd.cli.main import main; main(['--help']); print(*sys.modules)"
     got = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=True
     )
     assert not {"msgspec", "asyncio", "socket"} & set(got.stdout.split())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import pytest
 
@@ -21,9 +19,10 @@ from proxyd.control.config.flags import FLAGS
 from proxyd.control.config.schema import API_GROUP, API_VERSION, KUBE_PROXY, OWN_FIELDS
 from proxyd.control.config.settings import Settings, SettingsError, Surroundings, build
 from proxyd.sources.text.documents import Document, read_documents
+from tests.support.paths import REPOSITORY
 
 HERE = Surroundings(uid=0, net_admin=True, cpus=2, hostname="Node")
-DEFAULT_FILE = Path(__file__).parents[2] / "config" / "proxyd.yaml"
+DEFAULT_FILE = REPOSITORY / "config" / "proxyd.yaml"
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 
 # What kubeadm 1.30 mounts as config.conf.

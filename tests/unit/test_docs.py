@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+from tests.support.paths import REPOSITORY
+
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 # Where a path may begin: at the root, as in a shell there, or at the package, as rooms are spoken of.
-BASES = (ROOT, ROOT / "proxyd")
+BASES = (REPOSITORY, REPOSITORY / "proxyd")
 # What starts there and is made by commands.
 MADE = ("build", "dist", ".venv")
 # Names end so only where they are of files of the project, or absolute.
@@ -51,7 +52,7 @@ def missing(text: str, folder: Path) -> list[str]:
 
 def unknown_targets(text: str) -> list[str]:
     """What a document says to `make`, in backquotes or in a block of commands, and the Makefile has not."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     known = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
     said = re.findall(r"(?:`|^    |^    \$ )make ([a-z][a-z-]*)", text, re.MULTILINE)
     return [target for target in said if target not in known]
@@ -75,5 +76,5 @@ def test_what_is_not_there_is_found():
 
         make neither
     """
-    assert missing(text, ROOT) == ["docs/none.md", "control/nowhere", "worker.py", "bench/none.json"]
+    assert missing(text, REPOSITORY) == ["docs/none.md", "control/nowhere", "worker.py", "bench/none.json"]
     assert unknown_targets(text.replace("\n    ", "\n")) == ["nothing", "neither"]

@@ -16,10 +16,10 @@ from proxyd.cli.main import main
 from proxyd.control.config.flags import FLAGS
 from proxyd.control.config.kube_flags import ALIASES, FOREIGN
 from proxyd.sources.cluster import load_access
-from tests.support.commandline import ROOT
+from tests.support.paths import REPOSITORY
 
-FOLDER = ROOT / "config" / "kubernetes"
-GUIDE = ROOT / "docs" / "replace-kube-proxy.md"
+FOLDER = REPOSITORY / "config" / "kubernetes"
+GUIDE = REPOSITORY / "docs" / "replace-kube-proxy.md"
 # What the role system:node-proxier allows: kubernetes plugin/pkg/auth/authorizer/rbac/bootstrappolicy/policy.go
 NODE_PROXIER = {
     *((("", kind), verb) for kind in ("services", "endpoints") for verb in ("list", "watch")),
@@ -133,8 +133,8 @@ def test_the_image_is_built_of_what_is_there_and_has_both_programs():
     for line in lines:
         if line.startswith("COPY ") and "--from=" not in line:
             *sources, _ = line.split()[1:]
-            assert all((ROOT / source).exists() for source in sources), line
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+            assert all((REPOSITORY / source).exists() for source in sources), line
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts["kube-proxy"] == scripts["proxyd"]
     (links,) = [line for line in lines if "ln -s" in line]
     assert {Path(word).name for word in links.split() if word.startswith("/opt/")} == set(scripts)

@@ -12,8 +12,7 @@ import pytest
 
 from proxyd.relay import registry
 from proxyd.relay.tcp.listener import TcpListener
-
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.support.paths import REPOSITORY
 
 
 @pytest.fixture(autouse=True)

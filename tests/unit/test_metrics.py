@@ -54,9 +54,10 @@ from proxyd.state.spec import (
     Role,
     ServicePortName,
 )
+from tests.support.paths import REPOSITORY
 
-DASHBOARDS = Path(__file__).parents[2] / "config" / "grafana"
-RULES = Path(__file__).parents[2] / "config" / "prometheus"
+DASHBOARDS = REPOSITORY / "config" / "grafana"
+RULES = REPOSITORY / "config" / "prometheus"
 WEB = ServicePortName("prod", "web", "http", Protocol.TCP)
 DNS = ServicePortName("prod", "dns", "dns", Protocol.UDP)
 HSS = ServicePortName("prod", "hss", "diameter", Protocol.SCTP)
@@ -377,7 +378,7 @@ def test_every_metric_of_the_dashboards_is_exported(exported):
 
 
 def test_every_metric_is_documented(exported):
-    documented = names_in((Path(__file__).parents[2] / "docs" / "metrics.md").read_text())
+    documented = names_in((REPOSITORY / "docs" / "metrics.md").read_text())
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported}
     assert {name for name in families if not name.startswith("process_")} <= documented
     # And nothing is documented that there is not.

@@ -36,7 +36,8 @@ from proxyd.host.kubechains import removal
 from proxyd.relay.engine.listing import LOOKED_AT_ONCE, Listings
 from proxyd.relay.ipc.channel import Channel
 from proxyd.relay.ipc.messages import Failure, ListConnections, LiveConnection, LiveConnections
-from tests.support.commandline import ROOT, ask, process, run
+from tests.support.commandline import ask, process, run
+from tests.support.paths import REPOSITORY
 from tests.support.pictures import Shown, picture
 
 # Tables
@@ -140,7 +141,7 @@ def shell(name: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         check=True,
         env={**os.environ, "PYTHON": sys.executable},
     )
@@ -202,7 +203,7 @@ def test_completion_in_zsh(tmp_path):
             ("proxyd get services --output=js", "--output=json"),
             ("proxyd run --tcp-splice --manif", "--manifests"),
             ("proxyd --v", "proxyd --version"),
-            (f"proxyd check {ROOT}/Makefile {ROOT}/pyproj", "pyproject.toml"),
+            (f"proxyd check {REPOSITORY}/Makefile {REPOSITORY}/pyproj", "pyproject.toml"),
         ):
             typed.say(f"{begun}\t")
             typed.until(ended)
@@ -287,7 +288,7 @@ def terminal(command: list[str], environ: dict[str, str]) -> Iterator[Terminal]:
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env={**os.environ, **environ},
         start_new_session=True,
     ) as started:
@@ -358,7 +359,7 @@ async def test_orders_to_a_daemon_that_is_starting(tmp_path):
 
 
 async def test_every_path_is_documented(admin):
-    text = (ROOT / "docs" / "admin-api.md").read_text()
+    text = (REPOSITORY / "docs" / "admin-api.md").read_text()
     documented = set(re.findall(r"^### (GET|POST|PUT) (\S+)$", text, re.MULTILINE))
     server = AdminServer(admin, Shown())
     served = {
@@ -370,7 +371,7 @@ async def test_every_path_is_documented(admin):
 
 
 async def test_the_documented_fields_are_those_served(admin):
-    text = (ROOT / "docs" / "admin-api.md").read_text()
+    text = (REPOSITORY / "docs" / "admin-api.md").read_text()
     for path, target in (
         ("/v1/services", "services"),
         ("/v1/endpoints", "endpoints"),
@@ -543,7 +544,7 @@ def test_ctrl_c_while_it_starts_is_quiet(imported):
         [*start, "run", "--manifests", "/dev/null", "--admin-socket", "/nonexistent/x"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         text=True,
     ) as started:
         assert started.stderr is not None
@@ -563,7 +564,7 @@ def test_ctrl_c_while_it_starts_is_quiet(imported):
 def test_completion_into_a_closed_pipe():
     command = f"{sys.executable} -m proxyd completion bash | head -1"
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False
     )
     assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
 
@@ -576,7 +577,7 @@ def test_a_full_disk_is_one_line():
             stderr=subprocess.PIPE,
             text=True,
             timeout=60,
-            cwd=ROOT,
+            cwd=REPOSITORY,
             check=False,
         )
     assert done.returncode == 1

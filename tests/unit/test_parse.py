@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from proxyd.api.decode import Rules
 from proxyd.api.meta import ObjectName
 from proxyd.sources.manifests.parse import ParsedFile, parse_file
+from tests.support.paths import DATA
 
-SEED = Path(__file__).parent.parent / "data" / "seed"
+SEED = DATA / "seed"
 
 
 def parse(text: str, label: str = "web.yaml") -> ParsedFile:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "proxyd"
+from tests.support.paths import REPOSITORY
+
+PACKAGE = REPOSITORY / "proxyd"
 
 
 def modules(package: Path) -> dict[str, Path]:
