@@ -19,6 +19,7 @@ from collections.abc import Callable
 from bench.net import Lab, become_root, pod_ip
 from proxyd.api.service import Protocol
 from proxyd.host.netlink import Netlink
+from proxyd.host.policy_rules import TABLE, RouteTable
 from proxyd.host.port_rules import steer_ports
 from proxyd.host.steering import Steering as Steerer
 from proxyd.state.spec import ListenerKey, Steering
@@ -93,7 +94,8 @@ def main() -> None:
         def rules() -> None:
             steer([])
             with lab.node.call(Netlink) as netlink:
-                assert not lab.node.call(steer_ports, netlink, dict.fromkeys(keys, Steering.LOCAL))
+                routes = lab.node.call(RouteTable, netlink, TABLE)
+                assert not lab.node.call(steer_ports, netlink, routes, dict.fromkeys(keys, Steering.LOCAL))
 
         ways: dict[str, Callable[[], None]] = {
             "nothing steered": lambda: steer([]),

@@ -34,15 +34,12 @@ from proxyd.host.nft import (
     members_of,
     port,
     port_of,
-    refused,
     rules_of,
     run,
     table_exists,
 )
 from proxyd.host.policy_rules import (
-    LAST_TABLE,
-    TABLE,
-    add_routes,
+    RouteTable,
     add_rules,
     delete_rules,
     last_rule,
@@ -163,12 +160,19 @@ class Marks:
         }
 
     def sync(
-        self, netlink: Netlink, wanted: Mapping[ListenerKey, Action], refused_too: AbstractSet[ListenerKey]
+        self,
+        netlink: Netlink,
+        routes: RouteTable,
+        last: RouteTable,
+        wanted: Mapping[ListenerKey, Action],
+        refused_too: AbstractSet[ListenerKey],
     ) -> dict[ListenerKey, str]:
         """Steer these, and no others. Routes that nobody needs stay.
 
         Args:
             netlink: of rtnetlink.
+            routes: the table that the rule leads to.
+            last: the table that the rule after all others leads to.
             wanted: what becomes of each.
             refused_too: LOCAL ones that new clients are refused at.
 
@@ -179,7 +183,7 @@ class Marks:
             Unusable: what was steered by marks before still is.
             OSError: netlink failed.
         """
-        no_route = add_routes(netlink, TABLE, dict.fromkeys(key.ip for key in wanted), replace=False)
+        no_route = routes.add(dict.fromkeys(key.ip for key in wanted), replace=False)
         failed = {key: f"cannot steer {key}: {no_route[key.ip]}" for key in wanted if key.ip in no_route}
         wish = _Contents(
             frozenset(key.ip for key in wanted if key not in failed),
@@ -195,9 +199,9 @@ class Marks:
             raise Unusable(reason)
         if wish.ips:
             # Where these fail, the node's own clients that have no other route to an address get none.
-            add_routes(netlink, LAST_TABLE, sources(wish.ips))
-            add_rules(netlink, last := [last_rule(version) for version in versions])
-            rules += last
+            last.add(sources(wish.ips))
+            add_rules(netlink, after := [last_rule(version) for version in versions])
+            rules += after
         needed = {rule.what for rule in rules}
         delete_rules(
             netlink, [rule for rule in own_rules(netlink) if rule.key is None and rule.what not in needed]
@@ -214,13 +218,9 @@ class Marks:
 
     def _change(self, wish: _Contents) -> str | None:
         """Put these contents in force. None, or one line: why it failed."""
-        try:
-            exists = self._verify()
-        except OSError as error:
-            return refused(error) if wish.ips else None
         if not wish.ips:
             return self._remove()
-        if exists:
+        if self._is_as_made():
             script = _differences(self._contents, wish)
             if not script or run(script) is None:
                 self._contents = wish
@@ -229,16 +229,18 @@ class Marks:
                 return None
         return self._replace(wish)
 
-    def _verify(self) -> bool:
+    def _is_as_made(self) -> bool:
         """Whether the table is as this object last made it."""
         if not self._rules:
             return False
-        now = generation()
-        if now != self._generation:
-            if rules_of(NFT_TABLE) != self._rules or _read() != self._contents:
-                self._rules = ()
-                return False
-            self._generation = now
+        try:
+            now = generation()
+            if now != self._generation:
+                if rules_of(NFT_TABLE) != self._rules or _read() != self._contents:
+                    return False
+                self._generation = now
+        except OSError:  # others change so much that it can't be read
+            return False
         return True
 
     def _replace(self, wish: _Contents) -> str | None:
@@ -263,7 +265,10 @@ class Marks:
 
     def _remove(self) -> str | None:
         self._rules = ()
-        there = [table for table in (NFT_TABLE, EARLIER_NFT_TABLE) if table_exists(table)]
+        try:
+            there = [table for table in (NFT_TABLE, EARLIER_NFT_TABLE) if table_exists(table)]
+        except OSError:
+            return None  # where nftables can't be used there is nothing
         return run("".join(f"delete table inet {table}\n" for table in there)) if there else None
 
 

@@ -11,6 +11,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from proxyd.api.service import Protocol
@@ -218,36 +219,49 @@ def sources(ips: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
-def add_routes(
-    netlink: Netlink, table: int, wanted: Mapping[str, str | None], *, replace: bool = True
-) -> dict[str, str]:
-    """Have a table deliver addresses here.
+class RouteTable:
+    """One of the tables, read once.
 
     Args:
         netlink: of rtnetlink.
-        table: its number.
-        wanted: by address, where the node's own connections to it come from; None: the kernel's choice.
-        replace: whether routes with another source are changed.
+        number: of the table.
 
-    Returns:
-        For each address that failed, why.
+    Raises:
+        OSError: netlink failed.
     """
-    have = {route.ip: route.source for route in local_routes(netlink, table)} if wanted else {}
-    missing = [
-        (ip, source)
-        for ip, source in sorted(wanted.items())
-        if ip not in have or (replace and have[ip] != source)
-    ]
-    flags = NLM_F_CREATE | NLM_F_REPLACE
-    made = netlink.batch([local_route(ip, table, RTM_NEWROUTE, flags, source) for ip, source in missing])
-    return {ip: failure.text for (ip, _), failure in zip(missing, made, strict=True) if failure is not None}
 
+    def __init__(self, netlink: Netlink, number: int) -> None:
+        self._netlink = netlink
+        self._number = number
+        self._sources = {route.ip: route.source for route in local_routes(netlink, number)}
 
-def keep_routes(netlink: Netlink, table: int, needed: Iterable[str] = ()) -> None:
-    """Take away a table's routes but for these addresses. No rule leads to those."""
-    needed = frozenset(needed)
-    unused = [route.ip for route in local_routes(netlink, table) if route.ip not in needed]
-    netlink.batch([local_route(ip, table, RTM_DELROUTE) for ip in unused])
+    def add(self, wanted: Mapping[str, str | None], *, replace: bool = True) -> dict[str, str]:
+        """Have the table deliver addresses here.
+
+        Args:
+            wanted: by address, where the node's own connections to it come from; None: the kernel's choice.
+            replace: whether routes with another source are changed.
+
+        Returns:
+            For each address that failed, why.
+        """
+        new = {
+            ip: source
+            for ip, source in wanted.items()
+            if ip not in self._sources or (replace and self._sources[ip] != source)
+        }
+        flags = NLM_F_CREATE | NLM_F_REPLACE
+        made = self._netlink.batch(
+            [local_route(ip, self._number, RTM_NEWROUTE, flags, source) for ip, source in new.items()]
+        )
+        failed = {ip: failure.text for ip, failure in zip(new, made, strict=True) if failure is not None}
+        self._sources |= {ip: source for ip, source in new.items() if ip not in failed}
+        return failed
+
+    def keep(self, needed: AbstractSet[str] = frozenset()) -> None:
+        """Take away the routes but for these addresses. No rule leads to the others."""
+        unused = self._sources.keys() - needed
+        self._netlink.batch([local_route(ip, self._number, RTM_DELROUTE) for ip in unused])
 
 
 def steering_routes() -> list[str]:

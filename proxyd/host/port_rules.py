@@ -12,15 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from proxyd.host.netlink import Netlink
-from proxyd.host.policy_rules import (
-    TABLE,
-    add_routes,
-    add_rules,
-    delete_rules,
-    own_rules,
-    rule_of_port,
-    sources,
-)
+from proxyd.host.policy_rules import RouteTable, add_rules, delete_rules, own_rules, rule_of_port, sources
 from proxyd.state.spec import ListenerKey
 from proxyd.state.spec import Steering as Action
 
@@ -38,13 +30,20 @@ def ports_present(netlink: Netlink) -> dict[ListenerKey, Action]:
     return found
 
 
-def steer_ports(netlink: Netlink, wanted: Mapping[ListenerKey, Action]) -> dict[ListenerKey, str]:
+def steer_ports(
+    netlink: Netlink, routes: RouteTable, wanted: Mapping[ListenerKey, Action]
+) -> dict[ListenerKey, str]:
     """Have rules for these, and no others.
 
     A rule that changes is made before the old one goes, so that in between the old one is still in force and
     the traffic is never routed to the foreign host. The routes have a source: without it the node's own
     connections to the address would come from the address itself, and the answers to those to its other ports
     would be routed away.
+
+    Args:
+        netlink: of rtnetlink.
+        routes: the table that the rules lead to.
+        wanted: what becomes of each port.
 
     Returns:
         One line for each key that failed.
@@ -60,7 +59,7 @@ def steer_ports(netlink: Netlink, wanted: Mapping[ListenerKey, Action]) -> dict[
         except ValueError as error:
             failed[key] = f"cannot steer {key}: {error}"
     ips = {key.ip for key in rules if wanted[key] is Action.LOCAL}
-    no_route = add_routes(netlink, TABLE, sources(ips)) if ips else {}
+    no_route = routes.add(sources(ips)) if ips else {}
     for key in [key for key in rules if key.ip in no_route and wanted[key] is Action.LOCAL]:
         failed[key] = f"cannot steer {key}: {no_route[key.ip]}"
         del rules[key]

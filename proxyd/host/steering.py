@@ -21,7 +21,7 @@ from proxyd.api.service import Protocol
 from proxyd.host.fragments import Fragments
 from proxyd.host.marking import Marks, Unusable
 from proxyd.host.netlink import Netlink
-from proxyd.host.policy_rules import LAST_TABLE, TABLE, add_routes, keep_routes
+from proxyd.host.policy_rules import LAST_TABLE, TABLE, RouteTable
 from proxyd.host.port_rules import ports_present, steer_ports
 from proxyd.state.marks import DEFAULT_MARK
 from proxyd.state.spec import ListenerKey
@@ -102,18 +102,19 @@ class Steering:
         self, netlink: Netlink, wanted: Mapping[ListenerKey, Action], refused_too: AbstractSet[ListenerKey]
     ) -> dict[ListenerKey, str]:
         ips = frozenset(key.ip for key in wanted)
+        routes, last = RouteTable(netlink, TABLE), RouteTable(netlink, LAST_TABLE)
         try:
-            failed = self._marks.sync(netlink, wanted, refused_too)
+            failed = self._marks.sync(netlink, routes, last, wanted, refused_too)
         except Unusable as error:
             self._no_marks = f"{_BY_PORT if wanted else _NOT_REMOVED}: {error}"
-            failed = steer_ports(netlink, wanted)
+            failed = steer_ports(netlink, routes, wanted)
             self._marks.leave(netlink)
-            keep_routes(netlink, LAST_TABLE)
+            last.keep()
         else:
             self._no_marks = ""
-            failed |= steer_ports(netlink, {})
+            failed |= steer_ports(netlink, routes, {})
             # Earlier ones had a source, and would go with that address.
-            add_routes(netlink, TABLE, dict.fromkeys(ips.difference(key.ip for key in failed)))
-            keep_routes(netlink, LAST_TABLE, ips)
-        keep_routes(netlink, TABLE, ips)
+            routes.add(dict.fromkeys(ips.difference(key.ip for key in failed)))
+            last.keep(ips)
+        routes.keep(ips)
         return failed

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -22,7 +23,18 @@ from typing import Any
 import pytest
 
 from tests.support.clients import Load, ask, connect, many, read_all, refused
-from tests.support.clusterlab import NODE_1, NODE_2, Body, Cluster, pod, service, slice_of, wait_who, who
+from tests.support.clusterlab import (
+    API_PORT,
+    NODE_1,
+    NODE_2,
+    Body,
+    Cluster,
+    pod,
+    service,
+    slice_of,
+    wait_who,
+    who,
+)
 from tests.support.daemon import Proxyd
 from tests.support.netlab import (
     BRIDGE_IP,
@@ -772,6 +784,19 @@ def test_events_reach_the_api_server(town: Town, vip: str) -> None:
 
 
 # Restarts
+
+
+def test_an_api_server_at_an_external_ip(town: Town, vip: str) -> None:
+    """A killed proxyd starts again, though its own way to the API server was taken: nothing relays there yet."""
+    ports = [{"name": "https", "port": API_PORT}]
+    town.cluster.serve("api", vip, pod(1, ip=NODE_IP), ports=ports, externalIPs=[NODE_IP])
+    town.cluster.endpoints("api", pod(1, ip=NODE_IP), ports=ports)
+    daemon = town.daemons[NODE_2]
+    daemon.wait_listener(NODE_IP, API_PORT)
+    daemon.signal(signal.SIGKILL)
+    daemon.wait()
+    daemon.start()
+    daemon.wait_listener(NODE_IP, API_PORT)
 
 
 def test_restarts_of_proxyd_and_the_api_server(made: Town, vip: str) -> None:

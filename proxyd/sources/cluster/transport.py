@@ -20,6 +20,7 @@ from proxyd.sources.cluster.credentials import Credentials
 from proxyd.sources.cluster.kubeconfig import KubeconfigError
 from proxyd.sources.cluster.stats import RequestStats
 from proxyd.sources.cluster.throttle import Throttle
+from proxyd.state.marks import OWN_PRIORITY
 
 UNAUTHORIZED, FORBIDDEN, NOT_FOUND, GONE, TOO_MANY = 401, 403, 404, 410, 429
 
@@ -225,6 +226,8 @@ class ApiClient:
 def _socket(info: tuple[Any, ...]) -> socket.socket:
     family, kind, protocol = info[:3]
     made = socket.socket(family, kind, protocol)
+    # The way to an API server at an address that a Service has does not lead through this proxy.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, OWN_PRIORITY)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _DEAD_SECONDS // 2)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
