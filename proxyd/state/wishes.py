@@ -237,8 +237,11 @@ def _left_to_endpoint(
     for candidate in candidates(port, slices, listener.balancer.family):
         if candidate.endpoint == (key.ip, key.port):
             if candidate.rank:
-                return ListenerState.SERVING, "its endpoint of the same address and port has the clients"
-            return ListenerState.NO_ENDPOINTS, "its endpoint of the same address and port is not ready"
+                return ListenerState.SERVING, "its endpoint has this address and port itself"
+            return (
+                ListenerState.NO_ENDPOINTS,
+                "left to its endpoint at this address and port, which is not ready",
+            )
     return None
 
 

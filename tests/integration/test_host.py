@@ -573,6 +573,7 @@ def test_a_vanished_source_address_is_replaced(town: Lab, naming: Naming) -> Non
 
 
 def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -> None:
+    space.ip("rule add pref 112 fwmark 0x2000/0x2000 lookup 7112")  # somebody else's
     before = routes_and_rules(space)
     assert not space.call(cleanup.find_leftovers)
     assert space.call(cleanup.remove_leftovers) == cleanup.Removal()
@@ -593,16 +594,19 @@ def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -
         os._exit(0)
         """),
     )
+    # An earlier version had a rule for each port, and refused in a table of its own.
+    space.ip(f"rule add pref 112 to {EXTERNAL_IP} ipproto tcp dport 81 lookup 7112 protocol 112")
+    space.run("nft", "add table inet proxyd-refusal")
     found = space.call(cleanup.find_leftovers)
-    assert found == cleanup.Leftovers(vip_routes=2, rules=4, steering_routes=4, tables=3)
+    assert found == cleanup.Leftovers(vip_routes=2, rules=5, steering_routes=4, tables=4)
     left = routes_and_rules(space)
     dry = space.call(lambda: cleanup.remove_leftovers(dry_run=True))
     assert dry == cleanup.Removal(
         gone=(
-            "4 policy rules for foreign addresses",
+            "5 policy rules for foreign addresses",
             "4 routes of foreign addresses",
             "2 VIP routes",
-            "3 nft tables",
+            "4 nft tables",
         )
     )
     assert routes_and_rules(space) == left

@@ -95,8 +95,8 @@ def test_an_endpoint_at_the_nodes_own_address_and_port_has_it() -> None:
     one = service(external_ips=("192.0.2.1", "192.0.2.7"), cluster_ip="10.96.0.10")
     port = (EndpointPort(port=80),)
     for ready, status in (
-        (True, "Serving: its endpoint of the same address and port has the clients"),
-        (False, "NoEndpoints: its endpoint of the same address and port is not ready"),
+        (True, "Serving: its endpoint has this address and port itself"),
+        (False, "NoEndpoints: left to its endpoint at this address and port, which is not ready"),
     ):
         ends = (
             SliceEndpoint(addresses=("192.0.2.1",), conditions=EndpointConditions(ready=ready)),
