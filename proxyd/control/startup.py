@@ -138,6 +138,7 @@ def _make_reconciler(
         guard = VipGuard(others_only=parking is not None and parking.kept)
         if reason := guard.available():
             log.warning("no VIP guard: other ports of VIPs reach this node's own daemons", reason=reason)
+            guard.remove()  # a killed daemon's, which would refuse what is served now
             guard = None
     return Reconciler(
         publication,

@@ -10,7 +10,7 @@ ends with the table.
 
 from __future__ import annotations
 
-from proxyd.host.nft import refused, run, table_exists, which
+from proxyd.host.nft import delete_table, refused, run, table_exists
 
 TABLE = "proxyd-fragments"
 
@@ -40,6 +40,4 @@ class Fragments:
             return refused(error) if wanted else None
         if exists == wanted:
             return None
-        if which("nft") is None:
-            return "the program `nft` was not found; install nftables"
-        return run(_RULES if wanted else f"delete table inet {TABLE}\n")
+        return run(_RULES) if wanted else delete_table(TABLE)

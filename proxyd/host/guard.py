@@ -24,6 +24,7 @@ from proxyd.host.nft import (
     REJECT_NEW_TCP,
     REJECT_OTHER,
     Run,
+    delete_table,
     elements,
     port,
     refused,
@@ -153,12 +154,7 @@ class VipGuard:
         """Delete the table. Returns None, or one line that says what went wrong."""
         self._ended()
         self._known = False
-        try:
-            if not self.present():
-                return None
-        except OSError as error:
-            return refused(error)
-        return run(f"delete table inet {TABLE}\n")
+        return delete_table(TABLE)
 
     def _ended(self) -> bool:
         """Wait for the change that was begun. Returns whether it is in force."""

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from proxyd.host.netlink import Netlink, unpacked
 from proxyd.host.nft import (
+    delete_table,
     elements,
     generation,
     members_of,
@@ -183,18 +184,19 @@ class Marks:
             Unusable: what was steered by marks before still is.
             OSError: netlink failed.
         """
-        no_route = routes.add(dict.fromkeys(key.ip for key in wanted), replace=False)
-        failed = {key: f"cannot steer {key}: {no_route[key.ip]}" for key in wanted if key.ip in no_route}
+        no_way = routes.add(dict.fromkeys(key.ip for key in wanted), replace=False)
+        versions = {6 if ":" in key.ip else 4 for key in wanted if key.ip not in no_way}
+        rules = [rule_of_mark(version, self._bit) for version in versions]
+        for rule, failure in add_rules(netlink, rules).items():
+            versions.discard(rule.version)
+            no_way |= {key.ip: failure.text for key in wanted if (":" in key.ip) == (rule.version == 6)}
+        failed = {key: f"cannot steer {key}: {no_way[key.ip]}" for key in wanted if key.ip in no_way}
         wish = _Contents(
             frozenset(key.ip for key in wanted if key not in failed),
             frozenset(key for key in wanted if key not in failed),
             frozenset(key for key, how in wanted.items() if how is Action.UNREACHABLE or key in refused_too)
             - failed.keys(),
         )
-        versions = sorted({6 if ":" in ip else 4 for ip in wish.ips})
-        rules = [rule_of_mark(version, self._bit) for version in versions]
-        for failure in add_rules(netlink, rules).values():
-            raise Unusable(f"there can be no policy rule for marked packets: {failure.text}")
         if reason := self._change(wish):
             raise Unusable(reason)
         if wish.ips:
@@ -209,11 +211,12 @@ class Marks:
         return failed
 
     def leave(self, netlink: Netlink) -> None:
-        """Have the table steer nothing, where other means are in force now.
+        """Take back what there is of marks, where other means are in force now.
 
         Raises:
             OSError: netlink failed.
         """
+        self._remove()
         delete_rules(netlink, [rule for rule in own_rules(netlink) if rule.key is None])
 
     def _change(self, wish: _Contents) -> str | None:
@@ -264,12 +267,12 @@ class Marks:
         return None
 
     def _remove(self) -> str | None:
-        self._rules = ()
+        self._rules, self.trouble = (), ""
         try:
             there = [table for table in (NFT_TABLE, EARLIER_NFT_TABLE) if table_exists(table)]
         except OSError:
             return None  # where nftables can't be used there is nothing
-        return run("".join(f"delete table inet {table}\n" for table in there)) if there else None
+        return "; ".join(filter(None, map(delete_table, there))) or None
 
 
 def _read() -> _Contents:

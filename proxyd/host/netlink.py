@@ -35,6 +35,7 @@ _NLM_F_DUMP_INTR = 0x10
 _NLM_F_CAPPED = 0x100
 _NLM_F_ACK_TLVS = 0x200
 _NLM_F_DUMP = 0x300
+_NFNL_MSG_BATCH_BEGIN, _NFNL_MSG_BATCH_END = 0x10, 0x11  # linux/netfilter/nfnetlink.h
 NLM_F_REPLACE = 0x100
 NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
@@ -186,6 +187,31 @@ class Netlink:
     def one(self, message: Message) -> Failure | None:
         """Send one request; see `batch`."""
         return self.batch([message])[0]
+
+    def transact(self, subsystem: int, message: Message) -> Failure | None:
+        """Carry out one message as a transaction of netfilter.
+
+        Returns:
+            None, or why it failed.
+
+        Raises:
+            OSError: the socket itself failed.
+        """
+        head = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(subsystem))
+        begin, end = Message(_NFNL_MSG_BATCH_BEGIN, head), Message(_NFNL_MSG_BATCH_END, head)
+        first = self._sequence + 1
+        self._sequence += 3
+        self._socket.send(
+            self._encode(begin, first, 0)
+            + self._encode(message, first + 1, _NLM_F_ACK)
+            + self._encode(end, first + 2, 0)
+        )
+        while True:
+            for kind, flags, sequence, body in self._receive():
+                if kind == _NLMSG_ERROR and sequence in (first, first + 1):
+                    failure = _failure(body, flags)
+                    if failure is not None or sequence == first + 1:
+                        return failure
 
     def dump(self, message: Message) -> list[Message]:
         """All objects of a kind.

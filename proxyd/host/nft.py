@@ -24,7 +24,10 @@ from proxyd.state.spec import ListenerKey
 _TIMEOUT = 20.0  # seconds for one run of nft
 _SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 # linux/netfilter/nf_tables.h
-_GETTABLE, _GETRULE, _GETSETELEM, _GETGEN = (10 << 8 | message for message in (1, 7, 13, 16))
+_NFNL_SUBSYS_NFTABLES = 10
+_GETTABLE, _DELTABLE, _GETRULE, _GETSETELEM, _GETGEN = (
+    _NFNL_SUBSYS_NFTABLES << 8 | message for message in (1, 2, 7, 13, 16)
+)
 _NFTA_TABLE_NAME = _NFTA_RULE_TABLE = _NFTA_SET_ELEM_LIST_TABLE = _NFTA_GEN_ID = _NFTA_SET_ELEM_KEY = 1
 _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 2, 3
 _NFPROTO_INET = 1
@@ -66,6 +69,26 @@ def table_exists(table: str) -> bool:
         except FileNotFoundError:
             return False
     return True
+
+
+def delete_table(table: str) -> str | None:
+    """Delete a table of family inet, also where there is no program `nft`.
+
+    Returns:
+        None, or one line that says why it could not be deleted. A table that is not there is no failure.
+    """
+    message = Message(
+        _DELTABLE,
+        bytes([_NFPROTO_INET, 0, 0, 0]) + attribute(_NFTA_TABLE_NAME, table.encode() + b"\0"),
+    )
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            failure = netlink.transact(_NFNL_SUBSYS_NFTABLES, message)
+    except OSError as error:
+        return refused(error)
+    if failure is None or failure.errno == errno.ENOENT:
+        return None
+    return refused(OSError(*failure))
 
 
 def generation() -> int:

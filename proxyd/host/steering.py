@@ -76,9 +76,8 @@ class Steering:
 
         Args:
             wanted: what becomes of the traffic to each port.
-            refused_too: LOCAL ones whose listener is closed while its relays live on: new clients are
-                refused. Without
-                it they would hang, as the kernel can't answer from an address that is not its own.
+            refused_too: LOCAL ones whose listener is closed while its relays live on. New clients are refused
+                there: they would hang, as the kernel can't answer from an address that is not its own.
 
         Returns:
             One line for each key that failed. See also `trouble`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from proxyd.host.nft import refused, run, table_exists, which
+from proxyd.host.nft import delete_table, refused, run, table_exists, which
 from proxyd.state.spec import ListenerKey
 
 TABLE = "proxyd-udp"
@@ -66,7 +66,7 @@ class UdpSourcePorts:
             return refused(error)
         known = self._known if exists else None
         if not parked:
-            failed = run(f"delete table inet {TABLE}\n") if exists else None
+            failed = delete_table(TABLE) if exists else None
         elif known is not None:
             gone = {key: port for key, port in known.items() if parked.get(key) != port}
             new = {key: port for key, port in parked.items() if known.get(key) != port}

@@ -337,6 +337,28 @@ def test_from_rules_to_marks_nobody_is_lost(town: Lab, manifests: Path, proxyd: 
     assert "proxyd" not in town.node.run("nft", "list", "tables")
 
 
+def test_from_marks_to_rules_where_nft_is_gone(town: Lab, folder: Path, manifests: Path) -> None:
+    """A killed daemon's table does not outlive it: its refusals and marks would be in the way."""
+    before = routes_and_rules(town.node)
+    write(manifests / "web.yaml", web(*FOREIGN))
+    with Proxyd(town.node, folder, manifests) as daemon:
+        for ip in FOREIGN:
+            daemon.wait_listener(ip, 80, "NoEndpoints")
+            wait_for(lambda ip=ip: refused(town.client, ip, 80), f"{ip} to refuse")  # type: ignore[misc]  # as above
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    write(manifests / "web.yaml", web(*FOREIGN), *POD_1)
+    with Proxyd(town.node, folder, manifests, before=WITHOUT_NFT) as daemon:
+        wait_served(town, daemon, *FOREIGN)
+        for host in hosts(town):
+            for ip in FOREIGN:
+                assert ask(host, ip, 80) == "pod-1", (host.name, ip)
+                assert ask_udp(host, ip, 53) == b"pod-1", (host.name, ip)
+        assert "proxyd-steering" not in town.node.run("nft", "list", "tables")
+        assert daemon.stop() == 0
+    assert routes_and_rules(town.node) == before
+
+
 def test_what_somebody_flushes_comes_back(town: Lab, manifests: Path, proxyd: Run) -> None:
     write(manifests / "web.yaml", web(*FOREIGN), *POD_1)
     daemon = proxyd(flags=("--sync-period", "1s"))
