@@ -147,7 +147,11 @@ class Daemon:
             reload=self._reload,
             upgrade=self._upgrade.upgrade,
             refused=lambda: self._config.refused,
-            more_problems=lambda: (*self._health_ports.problems, *core.reconciler.problems),
+            more_problems=lambda: (
+                *self._health_ports.problems,
+                *core.reconciler.problems,
+                *self._loop.problems,
+            ),
         )
         listening = admin_socket(left, settings.admin_socket)
         self._servers = Servers(core, listening, self._operations, telemetry, self._acknowledged)

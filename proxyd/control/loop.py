@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from proxyd.api.problems import Problem, Severity
 from proxyd.control.core import Core
 from proxyd.control.observe.telemetry import Telemetry
+from proxyd.control.reconcile.repairs import Repairs
 from proxyd.control.runtime.garbage import permanent_objects
 from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.control.runtime.tasks import describe
 from proxyd.control.workers.publication import Update
-from proxyd.host.addresses import AddressMonitor, node_addresses
+from proxyd.host.addresses import node_addresses
+from proxyd.host.monitor import NodeMonitor
 from proxyd.state.desired import DesiredState, Planner
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import ListenerKey, ServicePortName
@@ -25,6 +28,7 @@ log = get_logger("proxyd")
 Stopped = asyncio.Task[Literal[True]]
 
 _RETRY_SECONDS = 1.0  # after a reconcile that ended in an internal error
+_ADDRESSES_SECONDS = 0.02  # from the first news of changed addresses to the look at them
 
 
 class ReconcileLoop:
@@ -58,12 +62,27 @@ class ReconcileLoop:
         self._reconciled = False  # the last reconcile went through
         self._planner = Planner()
         self._held = held
-        self._monitor = AddressMonitor()
+        options = core.options
+        self._monitor = NodeMonitor(tables=options.vip_mode.route or options.steer_external_ips)
         self._addresses = node_addresses()
+        self._addresses_due: asyncio.TimerHandle | None = None
+        self._repairs = Repairs(core.reconciler.observe, self.look_again, time.monotonic)
 
     def close(self) -> None:
-        """Stop watching the node's addresses."""
+        """Stop watching the node."""
+        self._repairs.close()
         self._monitor.close()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong with the node."""
+        return tuple(
+            Problem(
+                severity=Severity.WARNING,
+                message=f"somebody removes again and again what proxyd has made ({kind}): see the log",
+            )
+            for kind in self._repairs.fights
+        )
 
     def is_due(self) -> bool:
         """Whether there is something to do."""
@@ -113,12 +132,24 @@ class ReconcileLoop:
         if self._core.reconciler.worker_died(worker):
             self.look_again()
 
+    def _heard(self) -> None:
+        """Somebody has changed something on the node."""
+        news = self._monitor.drain()
+        if news.addresses and self._addresses_due is None:
+            # They come in bursts, as interfaces do.
+            self._addresses_due = asyncio.get_running_loop().call_later(
+                _ADDRESSES_SECONDS, self._addresses_changed
+            )
+        routes, rules = news.routes or news.overflow, news.rules or news.overflow
+        self._repairs.suspect([*news.tables, *["routes"] * routes, *["rules"] * rules])
+
     def _addresses_changed(self) -> None:
-        if self._monitor.drain():
-            self._addresses = node_addresses()
-            self._core.reconciler.addresses_changed()
-            self._telemetry.queued()
-            self.node_changed()
+        self._addresses_due = None
+        before, self._addresses = self._addresses, node_addresses()
+        gone = {address.ip for address in before} - {address.ip for address in self._addresses}
+        self._repairs.found(self._core.reconciler.addresses_changed(gone))
+        self._telemetry.queued()
+        self.node_changed()
 
     # What is done
 
@@ -128,7 +159,8 @@ class ReconcileLoop:
         Nothing is opened or closed before every source has delivered its first full list.
         """
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._monitor.fileno(), self._addresses_changed)
+        for descriptor in self._monitor.descriptors:
+            loop.add_reader(descriptor, self._heard)
         stopped = asyncio.ensure_future(self._core.lifecycle.stop.wait())
         try:
             while not (self._core.feed.synced or self._core.lifecycle.stopping):
@@ -139,7 +171,11 @@ class ReconcileLoop:
                 await self._turn_until(stopped)
         finally:
             stopped.cancel()
-            loop.remove_reader(self._monitor.fileno())
+            self._repairs.close()
+            if self._addresses_due is not None:
+                self._addresses_due.cancel()
+            for descriptor in self._monitor.descriptors:
+                loop.remove_reader(descriptor)
 
     async def _turn_until(self, stopped: Stopped) -> None:
         core = self._core
@@ -162,7 +198,7 @@ class ReconcileLoop:
                 gc.collect()
                 renewal = time.monotonic() + core.settings.config_sync_period
             if time.monotonic() >= resync:
-                core.reconciler.observe()
+                self._repairs.found(core.reconciler.observe())
                 self._resynced()
                 resync = time.monotonic() + core.settings.sync_period
 

@@ -1,14 +1,13 @@
-"""The node's own addresses, and a monitor that tells when they change."""
+"""The node's own addresses."""
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import socket
 import struct
 
 from proxyd.host.fib import route_to
-from proxyd.host.netlink import NETLINK_ROUTE, RTM_GETADDR, RTM_GETLINK, Message, Netlink, attributes
+from proxyd.host.netlink import RTM_GETADDR, RTM_GETLINK, Message, Netlink, attributes
 from proxyd.state.snapshot import NodeAddress
 
 # linux/if_addr.h
@@ -24,10 +23,6 @@ _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 # No host may have these addresses (RFC 7600, RFC 6666), so only a default route leads to them. The kernel is
 # asked for its route to them; nothing is sent.
 _ELSEWHERE = {4: "192.0.0.8", 6: "100::1"}
-
-# linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
-_GROUPS = 0x1 | 0x10 | 0x100
-_DRAIN = 1 << 16
 
 
 def node_addresses() -> tuple[NodeAddress, ...]:
@@ -92,43 +87,3 @@ def link_names() -> frozenset[str]:
     """
     with Netlink() as netlink:
         return frozenset(name for name, _ in _links(netlink).values())
-
-
-class AddressMonitor:
-    """Tells when addresses or interfaces have changed: wait until `fileno()` is readable, then `drain()`.
-
-    Raises:
-        OSError: netlink is not allowed.
-    """
-
-    def __init__(self) -> None:
-        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_ROUTE)
-        try:
-            self._socket.bind((0, _GROUPS))
-        except OSError:
-            self._socket.close()
-            raise
-
-    def fileno(self) -> int:
-        """The descriptor, which is readable after a change."""
-        return self._socket.fileno()
-
-    def drain(self) -> bool:
-        """Take all notifications. Returns whether there were any, also ones that the kernel had to drop."""
-        changed = False
-        while True:
-            try:
-                self._socket.recv(_DRAIN)
-            except BlockingIOError:
-                return changed
-            except InterruptedError:
-                continue
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-            changed = True
-
-    def close(self) -> None:
-        """Close the descriptor; remove it from the event loop before that."""
-        self._socket.close()

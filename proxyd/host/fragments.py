@@ -26,7 +26,19 @@ table inet {TABLE} {{
 
 
 class Fragments:
-    """This node's table, there while a UDP port is steered. It needs `nft`, CAP_NET_ADMIN and tproxy."""
+    """This node's table, there while a UDP port is steered. It needs `nft`, CAP_NET_ADMIN and tproxy.
+
+    Attributes:
+        made: whether the table is there, as far as is known.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+        self._suspect = False
+
+    def forget(self) -> None:
+        """Have the next `sync` make the table anew: somebody else has changed it."""
+        self._suspect = True
 
     def sync(self, *, wanted: bool) -> str | None:
         """Begin or end the reassembly of datagrams before routing.
@@ -38,6 +50,13 @@ class Fragments:
             exists = table_exists(TABLE)
         except OSError as error:
             return refused(error) if wanted else None
-        if exists == wanted:
+        if exists == wanted and not (exists and self._suspect):
+            self.made = exists
             return None
-        return run(_RULES) if wanted else delete_table(TABLE)
+        if wanted:
+            # Deleted first: somebody may have emptied it.
+            failed = run(f"table inet {TABLE}\ndelete table inet {TABLE}\n{_RULES}")
+        else:
+            failed = delete_table(TABLE)
+        self._suspect, self.made = False, wanted and failed is None
+        return failed

@@ -150,6 +150,10 @@ class VipGuard:
             self._vips, self._ports = vips, ports
         return failed
 
+    def forget(self) -> None:
+        """Have the next `sync` make the table anew: somebody else has changed it."""
+        self._known = False
+
     def remove(self) -> str | None:
         """Delete the table. Returns None, or one line that says what went wrong."""
         self._ended()

@@ -139,10 +139,12 @@ class Marks:
 
     Attributes:
         trouble: "", or one line: what does not work.
+        needed: what the policy rules do that the last `sync` needs.
     """
 
     def __init__(self, bit: int = DEFAULT_MARK) -> None:
         self.trouble = ""
+        self.needed: frozenset[tuple[object, ...]] = frozenset()
         self._bit = bit
         self._contents = _Contents()
         self._rules: tuple[bytes, ...] = ()  # of the table, as the kernel told; () where that is not known
@@ -204,9 +206,10 @@ class Marks:
             last.add(sources(wish.ips))
             add_rules(netlink, after := [last_rule(version) for version in versions])
             rules += after
-        needed = {rule.what for rule in rules}
+        self.needed = frozenset(rule.what for rule in rules)
         delete_rules(
-            netlink, [rule for rule in own_rules(netlink) if rule.key is None and rule.what not in needed]
+            netlink,
+            [rule for rule in own_rules(netlink) if rule.key is None and rule.what not in self.needed],
         )
         return failed
 
@@ -218,6 +221,11 @@ class Marks:
         """
         self._remove()
         delete_rules(netlink, [rule for rule in own_rules(netlink) if rule.key is None])
+
+    @property
+    def made(self) -> bool:
+        """Whether the table is there, as far as is known."""
+        return bool(self._rules)
 
     def _change(self, wish: _Contents) -> str | None:
         """Put these contents in force. None, or one line: why it failed."""

@@ -41,8 +41,8 @@ NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
 
 # linux/rtnetlink.h
-RTM_GETLINK = 18
-RTM_GETADDR = 22
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 
@@ -55,6 +55,24 @@ _BATCH = 128
 _TIMEOUT = 10.0  # seconds; the kernel normally answers before the send returns
 _DUMP_RETRIES = 5
 _RECEIVE = 1 << 16
+_REMEMBERED = 256  # port ids; more than a reconcile uses
+
+
+# Port ids of the sockets that this process changed something with last, the latest at the end.
+_own: dict[int, None] = {}
+
+
+def note_own(port: int) -> None:
+    """Note that a socket with this port id is of this process, or of a program that it runs."""
+    _own.pop(port, None)
+    _own[port] = None
+    if len(_own) > _REMEMBERED:
+        del _own[next(iter(_own))]
+
+
+def is_own(port: int) -> bool:
+    """Whether what was changed by a socket with this port id was changed by proxyd."""
+    return port in _own
 
 
 class Message(NamedTuple):
@@ -131,6 +149,7 @@ class Netlink:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         try:
             self._socket.bind((0, 0))
+            note_own(self._socket.getsockname()[0])
             self._socket.settimeout(_TIMEOUT)
             for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
                 try:

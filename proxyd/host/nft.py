@@ -16,6 +16,7 @@ from proxyd.host.netlink import (
     attribute,
     attribute_list,
     attributes,
+    note_own,
     unpacked,
 )
 from proxyd.host.rights import advice
@@ -194,6 +195,8 @@ class Run:
                 )
         except OSError as error:
             self._failed = f"nft did not run: {error}"
+        else:
+            note_own(self._process.pid)  # which is its port id, unless another socket has that already
 
     def wait(self) -> str | None:
         """Wait for its end; to be called once. Returns None, or one line that nft printed."""

@@ -18,10 +18,12 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 from proxyd.api.service import Protocol
+from proxyd.host import fragments
+from proxyd.host.fib import local_routes
 from proxyd.host.fragments import Fragments
-from proxyd.host.marking import Marks, Unusable
+from proxyd.host.marking import NFT_TABLE, Marks, Unusable
 from proxyd.host.netlink import Netlink
-from proxyd.host.policy_rules import LAST_TABLE, TABLE, RouteTable
+from proxyd.host.policy_rules import LAST_TABLE, TABLE, RouteTable, own_rules, rule_of_port
 from proxyd.host.port_rules import ports_present, steer_ports
 from proxyd.state.marks import DEFAULT_MARK
 from proxyd.state.spec import ListenerKey
@@ -46,6 +48,15 @@ class Steering:
         self._fragments = Fragments()
         self._no_marks = ""
         self._no_fragments = ""
+        # What the last `sync` has made: what its rules do, and the addresses with a route.
+        self._rules: frozenset[tuple[object, ...]] = frozenset()
+        self._routed: frozenset[str] = frozenset()
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The nft tables that there are, as far as is known."""
+        made = ((NFT_TABLE, self._marks.made), (fragments.TABLE, self._fragments.made))
+        return tuple(table for table, is_made in made if is_made)
 
     @property
     def trouble(self) -> str:
@@ -64,6 +75,26 @@ class Steering:
         with contextlib.suppress(OSError):
             found |= self._marks.present()
         return found
+
+    def lost(self) -> str:
+        """What is gone of the rules and routes that the last `sync` made: "2 policy rules"; "" if nothing is.
+
+        Raises:
+            OSError: netlink failed.
+        """
+        if not (self._rules or self._routed):
+            return ""
+        with Netlink() as netlink:
+            rules = self._rules.difference(rule.what for rule in own_rules(netlink))
+            routes = self._routed.difference(route.ip for route in local_routes(netlink, TABLE))
+        counts = ((len(rules), "policy rule{}"), (len(routes), f"route{{}} of table {TABLE}"))
+        return " and ".join(
+            f"{count} {what.format('s' if count > 1 else '')}" for count, what in counts if count
+        )
+
+    def forget(self) -> None:
+        """Have the next `sync` look at what it otherwise believes to be there."""
+        self._fragments.forget()
 
     def sync(
         self, wanted: Mapping[ListenerKey, Action], refused_too: AbstractSet[ListenerKey] = frozenset()
@@ -107,13 +138,22 @@ class Steering:
         except Unusable as error:
             self._no_marks = f"{_BY_PORT if wanted else _NOT_REMOVED}: {error}"
             failed = steer_ports(netlink, routes, wanted)
+            self._rules = frozenset(
+                rule_of_port(key, how).what for key, how in wanted.items() if key not in failed
+            )
             self._marks.leave(netlink)
             last.keep()
         else:
             self._no_marks = ""
+            self._rules = self._marks.needed
             failed |= steer_ports(netlink, routes, {})
             # Earlier ones had a source, and would go with that address.
             routes.add(dict.fromkeys(ips.difference(key.ip for key in failed)))
             last.keep(ips)
         routes.keep(ips)
+        self._routed = frozenset(
+            key.ip
+            for key, how in wanted.items()
+            if key not in failed and (how is Action.LOCAL or not self._no_marks)
+        )
         return failed

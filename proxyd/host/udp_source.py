@@ -45,8 +45,13 @@ class UdpSourcePorts:
             return refused(error)
         return ""
 
+    @property
+    def made(self) -> bool:
+        """Whether the table is there, as far as is known."""
+        return bool(self._known)
+
     def forget(self) -> None:
-        """Have the next `sync` look at the kernel's table: somebody else may have changed it."""
+        """Have the next `sync` make the table anew: somebody else has changed it."""
         self._known = None
 
     def sync(self, parked: Mapping[ListenerKey, int]) -> str:

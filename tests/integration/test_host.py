@@ -17,9 +17,10 @@ import pytest
 import uvloop
 
 from proxyd.host import cleanup, limits
-from proxyd.host.addresses import AddressMonitor, node_addresses
+from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import VipGuard
 from proxyd.host.kubeproxy import kube_proxy_leftovers
+from proxyd.host.monitor import News, NodeMonitor
 from proxyd.host.routes import VipRoutes, is_local
 from proxyd.host.sockets import BindFailed, open_listener
 from proxyd.host.steering import Steering
@@ -151,8 +152,9 @@ def test_each_failing_message_of_a_batch_gets_its_own_reason() -> None:
 def test_netlink_works_within_a_running_loop(space: Namespace) -> None:
     async def control() -> tuple[frozenset[str], bool]:
         loop = asyncio.get_running_loop()
-        monitor, changed = AddressMonitor(), asyncio.Event()
-        loop.add_reader(monitor.fileno(), lambda: monitor.drain() and changed.set())
+        monitor, changed = NodeMonitor(), asyncio.Event()
+        (descriptor,) = monitor.descriptors
+        loop.add_reader(descriptor, lambda: monitor.drain().addresses and changed.set())
         assert not monitor.drain()
         try:
             assert VipRoutes().add([VIP]) == {}
@@ -160,7 +162,7 @@ def test_netlink_works_within_a_running_loop(space: Namespace) -> None:
             subprocess.run(["ip", "addr", "add", "10.0.0.2/24", "dev", "d0"], check=True)  # noqa: ASYNC221 - short
             await asyncio.wait_for(changed.wait(), 30)
         finally:
-            loop.remove_reader(monitor.fileno())
+            loop.remove_reader(descriptor)
             monitor.close()
         return present, "10.0.0.2" in {address.ip for address in node_addresses()}
 
@@ -200,25 +202,71 @@ def test_the_primary_address_without_a_default_route(space: Namespace) -> None:
     assert primary == [NodeAddress(ip="10.0.0.1", interface="d0", primary=True)]
 
 
-def test_the_monitor_tells_of_changes_and_of_lost_news() -> None:
+@pytest.fixture
+def monitored() -> Iterator[tuple[Namespace, NodeMonitor]]:
+    """A quiet namespace and its monitor."""
     # Only the loopback interface: of others the kernel tells later too, when their carrier or IPv6 has settled.
     with Namespace("monitor") as space:
-        monitor = space.call(AddressMonitor)
-        try:
-            wait_for(lambda: not monitor.drain(), "quiet")
-            space.call(VipRoutes().add, VIPS)
-            assert not monitor.drain(), "a VIP route is no address"
-            space.ip("addr add 10.0.0.3/24 dev lo")
-            assert monitor.drain()
-            assert not monitor.drain()
-            space.ip("addr del 10.0.0.3/24 dev lo")
-            assert monitor.drain()
-            # More news than the socket can hold.
-            space.ip("addr add 10.0.0.3/24 dev lo\naddr del 10.0.0.3/24 dev lo\n" * 1500)
-            assert monitor.drain()
-            assert not monitor.drain()
-        finally:
-            monitor.close()
+        monitor = space.call(NodeMonitor, tables=True)
+        wait_for(lambda: not monitor.drain(), "quiet")
+        yield space, monitor
+        monitor.close()
+
+
+def test_the_monitor_tells_of_changes_and_of_lost_news(monitored: tuple[Namespace, NodeMonitor]) -> None:
+    space, monitor = monitored
+    for change in ("add", "del"):
+        space.ip(f"addr {change} 10.0.0.3/24 dev lo")
+        assert monitor.drain() == News(addresses=True)
+        assert not monitor.drain()
+    # More news than the socket can hold.
+    space.ip("addr add 10.0.0.3/24 dev lo\naddr del 10.0.0.3/24 dev lo\n" * 1500)
+    assert monitor.drain() == News(addresses=True, routes=True, rules=True, overflow=True)
+    assert not monitor.drain()
+
+
+def test_the_monitor_tells_what_others_remove_and_not_what_proxyd_does(
+    monitored: tuple[Namespace, NodeMonitor],
+) -> None:
+    space, monitor = monitored
+    routes, guard, steering = VipRoutes(), VipGuard(), Steering()
+    steered = {key(EXTERNAL_IP, 80): Action.LOCAL}
+
+    def make() -> None:
+        assert routes.add(VIPS) == {}
+        assert guard.sync(frozenset(VIPS), frozenset({key(VIP, 80)})) is None
+        assert steering.sync(steered) == {}
+
+    def take_away() -> None:
+        assert steering.sync({}) == {}
+        assert guard.remove() is None
+        assert routes.remove(VIPS) == {}
+
+    for change in (make, take_away, make):
+        space.call(change)
+        assert not monitor.drain(), change
+    mark = "fwmark 0x1000/0x1000 lookup 7112"
+    for command, news in (
+        (f"ip route del local {VIP} dev lo table local", News(routes=True)),
+        (f"ip route del local {VIP6} dev lo table local", News(routes=True)),
+        (f"ip rule del pref 112 {mark}", News(rules=True)),
+        ("nft flush set inet proxyd vips4", News(tables=frozenset({"proxyd"}))),
+        ("nft flush ruleset", News(tables=frozenset({"proxyd", "proxyd-steering"}))),
+        # What is not proxyd's, and what is only added.
+        (f"ip route add local {VIP} dev lo table local proto 112", News()),
+        (f"ip rule add pref 112 {mark} protocol 112", News()),
+        ("ip route add local 10.97.0.1 dev lo proto static", News()),
+        ("ip route del local 10.97.0.1 dev lo proto static", News()),
+        ("ip rule add pref 200 lookup 200; ip rule del pref 200", News()),
+        ("nft add table inet proxyd; nft add table ip others; nft delete table ip others", News()),
+    ):
+        space.run("sh", "-c", command)
+        assert monitor.drain() == news, command
+    # A daemon of routes: thousands of its routes are no news.
+    space.ip(
+        "route add local 10.97.0.1 dev lo proto bird\nroute del local 10.97.0.1 dev lo proto bird\n" * 3000
+    )
+    assert not monitor.drain()
 
 
 # Sockets

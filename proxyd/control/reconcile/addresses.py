@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
 from proxyd.api.problems import Problem, Severity
 from proxyd.control.reconcile.parking import Parking
 from proxyd.control.runtime.logs import get_logger, log_some
 from proxyd.host.addresses import node_addresses
+from proxyd.host.guard import TABLE as GUARD_TABLE
 from proxyd.host.guard import VipGuard
+from proxyd.host.nft import table_exists
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
+from proxyd.host.udp_source import TABLE as UDP_TABLE
 from proxyd.state.plan import Plan
 from proxyd.state.spec import ListenerKey, Steering
 
@@ -90,23 +93,59 @@ class Addresses:
             self._parking.settle(held)
         self._guard.sync(todo, self.vips, listeners)
 
-    def observe(self) -> None:
-        """Read from the kernel again which routes there are. The next `settle` looks after the rest."""
+    def observe(self, suspects: AbstractSet[str] = frozenset()) -> dict[str, str]:
+        """Find out what somebody has removed. The next plan has those VIPs, and the next `settle` the rest.
+
+        Args:
+            suspects: names of nft tables that somebody has changed, and that are made anew.
+
+        Returns:
+            What is gone, in words, by kind: "routes", "rules", or the name of a table.
+        """
+        lost: dict[str, str] = {}
         try:
             if self._routes:
                 # A VIP that is one of the node's ordinary addresses has no route, and needs none.
                 own = {address.ip for address in node_addresses()}
-                self.vips = set(self._routes.present()) | (self.vips & own)
+                there = set(self._routes.present()) | (self.vips & own)
+                if gone := len(self.vips - there):
+                    lost["routes"] = f"{gone} VIP route{'s' if gone > 1 else ''}"
+                self.vips = there
+            if self._rules and (text := self._rules.lost()):
+                lost["rules"] = text
+            for table, forget in self._tables():
+                if table in suspects or not table_exists(table):
+                    lost[table] = f"nft table {table}"
+                    forget()
         except OSError as error:
-            log.warning("routes can't be read", error=str(error))
+            log.warning("routes, rules and nft tables can't be read", error=str(error))
         self.changed()
-        self._guard.forget()
-        if self._parking is not None:
-            self._parking.forget()
+        return lost
 
-    def changed(self) -> None:
-        """Have the next `settle` look after what is steered: the node's addresses have changed."""
-        self._refused = None
+    def _tables(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """The nft tables that there should be, and how each is made anew."""
+        if self._guard.made:
+            yield GUARD_TABLE, self._guard.forget
+        if self._parking is not None and self._parking.has_table:
+            yield UDP_TABLE, self._parking.forget
+        if self._rules is not None:
+            for table in self._rules.tables:
+                yield table, self._rules.forget
+
+    def changed(self, gone: AbstractSet[str] = frozenset()) -> dict[str, str]:
+        """Look after what depends on the node's addresses. Call it when these have changed.
+
+        Args:
+            gone: addresses that the node has no more. VIPs among them have had no route.
+
+        Returns:
+            What went with them, as `observe`.
+        """
+        self._refused = None  # the next `settle` looks after what is steered
+        without = self.vips & gone
+        self.vips -= without
+        many = "s" if len(without) > 1 else ""
+        return {"routes": f"{len(without)} VIP{many} that another interface had"} if without else {}
 
     def remove_all(self) -> None:
         """Remove every route and rule, and the guard."""
@@ -171,11 +210,14 @@ class _Guard:
 
     Args:
         guard: None if there is to be none.
+
+    Attributes:
+        made: whether the table is there, as far as is known.
     """
 
     def __init__(self, guard: VipGuard | None) -> None:
         self._guard = guard
-        self._made = bool(guard and guard.present())
+        self.made = bool(guard and guard.present())
         self._in_force: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
         self._error = ""
 
@@ -188,7 +230,7 @@ class _Guard:
         """
         if self._guard is not None and self._in_force is None and vips:
             self._guard.begin(frozenset(vips), frozenset(key for key in wanted if key.ip in vips))
-            self._made = True
+            self.made = True
 
     def sync(self, todo: Plan, vips: AbstractSet[str], listeners: Iterable[ListenerKey]) -> None:
         """Guard these VIPs but for these listeners, after a plan was carried out."""
@@ -197,24 +239,26 @@ class _Guard:
         if self._in_force is not None and not (todo.add_vips or todo.remove_vips or todo.open or todo.close):
             return  # nothing that the guard depends on has changed
         wish = frozenset(vips), frozenset(key for key in listeners if key.ip in vips)
-        if self._in_force == wish or (not vips and self._in_force is None and not self._made):
+        if self._in_force == wish or (not vips and self._in_force is None and not self.made):
             return
         error = self._guard.sync(*wish) or ""
         if error and error != self._error:
             log.warning("VIP guard failed: other ports of VIPs reach this node's own daemons", error=error)
         self._error = error
         self._in_force = wish
-        self._made = True
+        self.made = not error
 
     def forget(self) -> None:
-        """Have the next `sync` compare the guard with the kernel's: somebody else may have changed it."""
+        """Have the next `sync` make the guard anew: somebody else has changed it."""
         self._in_force = None
+        if self._guard is not None:
+            self._guard.forget()
 
     def remove(self) -> None:
         """Remove the guard from the kernel."""
-        if self._guard is not None and self._made:
+        if self._guard is not None and (self.made or self._in_force is not None):
             self._guard.remove()
-        self._in_force = None
+        self._in_force, self.made = None, False
 
 
 def _report(what: str, errors: Mapping[ListenerKey, str] | Mapping[str, str]) -> None:

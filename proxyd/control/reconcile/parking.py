@@ -157,8 +157,13 @@ class Parking:
         ports = self._parked.ports
         return _binders(key for key, port in ports.items() if port != key.port)
 
+    @property
+    def has_table(self) -> bool:
+        """Whether the nft table of UDP replies is there, as far as is known."""
+        return self._udp is not None and self._udp.made
+
     def forget(self) -> None:
-        """Somebody may have changed the nft table: it is made anew where it is missing."""
+        """Make the nft table of UDP replies anew: somebody else has changed it."""
         if self._udp is not None:
             self._udp.forget()
             self._send_from({})

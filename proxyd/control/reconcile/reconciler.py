@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from proxyd.api.problems import Problem
@@ -233,13 +234,14 @@ class Reconciler:
         """Set how long the relays of listeners that are closed from now on may go on."""
         self._drain = seconds
 
-    def observe(self) -> None:
-        """Look at the node again: what somebody else removed is part of the next plan."""
+    def observe(self, suspects: AbstractSet[str] = frozenset()) -> dict[str, str]:
+        """Look at the node again: what somebody has removed is part of the next plan. See `Addresses`."""
         self._carried_out = None
-        self._addresses.observe()
+        lost = self._addresses.observe(suspects)
         if self._parking is not None:
             for key, who in self._parking.taken_by_others().items():
                 self._give_up(key, who)
+        return lost
 
     def next_retry(self) -> float | None:
         """When there is something to do again (monotonic), such as a failed listener; None if never."""
@@ -277,13 +279,16 @@ class Reconciler:
         self._addresses.remove_all()
         self._carried_out = None
 
-    def addresses_changed(self) -> None:
-        """Repair what depends on the node's addresses. Call it when these have changed."""
-        self._addresses.changed()
+    def addresses_changed(self, gone: AbstractSet[str]) -> dict[str, str]:
+        """Repair what depends on the node's addresses. Call it when these have changed. See `Addresses`."""
+        lost = self._addresses.changed(gone)
+        if lost:
+            self._carried_out = None
         if self._parking is not None:
             for key in self._parking.look_at_devices():
                 if key in self._listeners:
                     self._publication.set_gso(key, gso=self._parking.gso)
+        return lost
 
     def _open_all(self, specs: Iterable[ListenerSpec], publish: Callable[[Update], None]) -> None:
         said = any(failure.exhausted for failure in self.failures.values())
