@@ -15,19 +15,20 @@ from proxyd.api.service import Protocol, Service
 from proxyd.cli.env import Env
 from proxyd.cli.run import given_settings, load
 from proxyd.control.config.file import Configuration
-from proxyd.control.config.options import planning_options
+from proxyd.control.config.options import in_use_around, planning_options
 from proxyd.control.config.settings import Settings, Surroundings
 from proxyd.host import parked
 from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import occupied
 from proxyd.sources.manifests.locate import located
 from proxyd.sources.manifests.source import ManifestSet, ManifestSource
-from proxyd.sources.standalone.allocation import Allocations
+from proxyd.sources.standalone.allocation import Allocations, taken_around
 from proxyd.sources.standalone.allocation import Settings as AllocationSettings
 from proxyd.sources.standalone.assemble import Assembled, assemble
 from proxyd.state.desired import DesiredState, desired_state
-from proxyd.state.snapshot import NodeView, Options
-from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerStatus, Role
+from proxyd.state.occupied import Occupied
+from proxyd.state.snapshot import NodeAddress, NodeView, Options
+from proxyd.state.spec import ListenerKey, ListenerSpec, ListenerState, ListenerStatus, Role
 
 
 class Reading(NamedTuple):
@@ -83,8 +84,10 @@ def read(paths: list[str], settings: Settings) -> Reading:
         cluster_cidrs=settings.service_cluster_ip_range, node_port_range=settings.service_node_port_range
     )
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
-    assembled = assemble(found, Allocations(), ranges, now)
-    node, options = _node(settings), planning_options(settings)
+    options = planning_options(settings)
+    node = _node(settings, options)
+    taken = taken_around(node.occupied, settings.service_cluster_ip_range)
+    assembled = assemble(found, Allocations(), ranges, now, taken)
     desired = desired_state(assembled.snapshot, node, options)
     held: dict[ListenerKey, str] = {}
     with contextlib.suppress(OSError):  # a sandbox hides who uses a port
@@ -110,12 +113,14 @@ def _parked(desired: DesiredState, settings: Settings) -> set[ListenerKey]:
     return {key for key in desired.host.listeners if key.ip in vips and key.protocol is not Protocol.SCTP}
 
 
-def _node(settings: Settings) -> NodeView:
-    try:
+def _node(settings: Settings, options: Options) -> NodeView:
+    addresses: tuple[NodeAddress, ...] = ()
+    found = Occupied()
+    with contextlib.suppress(OSError):  # a sandbox
         addresses = node_addresses()
-    except OSError:
-        addresses = ()
-    return NodeView(name=settings.node_name, addresses=addresses)
+        if options.vip_mode.route:
+            found = in_use_around(settings, addresses)
+    return NodeView(name=settings.node_name, addresses=addresses, occupied=found)
 
 
 def _conflicts(found: ManifestSet, statuses: Iterable[ListenerStatus]) -> Iterator[Problem]:
@@ -128,6 +133,8 @@ def _conflicts(found: ManifestSet, statuses: Iterable[ListenerStatus]) -> Iterat
                 status,
                 f"{what} is held by Service {status.holder}, which comes first: one must change",
             )
+        elif status.state is ListenerState.CONFLICT:
+            yield _warning(found, status, status.detail)
 
 
 def _in_use(

@@ -199,6 +199,7 @@ class Daemon:
         core, settings = self._core, self._core.settings
         migrating = spawn(migration.migrate(settings), name="migration")
         core.feed = make_feed(settings, self._loop.snapshot_changed, self._node_changed)
+        self._loop.look_around()
         self._loop.node_changed()
         # After an upgrade a signal must not end the program at once: clients are connected, and their relays
         # drain.

@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import msgspec
+
 from proxyd.api.problems import Problem, Severity
+from proxyd.control.config.options import in_use_around
 from proxyd.control.core import Core
 from proxyd.control.observe.telemetry import Telemetry
 from proxyd.control.reconcile.repairs import Repairs
@@ -20,6 +23,7 @@ from proxyd.control.workers.publication import Update
 from proxyd.host.addresses import node_addresses
 from proxyd.host.monitor import NodeMonitor
 from proxyd.state.desired import DesiredState, Planner
+from proxyd.state.occupied import Occupied, overlaps
 from proxyd.state.snapshot import Snapshot
 from proxyd.state.spec import ListenerKey, ServicePortName
 
@@ -65,6 +69,8 @@ class ReconcileLoop:
         options = core.options
         self._monitor = NodeMonitor(tables=options.vip_mode.route or options.steer_external_ips)
         self._addresses = node_addresses()
+        self._occupied = Occupied()
+        self._overlaps: tuple[str, ...] = ()  # what of the service range is in use
         self._addresses_due: asyncio.TimerHandle | None = None
         self._repairs = Repairs(core.reconciler.observe, self.look_again, time.monotonic)
 
@@ -76,13 +82,12 @@ class ReconcileLoop:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """What is wrong with the node."""
-        return tuple(
-            Problem(
-                severity=Severity.WARNING,
-                message=f"somebody removes again and again what proxyd has made ({kind}): see the log",
-            )
+        fights = (
+            f"somebody removes again and again what proxyd has made ({kind}): see the log"
             for kind in self._repairs.fights
         )
+        ranges = (f"--service-cluster-ip-range: {line}: no VIPs of it" for line in self._overlaps)
+        return tuple(Problem(severity=Severity.WARNING, message=text) for text in (*fights, *ranges))
 
     def is_due(self) -> bool:
         """Whether there is something to do."""
@@ -103,8 +108,26 @@ class ReconcileLoop:
 
     def node_changed(self) -> None:
         """What is known of this node has changed."""
-        self._core.node = self._core.feed.node_view(self._addresses)
+        view = self._core.feed.node_view(self._addresses)
+        self._core.node = msgspec.structs.replace(view, occupied=self._occupied)
         self.look_again()
+
+    def look_around(self) -> bool:
+        """Look at what is in use around the node. Returns whether that has changed."""
+        core, before = self._core, self._occupied
+        if core.options.vip_mode.route:
+            try:
+                self._occupied = in_use_around(core.settings, self._addresses)
+            except OSError as error:
+                log.warning("the node's networks can't be read", error=str(error))
+        if self._occupied == before:
+            return False
+        told, self._overlaps = self._overlaps, tuple(overlaps(core.options.vip_ranges, self._occupied))
+        for line in self._overlaps:
+            if line not in told:
+                log.warning("part of --service-cluster-ip-range is in use: no VIPs of it", what=line)
+        core.feed.keep_clear(self._occupied)
+        return True
 
     def settings_changed(self) -> None:
         """Other settings are in force."""
@@ -149,6 +172,7 @@ class ReconcileLoop:
         gone = {address.ip for address in before} - {address.ip for address in self._addresses}
         self._repairs.found(self._core.reconciler.addresses_changed(gone))
         self._telemetry.queued()
+        self.look_around()
         self.node_changed()
 
     # What is done
@@ -199,6 +223,8 @@ class ReconcileLoop:
                 renewal = time.monotonic() + core.settings.config_sync_period
             if time.monotonic() >= resync:
                 self._repairs.found(core.reconciler.observe())
+                if self.look_around():
+                    self.node_changed()
                 self._resynced()
                 resync = time.monotonic() + core.settings.sync_period
 

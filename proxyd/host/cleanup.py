@@ -7,7 +7,7 @@ from typing import NamedTuple
 from proxyd.host import fragments, guard, marking, parked, udp_source
 from proxyd.host.guard import VipGuard
 from proxyd.host.netlink import Netlink
-from proxyd.host.nft import table_exists
+from proxyd.host.nft import ARP, table_exists
 from proxyd.host.policy_rules import own_rules, steering_routes
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering
@@ -49,6 +49,7 @@ def find_leftovers() -> Leftovers:
     """
     try:
         tables = sum(map(table_exists, _TABLES))
+        tables += table_exists(guard.TABLE, ARP)
     except OSError:
         tables = 0
     with Netlink() as netlink:

@@ -18,9 +18,9 @@ RTN_LOCAL = 2
 RT_SCOPE_HOST = 254
 RT_TABLE_LOCAL = 255
 _LOOPBACK_INDEX = 1  # of `lo`, in every network namespace (net/flow.h)
-RTA_DST, RTA_OIF, RTA_PREFSRC, RTA_TABLE = 1, 4, 7, 15
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE = 1, 4, 5, 7, 9, 15
 
-_ROUTE = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
+ROUTE = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 
 
 def local_route(ip: str, table: int, kind: int, flags: int = 0, source: str | None = None) -> Message:
@@ -40,7 +40,7 @@ def local_route(ip: str, table: int, kind: int, flags: int = 0, source: str | No
     scope = RT_SCOPE_HOST if family == socket.AF_INET else 0  # IPv6 routes have no scope
     small = table if table < 256 else 0
     body = [
-        _ROUTE.pack(family, 8 * len(address), 0, 0, small, ROUTE_PROTOCOL, scope, RTN_LOCAL, 0),
+        ROUTE.pack(family, 8 * len(address), 0, 0, small, ROUTE_PROTOCOL, scope, RTN_LOCAL, 0),
         attribute(RTA_DST, address),
         attribute(RTA_OIF, u32(_LOOPBACK_INDEX)),
         attribute(RTA_TABLE, u32(table)),
@@ -66,7 +66,7 @@ def local_routes(netlink: Netlink, table: int) -> list[LocalRoute]:
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
         small = table if table < 256 else 0
-        body = _ROUTE.pack(family, 0, 0, 0, small, ROUTE_PROTOCOL, 0, RTN_LOCAL, 0)
+        body = ROUTE.pack(family, 0, 0, 0, small, ROUTE_PROTOCOL, 0, RTN_LOCAL, 0)
         try:
             messages = netlink.dump(Message(RTM_GETROUTE, body + attribute(RTA_TABLE, u32(table))))
         except OSError as error:
@@ -78,8 +78,8 @@ def local_routes(netlink: Netlink, table: int) -> list[LocalRoute]:
                 continue
             raise
         for message in messages:
-            header = _ROUTE.unpack_from(message.body)
-            seen = attributes(message.body, _ROUTE.size)
+            header = ROUTE.unpack_from(message.body)
+            seen = attributes(message.body, ROUTE.size)
             # Kernels before 4.20 do not filter the dump.
             if (
                 header[0] != family
@@ -111,14 +111,14 @@ def route_to(netlink: Netlink, ip: str) -> RouteChoice | None:
         ValueError: `ip` is not an address.
     """
     family, address = packed(ip)
-    body = _ROUTE.pack(family, 8 * len(address), 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, address)
+    body = ROUTE.pack(family, 8 * len(address), 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, address)
     try:
         message = netlink.get(Message(RTM_GETROUTE, body))
     except OSError as error:
         if isinstance(error, TimeoutError):
             raise
         return None
-    seen = attributes(message.body, _ROUTE.size)
+    seen = attributes(message.body, ROUTE.size)
     interface = struct.unpack("=I", seen[RTA_OIF])[0] if RTA_OIF in seen else 0
     source = seen.get(RTA_PREFSRC)
-    return RouteChoice(_ROUTE.unpack_from(message.body)[7], interface, unpacked(source) if source else None)
+    return RouteChoice(ROUTE.unpack_from(message.body)[7], interface, unpacked(source) if source else None)

@@ -44,6 +44,7 @@ NLM_F_CREATE = 0x400
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_GETNEIGH = 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
@@ -232,14 +233,14 @@ class Netlink:
                     if failure is not None or sequence == first + 1:
                         return failure
 
-    def dump(self, message: Message) -> list[Message]:
-        """All objects of a kind.
+    def dump(self, message: Message, most: int = 0) -> list[Message]:
+        """All objects of a kind, or the first `most` of them; the socket is of no use after that.
 
         Raises:
             OSError: the kernel refused, or the socket failed.
         """
         for _ in range(_DUMP_RETRIES):
-            found = self._dump(message)
+            found = self._dump(message, most)
             if found is not None:
                 return found
         raise OSError(errno.EAGAIN, "the kernel's tables change too fast to be read")
@@ -263,7 +264,7 @@ class Netlink:
                     continue
                 return Message(kind, body)
 
-    def _dump(self, message: Message) -> list[Message] | None:
+    def _dump(self, message: Message, most: int) -> list[Message] | None:
         self._sequence += 1
         self._socket.send(self._encode(message, self._sequence, _NLM_F_DUMP))
         found: list[Message] = []
@@ -280,6 +281,8 @@ class Netlink:
                         raise OSError(*failure)
                     return None if interrupted else found
                 found.append(Message(kind, body))
+                if len(found) == most:
+                    return found
 
     @staticmethod
     def _encode(message: Message, sequence: int, flags: int) -> bytes:

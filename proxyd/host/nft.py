@@ -31,7 +31,9 @@ _GETTABLE, _DELTABLE, _GETRULE, _GETSETELEM, _GETGEN = (
 )
 _NFTA_TABLE_NAME = _NFTA_RULE_TABLE = _NFTA_SET_ELEM_LIST_TABLE = _NFTA_GEN_ID = _NFTA_SET_ELEM_KEY = 1
 _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 2, 3
-_NFPROTO_INET = 1
+INET, ARP = "inet", "arp"
+_FAMILIES = {INET: 1, ARP: 3}  # linux/netfilter.h, NFPROTO_*
+_NFPROTO_INET = _FAMILIES[INET]
 _NFGENMSG = 4  # bytes: family, version, resource
 # Protocols are numbers: a node without /etc/protocols does not know the names.
 _NUMBERS = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.SCTP: 132}
@@ -57,8 +59,8 @@ def which(program: str) -> str | None:
     return shutil.which(program, path=_SEARCH)
 
 
-def table_exists(table: str) -> bool:
-    """Whether a table of family inet exists, whichever process made it.
+def table_exists(table: str, family: str = INET) -> bool:
+    """Whether a table exists, whichever process made it.
 
     Raises:
         OSError: netfilter's netlink cannot be used; EPERM without CAP_NET_ADMIN.
@@ -66,21 +68,21 @@ def table_exists(table: str) -> bool:
     with Netlink(NETLINK_NETFILTER) as netlink:
         name = attribute(_NFTA_TABLE_NAME, table.encode() + b"\0")
         try:
-            netlink.get(Message(_GETTABLE, bytes([_NFPROTO_INET, 0, 0, 0]) + name))
+            netlink.get(Message(_GETTABLE, bytes([_FAMILIES[family], 0, 0, 0]) + name))
         except FileNotFoundError:
             return False
     return True
 
 
-def delete_table(table: str) -> str | None:
-    """Delete a table of family inet, also where there is no program `nft`.
+def delete_table(table: str, family: str = INET) -> str | None:
+    """Delete a table, also where there is no program `nft`.
 
     Returns:
         None, or one line that says why it could not be deleted. A table that is not there is no failure.
     """
     message = Message(
         _DELTABLE,
-        bytes([_NFPROTO_INET, 0, 0, 0]) + attribute(_NFTA_TABLE_NAME, table.encode() + b"\0"),
+        bytes([_FAMILIES[family], 0, 0, 0]) + attribute(_NFTA_TABLE_NAME, table.encode() + b"\0"),
     )
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:

@@ -9,6 +9,7 @@ import msgspec
 from proxyd.api.discovery import EndpointSlice
 from proxyd.api.meta import ObjectName
 from proxyd.api.service import Service
+from proxyd.state.occupied import Occupied
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     zone: str = ""
     addresses: tuple[NodeAddress, ...] = ()
     pod_cidrs: tuple[str, ...] = ()  # those of its Pods, as the API server has them
+    occupied: Occupied = Occupied()  # what can be no VIP here
 
 
 class VipMode(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from proxyd.api.service import UDP_IDLE_TIMEOUT, Protocol, Service, ServicePort,
 from proxyd.state.endpoints import candidates, select
 from proxyd.state.homes import at_home, with_further
 from proxyd.state.inside import admit_inside, inside_ranges
+from proxyd.state.occupied import why_not
 from proxyd.state.snapshot import NodeView, Options
 from proxyd.state.spec import (
     BalancerKey,
@@ -77,19 +78,15 @@ def service_wishes(
         admitted: list[ListenerSpec] = []
         for frontend in _frontends(service, port, node, options):
             listener, refusal = _listener(service, name, frontend, local_ips, options)
+            is_vip = _is_vip(frontend, local_ips, options)
+            if refusal is None and is_vip and (why := why_not(frontend.ip, node.occupied)):
+                refusal = (ListenerState.CONFLICT, f"{frontend.ip} {why}; give the Service another clusterIP")
             refusal = refusal or _left_to_endpoint(listener, port, slices)
             if refusal is not None:
                 unopened.append(status_of(listener, *refusal))
                 continue
             admitted.append(listener)
-            if (
-                options.vip_mode.route
-                and not _is_loopback(listener.key.ip)
-                and (
-                    frontend.role is Role.CLUSTER_IP
-                    or (frontend.role is Role.SCTP_ADDRESS and _is_vip(listener.key.ip, local_ips, options))
-                )
-            ):
+            if is_vip:
                 vips.add(listener.key.ip)
         chosen = {
             key: _balancer(service, port, slices, node, key)
@@ -300,7 +297,16 @@ def _families(service: Service) -> frozenset[int]:
     return given or frozenset(6 if f == "IPv6" else 4 for f in spec.ip_families) or frozenset({4})
 
 
-def _is_vip(ip: str, local_ips: set[str], options: Options) -> bool:
+def _is_vip(frontend: Frontend, local_ips: set[str], options: Options) -> bool:
+    """Whether an address is for proxyd to make local: a clusterIP, or one of SCTP from the service range."""
+    if not options.vip_mode.route or _is_loopback(frontend.ip):
+        return False
+    if frontend.role is Role.SCTP_ADDRESS:
+        return _is_in_range(frontend.ip, local_ips, options)
+    return frontend.role is Role.CLUSTER_IP
+
+
+def _is_in_range(ip: str, local_ips: set[str], options: Options) -> bool:
     """Whether proxyd has to make an address local: it is in the service range, and not the node's own."""
     address = parse_ip(ip)
     ranges = [network for cidr in options.vip_ranges if (network := parse_cidr(cidr)) is not None]

@@ -646,7 +646,7 @@ def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -
     space.ip(f"rule add pref 112 to {EXTERNAL_IP} ipproto tcp dport 81 lookup 7112 protocol 112")
     space.run("nft", "add table inet proxyd-refusal")
     found = space.call(cleanup.find_leftovers)
-    assert found == cleanup.Leftovers(vip_routes=2, rules=5, steering_routes=4, tables=4)
+    assert found == cleanup.Leftovers(vip_routes=2, rules=5, steering_routes=4, tables=5)
     left = routes_and_rules(space)
     dry = space.call(lambda: cleanup.remove_leftovers(dry_run=True))
     assert dry == cleanup.Removal(

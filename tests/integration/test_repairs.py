@@ -90,7 +90,8 @@ def daemon(lab6: Lab, folder: Path, manifests: Path) -> Iterator[Proxyd]:
 
 
 TABLES = ("proxyd", "proxyd-udp", "proxyd-steering", "proxyd-fragments")
-REMOVALS: dict[str, tuple[str, str]] = {
+# In groups: the same table more than five times a minute would be a fight.
+WHOLE: dict[str, tuple[str, str]] = {
     "VIP routes": (
         "ip -4 route flush table local proto 112; ip -6 route flush table local proto 112",
         "2 VIP routes",
@@ -102,18 +103,25 @@ REMOVALS: dict[str, tuple[str, str]] = {
         "4 policy rules",
     ),
     "all of nft": ("nft flush ruleset", ", ".join(f"nft table {table}" for table in TABLES)),
+    **{f"table {table}": (f"nft delete table inet {table}", f"nft table {table}") for table in TABLES},
+    "the table for ARP": ("nft delete table arp proxyd", "nft table proxyd"),
+}
+PARTS = {
     "a set": ("nft flush set inet proxyd vips4", "nft table proxyd"),
     "a chain's rules": ("nft flush chain inet proxyd input", "nft table proxyd"),
-    **{f"table {table}": (f"nft delete table inet {table}", f"nft table {table}") for table in TABLES},
+    "an element": (f"nft delete element arp proxyd vips '{{ {VIP} }}'", "nft table proxyd"),
     **{f"rules of {table}": (f"nft flush table inet {table}", f"nft table {table}") for table in TABLES},
 }
 
 
-def test_what_others_remove_is_back_soon_and_is_said_once(lab6: Lab, daemon: Proxyd) -> None:
+@pytest.mark.parametrize("removals", [WHOLE, PARTS], ids=["whole", "parts"])
+def test_what_others_remove_is_back_soon_and_is_said_once(
+    lab6: Lab, daemon: Proxyd, removals: dict[str, tuple[str, str]]
+) -> None:
     node = lab6.node
     before = made_by_proxyd(node)
-    assert len(node.run("nft", "list", "tables").splitlines()) == len(TABLES)
-    for what, (command, told) in REMOVALS.items():
+    assert len(node.run("nft", "list", "tables").splitlines()) == len(TABLES) + 1
+    for what, (command, told) in removals.items():
         so_far = len(lines(daemon, REMOVED))
         node.run("sh", "-c", command)
         wait_for(lambda: made_by_proxyd(node) == before, f"{what} to be back", SOON, pause=0.02)
@@ -136,6 +144,31 @@ def test_only_its_own_rules_are_put_back(lab6: Lab, daemon: Proxyd) -> None:
     wait_for(lambda: own() == before, "the rules to be back", SOON, pause=0.02)
     wait_quiet(daemon)
     assert "lookup main" not in node.run("ip", "rule")
+
+
+def test_an_interface_goes_and_takes_the_vips_that_it_had_along(
+    lab: Lab, manifests: Path, proxyd: Run
+) -> None:
+    """As of kube-proxy's IPVS mode, whose device has all VIPs: while they are there proxyd makes no routes."""
+    write(manifests / "web.yaml", service("web", VIP), endpoints("web", 1))
+    lab.node.ip(
+        f"link add name kube-ipvs0 type bridge\naddr add {VIP}/32 dev kube-ipvs0\nlink set kube-ipvs0 up"
+    )
+    daemon = proxyd()
+    daemon.wait_listener(VIP, 80)
+    assert ask(lab.client, VIP, 80) == "pod-1"
+    lab.node.ip("link del kube-ipvs0")
+    wait_for(lambda: f"local {VIP}" in "".join(made_by_proxyd(lab.node)), "the route", SOON, pause=0.02)
+    assert ask(lab.client, VIP, 80) == "pod-1"
+    assert lines(daemon, REMOVED) == ["1 VIP that another interface had"]
+    # One that comes and goes while there is a route changes nothing.
+    lab.node.ip(
+        f"link add name kube-ipvs0 type bridge\naddr add {VIP}/32 dev kube-ipvs0\nlink set kube-ipvs0 up"
+    )
+    assert ask(lab.client, VIP, 80) == "pod-1"
+    lab.node.ip("link del kube-ipvs0")
+    wait_quiet(daemon)
+    assert ask(lab.client, VIP, 80) == "pod-1"
 
 
 def test_lo_goes_down_and_up(lab6: Lab, daemon: Proxyd) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from proxyd.api.discovery import EndpointConditions, EndpointPort, EndpointSlice, SliceEndpoint
 from proxyd.api.meta import ObjectMeta, ObjectName
 from proxyd.api.service import (
@@ -16,6 +18,7 @@ from proxyd.api.service import (
     SessionAffinity,
 )
 from proxyd.state.desired import NOBODY, DesiredState, desired_state
+from proxyd.state.occupied import Occupied, overlaps
 from proxyd.state.snapshot import NodeAddress, NodeView, Options, Snapshot, VipMode
 from proxyd.state.spec import ListenerKey, Role, ServicePortName, Steering
 
@@ -246,6 +249,49 @@ def test_who_holds_an_address_keeps_it_whatever_the_times_say() -> None:
     }
     # Nor where it never was there.
     assert desired(older, held=held).unopened == ()
+
+
+IN_USE = Occupied(
+    addresses=(("10.96.0.10", "a next hop of this node, at eth0"), ("fd96::1", "a neighbour's, at eth0")),
+    networks=(("10.97.0.0/24", "eth1"), ("fd97::/64", "eth1")),
+)
+
+
+def test_a_vip_that_is_in_use_is_refused_with_the_reason() -> None:
+    node = msgspec.structs.replace(NODE, occupied=IN_USE)
+    for ip, why in (
+        ("10.96.0.10", "is a next hop of this node, at eth0"),
+        ("fd96::1", "is a neighbour's, at eth0"),
+        ("10.97.0.255", "is in 10.97.0.0/24, a network of this node at eth1"),
+        ("fd97::5", "is in fd97::/64, a network of this node at eth1"),
+    ):
+        state = desired(service(cluster_ip=ip), node=node)
+        (told,) = reasons(state).values()
+        assert told == f"Conflict: {ip} {why}; give the Service another clusterIP"
+        assert state.host.vips == frozenset()
+        # Where VIPs are bound or mapped they may be the node's own.
+        for mode in (VipMode(), VipMode(loopback=True)):
+            state = desired(service(cluster_ip=ip), node=node, options=Options(vip_mode=mode))
+            assert "Conflict" not in str(reasons(state))
+    assert desired(service(cluster_ip="10.97.1.0"), node=node).host.vips == {"10.97.1.0"}
+    # Other addresses of a Service are no VIPs.
+    state = desired(service(external_ips=("10.97.0.9",)), node=node)
+    assert "10.97.0.9:80/TCP" in keys(state)
+
+
+def test_what_of_the_service_range_is_in_use() -> None:
+    assert list(overlaps(("10.96.0.0/16", "fd96::/112"), IN_USE)) == [
+        "10.96.0.0/16 has 10.96.0.10 in it, which is a next hop of this node, at eth0",
+        "fd96::/112 has fd96::1 in it, which is a neighbour's, at eth0",
+    ]
+    assert list(overlaps(("10.0.0.0/8",), IN_USE)) == [
+        "10.0.0.0/8 overlaps 10.97.0.0/24, a network of this node at eth1",
+        "10.0.0.0/8 has 10.96.0.10 in it, which is a next hop of this node, at eth0",
+    ]
+    assert list(overlaps(("10.97.0.128/25",), IN_USE)) == [
+        "10.97.0.128/25 overlaps 10.97.0.0/24, a network of this node at eth1"
+    ]
+    assert not list(overlaps(("192.168.0.0/16",), IN_USE))
 
 
 def test_one_service_that_names_an_address_twice_is_no_conflict() -> None:

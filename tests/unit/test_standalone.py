@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
 from types import FrameType
@@ -16,8 +17,17 @@ from proxyd.api.meta import ObjectName
 from proxyd.api.pod import Pod
 from proxyd.api.service import Service
 from proxyd.sources.manifests.source import ManifestSet
-from proxyd.sources.standalone.allocation import Allocated, Allocation, Allocations, Settings, allocate
+from proxyd.sources.standalone.allocation import (
+    Allocated,
+    Allocation,
+    Allocations,
+    Settings,
+    Taken,
+    allocate,
+    taken_around,
+)
 from proxyd.sources.standalone.assemble import Assembled, assemble
+from proxyd.state.occupied import Occupied
 
 NOW = "2026-01-02T03:04:05.000006Z"
 LATER = "2027-01-02T03:04:05.000006Z"
@@ -446,6 +456,52 @@ class TestNodePorts:
         second = allocated(service(), previous=first.allocations)
         assert second.allocations.services[ObjectName("prod", "web")].node_ports == {}
         assert ips(second) == ips(first)
+
+
+class TestInUse:
+    """What is in use around the node is not handed out."""
+
+    def test_addresses_and_networks(self) -> None:
+        around = Occupied(
+            addresses=(("10.96.0.200", "a next hop"), ("192.0.2.1", "an address")),
+            networks=(("10.96.0.0/25", "eth0"), ("10.96.0.192/29", "eth1"), ("192.0.2.0/24", "eth0")),
+        )
+        taken = taken_around(around, SETTINGS.cluster_cidrs)
+        assert taken == Taken(
+            addresses=frozenset({"10.96.0.200"}), networks=frozenset({"10.96.0.0/25", "10.96.0.192/29"})
+        )
+        free = 127 - 1 - 8  # the upper half without the broadcast address, the next hop and a network
+        services = named([service(f"s{n}") for n in range(free + 5)])
+        result = allocate(services, Allocations(), SETTINGS, NOW, taken=taken)
+        given = {ip for each in services.values() for ip in ips(result, each.metadata.name)}
+        assert len(given) == free
+        for ip in given:
+            assert ip_address(ip) in ip_network("10.96.0.128/25")
+            assert ip_address(ip) not in ip_network("10.96.0.192/29")
+            assert ip != "10.96.0.200"
+        assert len(result.shortages) == 5
+        assert (
+            "networks of this node (10.96.0.0/25, 10.96.0.192/29) overlap it" in result.shortages[0].message
+        )
+
+    def test_what_comes_into_use_moves_and_the_rest_stays(self) -> None:
+        services = named([service(f"s{n}") for n in range(60)])
+        first = allocate(services, Allocations(), SETTINGS, NOW)
+        taken = Taken(networks=frozenset({"10.96.0.0/25"}))
+        second = allocate(services, first.allocations, SETTINGS, NOW, taken=taken)
+        for name in services:
+            (before,), (after,) = ips(first, name.name), ips(second, name.name)
+            assert (before == after) == (ip_address(before) not in ip_network("10.96.0.0/25"))
+            assert ip_address(after) not in ip_network("10.96.0.0/25")
+
+    def test_a_large_range_that_is_in_use_costs_nothing(self) -> None:
+        wide = Settings(cluster_cidrs=("10.0.0.0/8",))
+        taken = Taken(networks=frozenset({"10.0.0.0/9", "10.128.0.0/10"}))
+        services = named([service(f"s{n}") for n in range(1000)])
+        began = time.process_time()
+        result = allocate(services, Allocations(), wide, NOW, taken=taken)
+        assert time.process_time() - began < 2
+        assert all(ip_address(*ips(result, name.name)) in ip_network("10.192.0.0/10") for name in services)
 
 
 class TestMemory:

@@ -52,6 +52,14 @@ FLAGS: tuple[Flag, ...] = (
         "keep their ports), bound (VIP:port is bound) or auto (parked if the kernel and the rights allow it)",
     ),
     Flag(
+        name="vip-overlap",
+        metavar="MODE",
+        parse=values.one_of("refuse", "serve"),
+        default="refuse",
+        help="VIPs within a network that this node is connected to: refuse, or serve (a host that has the "
+        "address cannot be reached from here)",
+    ),
+    Flag(
         name="external-ip-mode",
         metavar="MODE",
         parse=values.one_of("steer", "none"),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import msgspec
+
 from proxyd.control.config.settings import Settings
+from proxyd.host.networks import occupied
 from proxyd.host.rights import advice
-from proxyd.state.snapshot import Options, VipMode
+from proxyd.state.occupied import Occupied
+from proxyd.state.snapshot import NodeAddress, Options, VipMode
 
 _ANY_ADDRESS = ("0.0.0.0", "::", "")
 
@@ -15,6 +21,20 @@ class StartError(Exception):
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
         self.code = code
+
+
+def in_use_around(settings: Settings, addresses: Collection[NodeAddress]) -> Occupied:
+    """What can be no VIP on this node, where VIPs are made local by routes.
+
+    Args:
+        settings: the daemon's.
+        addresses: the node's.
+
+    Raises:
+        OSError: netlink failed.
+    """
+    found = occupied(settings.service_cluster_ip_range, addresses)
+    return msgspec.structs.replace(found, networks=()) if settings.vip_overlap == "serve" else found
 
 
 def planning_options(settings: Settings, *, may_route: bool = True) -> Options:

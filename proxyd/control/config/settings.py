@@ -55,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     service_node_port_range: tuple[int, int] = (30000, 32767)  # first and last
     vip_mode: Literal["auto", "route", "bind", "loopback", "none"] = "auto"
     vip_listen: Literal["auto", "parked", "bound"] = "auto"
+    vip_overlap: Literal["refuse", "serve"] = "refuse"
     external_ip_mode: Literal["steer", "none"] = "steer"
     fwmark: int = DEFAULT_MARK  # one bit of packet marks
     nodeport_addresses: tuple[str, ...] = ()  # CIDRs, or "primary"; () = all

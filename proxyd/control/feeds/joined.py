@@ -17,6 +17,8 @@ from proxyd.control.feeds.merge import SnapshotMerger, TakenByCluster
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.runtime.tasks import spawn
 from proxyd.sources.manifests.watch import Change
+from proxyd.sources.standalone.allocation import taken_around
+from proxyd.state.occupied import Occupied
 from proxyd.state.snapshot import NodeAddress, NodeView, Snapshot
 
 if TYPE_CHECKING:
@@ -131,6 +133,11 @@ class JoinedFeed:
                 msgspec.structs.replace(address, primary=address.ip in wanted) for address in addresses
             )
         return NodeView(name=name, zone=node.zone, addresses=addresses, pod_cidrs=node.pod_cidrs)
+
+    def keep_clear(self, occupied: Occupied) -> None:
+        """Have manifests get no clusterIPs that are in use around this node."""
+        if self._manifests is not None:
+            self._manifests.keep_clear(taken_around(occupied, self._settings.service_cluster_ip_range))
 
     def post_event(self, service: ObjectName, kind: str, reason: str, message: str) -> None:
         """Post an Event about a Service to the API server, if there is one and it has the Service."""

@@ -14,7 +14,7 @@ from proxyd.api.problems import Problem, Severity
 from proxyd.control.config.settings import Settings
 from proxyd.control.runtime.garbage import permanent_objects
 from proxyd.control.runtime.logs import get_logger
-from proxyd.control.runtime.tasks import in_thread
+from proxyd.control.runtime.tasks import in_thread, spawn
 from proxyd.sources.manifests.locate import located
 from proxyd.sources.manifests.source import ManifestSet, ManifestSource
 from proxyd.sources.manifests.watch import Change, watch
@@ -65,6 +65,7 @@ class ManifestFeed:
             log.warning(warning)
         self._assembled: Assembled | None = None
         self._withheld = NOTHING_TAKEN  # addresses and nodePorts that a cluster's Services have
+        self._around = NOTHING_TAKEN  # what is in use around the node
         self._waits_for_cluster = False  # it is not known yet what they have
         self._save_error = ""
         self._lock = asyncio.Lock()
@@ -92,6 +93,13 @@ class ManifestFeed:
         self._withheld = taken
         await self.rescan(None if waited else frozenset())
 
+    def keep_clear(self, taken: Taken) -> None:
+        """From now on allocate nothing that is in use around the node. Allocations among it move soon."""
+        if taken != self._around:
+            self._around = taken
+            if self._assembled is not None:
+                spawn(self.rescan(frozenset()), name="source:manifests:allocations")
+
     async def rescan(self, change: Change | None = None) -> None:
         """Read again what changed, and hand on a snapshot if it differs.
 
@@ -112,7 +120,8 @@ class ManifestFeed:
         """The manifests as they are now, and the new problems that are to be logged."""
         manifests = self._source.scan(change)
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        assembled = self._assembler.assemble(manifests, self._allocations, now, self._withheld)
+        taken = self._withheld | self._around
+        assembled = self._assembler.assemble(manifests, self._allocations, now, taken)
         return manifests, assembled, self._new(assembled.problems)
 
     def _new(self, problems: tuple[Problem, ...]) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from functools import partial
 
 from proxyd.api.problems import Problem, Severity
 from proxyd.control.reconcile.parking import Parking
@@ -11,6 +12,7 @@ from proxyd.control.runtime.logs import get_logger, log_some
 from proxyd.host.addresses import node_addresses
 from proxyd.host.guard import TABLE as GUARD_TABLE
 from proxyd.host.guard import VipGuard
+from proxyd.host.networks import Links, links
 from proxyd.host.nft import table_exists
 from proxyd.host.routes import VipRoutes
 from proxyd.host.steering import Steering as SteeringRules
@@ -113,8 +115,8 @@ class Addresses:
                 self.vips = there
             if self._rules and (text := self._rules.lost()):
                 lost["rules"] = text
-            for table, forget in self._tables():
-                if table in suspects or not table_exists(table):
+            for table, is_there, forget in self._tables():
+                if table in suspects or not is_there():
                     lost[table] = f"nft table {table}"
                     forget()
         except OSError as error:
@@ -122,15 +124,15 @@ class Addresses:
         self.changed()
         return lost
 
-    def _tables(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """The nft tables that there should be, and how each is made anew."""
+    def _tables(self) -> Iterator[tuple[str, Callable[[], bool], Callable[[], None]]]:
+        """The nft tables that there should be, whether each is there, and how it is made anew."""
         if self._guard.made:
-            yield GUARD_TABLE, self._guard.forget
+            yield GUARD_TABLE, self._guard.present, self._guard.forget
         if self._parking is not None and self._parking.has_table:
-            yield UDP_TABLE, self._parking.forget
+            yield UDP_TABLE, partial(table_exists, UDP_TABLE), self._parking.forget
         if self._rules is not None:
             for table in self._rules.tables:
-                yield table, self._rules.forget
+                yield table, partial(table_exists, table), self._rules.forget
 
     def changed(self, gone: AbstractSet[str] = frozenset()) -> dict[str, str]:
         """Look after what depends on the node's addresses. Call it when these have changed.
@@ -142,6 +144,7 @@ class Addresses:
             What went with them, as `observe`.
         """
         self._refused = None  # the next `settle` looks after what is steered
+        self._guard.look_at_links()
         without = self.vips & gone
         self.vips -= without
         many = "s" if len(without) > 1 else ""
@@ -217,9 +220,29 @@ class _Guard:
 
     def __init__(self, guard: VipGuard | None) -> None:
         self._guard = guard
-        self.made = bool(guard and guard.present())
+        self.made = bool(guard and table_exists(GUARD_TABLE))
         self._in_force: tuple[frozenset[str], frozenset[ListenerKey]] | None = None
         self._error = ""
+        self._no_arp = ""
+        self._links: Links | None = None
+        self.look_at_links()
+
+    def present(self) -> bool:
+        """Whether the kernel has the guard, whichever process made it."""
+        return self._guard is not None and self._guard.present()
+
+    def look_at_links(self) -> None:
+        """Have the next `sync` go by the links that there are now."""
+        if self._guard is None:
+            return
+        try:
+            found = links()
+        except OSError as error:
+            log.warning("the node's links can't be read", error=str(error))
+            return
+        if found != self._links:
+            self._links, self._in_force = found, None
+            self._guard.set_links(found)
 
     def begin(self, vips: AbstractSet[str], wanted: Iterable[ListenerKey]) -> None:
         """Have nft make the first guard while control makes addresses and sockets: both take equally long.
@@ -244,7 +267,9 @@ class _Guard:
         error = self._guard.sync(*wish) or ""
         if error and error != self._error:
             log.warning("VIP guard failed: other ports of VIPs reach this node's own daemons", error=error)
-        self._error = error
+        if self._guard.no_arp and self._guard.no_arp != self._no_arp:
+            log.info("neighbours see this node answer for VIPs by ARP", reason=self._guard.no_arp)
+        self._error, self._no_arp = error, self._guard.no_arp
         self._in_force = wish
         self.made = not error
 

@@ -9,7 +9,6 @@ from collections.abc import Set as AbstractSet
 from proxyd.api.service import Protocol
 from proxyd.control.runtime.logs import get_logger
 from proxyd.control.workers.inherited_sockets import InheritedSockets
-from proxyd.host.addresses import node_addresses
 from proxyd.host.holders import bound_exactly
 from proxyd.host.links import devices_make_checksums
 from proxyd.host.parked import ParkedListeners
@@ -81,13 +80,11 @@ class Parking:
     def guard(self, vips: AbstractSet[str]) -> None:
         """Refuse the ports of VIPs that nobody listens on. To be called while a VIP has no route.
 
-        An address of the node itself is not guarded: its other ports are the node's own.
+        An address that is the node's own is guarded too: as a VIP it is one that somebody has put there, such
+        as kube-proxy's IPVS mode.
         """
         try:
-            own = {address.ip for address in node_addresses()}
-            self._parked.guard(
-                ip for ip in vips if ip not in own and not ip.startswith("127.") and ip != "::1"
-            )
+            self._parked.guard(ip for ip in vips if not ip.startswith("127.") and ip != "::1")
         except OSError as error:
             self._say(f"VIPs are not guarded: {error.strerror or error}")
 

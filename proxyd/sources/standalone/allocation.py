@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timedelta
+from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 import msgspec
 
+from proxyd.api.addresses import Network
 from proxyd.api.meta import ObjectName
 from proxyd.api.service import Service, ServiceType
 from proxyd.sources.standalone.pools import AddressPool, NodePortPool, port_key
+from proxyd.state.occupied import Occupied
 
 # So many Services that are absent at the moment (rejected, or in an unreadable file) keep their allocations.
 MAX_ABSENT = 10_000
@@ -31,13 +34,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Taken(msgspec.Struct, frozen=True, kw_only=True):
-    """Addresses (in canonical form) and nodePorts of a cluster's Services: they are never allocated."""
+    """Addresses (in canonical form), nodePorts and networks of others: they are never allocated."""
 
     addresses: frozenset[str] = frozenset()
     node_ports: frozenset[int] = frozenset()
+    networks: frozenset[str] = frozenset()  # CIDRs that the node is connected to
+
+    def __or__(self, other: Taken) -> Taken:
+        return Taken(
+            addresses=self.addresses | other.addresses,
+            node_ports=self.node_ports | other.node_ports,
+            networks=self.networks | other.networks,
+        )
 
 
 NOTHING_TAKEN = Taken()
+
+
+def taken_around(occupied: Occupied, ranges: Collection[str]) -> Taken:
+    """What of the service ranges is in use around the node."""
+    wanted = [ip_network(cidr, strict=False) for cidr in ranges]
+    ips = (ip for ip, _ in occupied.addresses if any(ip_address(ip) in one for one in wanted))
+    networks = (
+        cidr for cidr, _ in occupied.networks if any(_overlap(ip_network(cidr), one) for one in wanted)
+    )
+    return Taken(addresses=frozenset(ips), networks=frozenset(networks))
+
+
+def _overlap(one: Network, other: Network) -> bool:
+    return one.network_address in other or other.network_address in one
 
 
 class Allocation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -123,6 +148,8 @@ class _Allocator:
 
     def run(self, absent: Callable[[ObjectName], bool], taken: Taken) -> Allocated:
         self._ips.withhold(taken.addresses)
+        self._ips.withhold_networks(taken.networks)
+        self._overlapping = ", ".join(sorted(taken.networks))
         self._ports.withhold(taken.node_ports)
         wanted_ips = {name: self._wanted_families(self._services[name]) for name in self._order}
         wanted_ports = {name: _wanted_ports(self._services[name]) for name in self._order}
@@ -211,7 +238,11 @@ class _Allocator:
                     name,
                     "spec.clusterIP",
                     f"no {_FAMILY_NAMES[version]} address is left in --service-cluster-ip-range: "
-                    "widen it, or give one",
+                    + (
+                        f"networks of this node ({self._overlapping}) overlap it; choose another range"
+                        if self._overlapping
+                        else "widen it, or give one"
+                    ),
                 )
 
     def _new_ports(self, name: ObjectName, wanted: Mapping[str, int], have: dict[str, int]) -> None:

@@ -37,7 +37,13 @@ class Assembled(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[Problem, ...] = ()
 
 
-def assemble(manifests: ManifestSet, allocations: Allocations, settings: Settings, now: str) -> Assembled:
+def assemble(
+    manifests: ManifestSet,
+    allocations: Allocations,
+    settings: Settings,
+    now: str,
+    taken: Taken = NOTHING_TAKEN,
+) -> Assembled:
     """Does what a cluster's controllers do, for objects that no cluster looks after.
 
     The endpoints of a Service are those of hand-written EndpointSlices that name it (by label, or by having
@@ -49,8 +55,9 @@ def assemble(manifests: ManifestSet, allocations: Allocations, settings: Setting
         allocations: those that the last call returned, or that were read from the state file.
         settings: the ranges to allocate from.
         now: RFC 3339 with microseconds, UTC.
+        taken: what is never allocated.
     """
-    return Assembler(settings).assemble(manifests, allocations, now)
+    return Assembler(settings).assemble(manifests, allocations, now, taken)
 
 
 class _Remark(NamedTuple):

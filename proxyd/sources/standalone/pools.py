@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from proxyd.api.meta import ObjectName
@@ -36,6 +36,7 @@ class AddressPool:
         }
         self.families: tuple[int, ...] = tuple(dict.fromkeys(network.version for network in networks))
         self._taken: set[str] = set()
+        self._closed: dict[int, list[tuple[int, int]]] = {4: [], 6: []}  # first and last, in order
         self._exhausted: set[int] = set()
 
     def give(self, addresses: Collection[str]) -> None:
@@ -45,6 +46,14 @@ class AddressPool:
     def withhold(self, addresses: Collection[str]) -> None:
         """Marks addresses, in canonical form, as taken by somebody else."""
         self._taken.update(addresses)
+
+    def withhold_networks(self, cidrs: Collection[str]) -> None:
+        """Reserve all addresses of networks that somebody else uses."""
+        for network in map(ipaddress.ip_network, cidrs):
+            first = int(network.network_address)
+            self._closed[network.version].append((first, first + network.num_addresses - 1))
+        for closed in self._closed.values():
+            closed.sort()
 
     def keep(self, addresses: Collection[str], wanted: Collection[int]) -> dict[int, str]:
         """Takes those of `addresses` (canonical) that are wanted, in range and free; by IP version."""
@@ -59,7 +68,9 @@ class AddressPool:
             ):
                 continue
             first, last = self._limits[version]
-            if first <= int(ipaddress.ip_address(address)) <= last:
+            number = int(ipaddress.ip_address(address))
+            closed = any(low <= number <= high for low, high in self._closed[version])
+            if first <= number <= last and not closed:
                 self._taken.add(address)
                 kept[version] = address
         return kept
@@ -69,7 +80,7 @@ class AddressPool:
         if version in self._exhausted:
             return ""
         parse = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
-        for number in _probe(name, *self._limits[version]):
+        for number in _probe(name, *self._limits[version], closed=self._closed[version]):
             address = str(parse(number))
             if address not in self._taken:
                 self._taken.add(address)
@@ -147,9 +158,18 @@ def _usable(network: _Network) -> tuple[int, int]:
     return (first + 1, last - 1) if last > first + 1 else (first, last)
 
 
-def _probe(name: ObjectName, first: int, last: int, *, salt: str = "") -> Iterator[int]:
-    """Yields every number from `first` to `last` once, beginning at one that depends on the name alone."""
-    size = last - first + 1
-    start = zlib.crc32(f"{name}/{salt}".encode()) % size
-    for step in range(size):
-        yield first + (start + step) % size
+def _probe(
+    name: ObjectName, first: int, last: int, *, salt: str = "", closed: Sequence[tuple[int, int]] = ()
+) -> Iterator[int]:
+    """Every number from `first` to `last`, but for closed ranges, once. The name says which comes first."""
+    start = first + zlib.crc32(f"{name}/{salt}".encode()) % (last - first + 1)
+    yield from _without(start, last, closed)
+    yield from _without(first, start - 1, closed)
+
+
+def _without(first: int, last: int, closed: Sequence[tuple[int, int]]) -> Iterator[int]:
+    for low, high in closed:
+        if low <= last and high >= first:
+            yield from range(first, low)
+            first = max(first, high + 1)
+    yield from range(first, last + 1)
