@@ -32,7 +32,6 @@ from proxyd.api.service import Protocol
 from proxyd.host.networks import Links
 from proxyd.host.nft import (
     ARP,
-    INET,
     REJECT_NEW_TCP,
     REJECT_OTHER,
     Run,

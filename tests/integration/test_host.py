@@ -654,7 +654,7 @@ def test_leftovers_of_a_killed_process_are_found_and_removed(space: Namespace) -
             "5 policy rules for foreign addresses",
             "4 routes of foreign addresses",
             "2 VIP routes",
-            "4 nft tables",
+            "5 nft tables",
         )
     )
     assert routes_and_rules(space) == left
