@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import ipaddress
-import os
 import re
 import socket
 import struct
 import sys
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from proxyd.host.addresses import InterfaceAddress, interface_addresses
@@ -32,6 +29,10 @@ from proxyd.state.snapshot import NodeAddress
 # linux/rtnetlink.h
 _RT_TABLE_MAIN = 254
 _NEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, interface index
+# linux/rtnetlink.h, linux/netconf.h
+_RTM_GETNETCONF = 82
+_NETCONFA_IFINDEX, _NETCONFA_PROXY_NEIGH = 1, 5
+_ALL_INTERFACES = -1
 # linux/neighbour.h
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # family, interface index, state, flags, type
 _NDA_DST = 1
@@ -67,21 +68,26 @@ def links() -> Links:
             for one in interface_addresses(netlink)
             if ":" not in one.ip and not one.lonely and _NAME.fullmatch(one.interface)
         ]
+        proxies = _proxies(netlink)
     own: dict[str, str] = {}
     for one in addresses:
         own.setdefault(one.interface, one.ip)
     networks = {(one.interface, one.network) for one in addresses if not _is_alone(one)}
-    return Links(tuple(sorted(own.items())), tuple(sorted(networks)), frozenset(_proxies()))
+    return Links(tuple(sorted(own.items())), tuple(sorted(networks)), proxies)
 
 
-def _proxies() -> Iterator[str]:
-    with os.scandir("/proc/sys/net/ipv4/conf") as folders:
-        for folder in folders:
-            with contextlib.suppress(OSError):  # it has just gone
-                if Path(folder.path, "proxy_arp").read_bytes().strip() != b"0" and _NAME.fullmatch(
-                    folder.name
-                ):
-                    yield folder.name
+def _proxies(netlink: Netlink) -> frozenset[str]:
+    """Interfaces with proxy_arp. Netlink tells what /proc/sys does, which the unit hides."""
+    found = set()
+    for message in netlink.dump(Message(_RTM_GETNETCONF, bytes([socket.AF_INET, 0, 0, 0]))):
+        seen = attributes(message.body, 4)
+        if _NETCONFA_IFINDEX in seen and any(seen.get(_NETCONFA_PROXY_NEIGH, b"")):
+            found.add(struct.unpack("=i", seen[_NETCONFA_IFINDEX])[0])
+    return frozenset(
+        name
+        for index, name in socket.if_nameindex()
+        if (index in found or _ALL_INTERFACES in found) and _NAME.fullmatch(name)
+    )
 
 
 def occupied(ranges: Collection[str], addresses: Collection[NodeAddress]) -> Occupied:

@@ -225,7 +225,7 @@ def test_a_user_with_two_capabilities_may_do_it_all(lab: Lab, folder: Path, mani
                 assert vip.startswith("10.96.")
                 assert (home / "state.json").exists()
                 assert (runtime / "admin.sock").is_socket()
-                assert "to 80.11.12.10 ipproto tcp dport 80" in lab.node.run("ip", "rule")
+                assert "fwmark 0x1000/0x1000 lookup 7112" in lab.node.run("ip", "rule")
                 assert f"{vip} ." in lab.node.run("nft", "list", "table", "inet", "proxyd")
                 assert ask(lab.client, vip, 80) == "pod-1"
                 assert ask(lab.outside, NODE_IP, 30080) == "pod-1"
