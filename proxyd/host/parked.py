@@ -134,6 +134,8 @@ class ParkedListeners:
 
     def refuse(self, key: ListenerKey) -> None:
         """Have the clients of a port refused, at once; its socket may be open."""
+        if key.protocol not in vip_lookup.PROTOCOLS:
+            return  # the program sees nothing else
         self._parked.pop(key, None)
         with contextlib.suppress(OSError):
             bpf.delete(self._ports, _key(key))

@@ -151,6 +151,7 @@ def test_a_port_goes_from_one_socket_to_another_and_is_refused_without(
         parked_listeners.refuse(one.key)
         assert try_tcp(node, VIP, 80) == "ECONNREFUSED"
         third.close()
+        parked_listeners.refuse(ListenerKey(VIP, 80, Protocol.SCTP))  # which is none of the program's
 
 
 def test_a_port_is_left_to_who_is_bound_to_it(node: Namespace, parked_listeners: ParkedListeners) -> None:

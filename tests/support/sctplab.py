@@ -112,7 +112,9 @@ class SctpLab:
 
     def log(self) -> str:
         """What the daemon has logged."""
-        return self._daemon.log() if self._daemon is not None else ""
+        if self._daemon is None or not self._daemon.log_file.exists():  # it is gone with the test's folder
+            return ""
+        return self._daemon.log()
 
     def close(self) -> None:
         """End everything."""
