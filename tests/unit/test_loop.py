@@ -19,7 +19,7 @@ from proxyd.control.loop import ReconcileLoop
 from proxyd.control.observe.telemetry import Telemetry
 from proxyd.control.runtime.logs import Summariser, get_logger
 from proxyd.state.desired import DesiredState
-from proxyd.state.snapshot import NodeView, Options, Snapshot
+from proxyd.state.snapshot import NodeView, Options, Snapshot, VipMode
 from tests.support.manual_loop import ManualLoop
 
 WEB = ObjectName("prod", "web")
@@ -51,8 +51,9 @@ class RecordingReconciler:
     def next_retry(self) -> float | None:
         return self.retry
 
-    def observe(self) -> None:
+    def observe(self, _suspects: object = frozenset()) -> dict[str, str]:
         self.observed.append(self._clock())
+        return {}
 
     def drained(self, *_: object) -> bool:
         return self.address_free
@@ -73,12 +74,12 @@ class Lab:
         # What the loop and its telemetry ask of the other parts.
         self.core: Any = SimpleNamespace(
             settings=Settings(**{"sync_period": 30.0, "config_sync_period": 900.0, **settings}),
-            options=Options(),
+            options=Options(vip_mode=VipMode(route=False)),
             lifecycle=loop.call(lambda: Lifecycle(lambda _: None, lambda: None)),
             reconciler=self.reconciler,
             supervisor=SimpleNamespace(workers={0: None}, acknowledged=lambda: 0, publish=lambda _: None),
             publication=SimpleNamespace(generation=0),
-            feed=SimpleNamespace(synced=True),
+            feed=SimpleNamespace(synced=True, keep_clear=lambda _: None),
             node=NodeView(name="n"),
             snapshot=Snapshot(),
             turns=0,
