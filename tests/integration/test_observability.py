@@ -257,8 +257,8 @@ def test_clients_that_say_nothing_do_not_keep_others_out(lab: Lab, proxyd: Run) 
     try:
         idle += [connect(lab.node, "127.0.0.1", HEALTH) for _ in range(250)]
         assert Answer(lab.node, HEALTH, "/livez").code == 200
-        # 200 clients of one server, and what answers take; the oldest are ended in the loop's next turns.
-        wait_for(lambda: descriptors() - before < 220, "the oldest clients to be ended")
+        # 200 clients of one server, those that are being ended, and what answers take.
+        assert descriptors() - before < 240
     finally:
         for sock in idle:
             sock.close()
