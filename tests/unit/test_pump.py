@@ -570,9 +570,17 @@ def test_a_side_that_gets_no_pipe_copies_and_takes_one_that_comes_free(lab: Lab)
     assert not lab.one.bulk
     lab.plane.pipes.give(lent)
     other = begin_bulk(lab, len(RANDOM))
-    lab.plane.pipes.take()
+    taken: list[Pipe | None] = [None]
+
+    def take() -> bool:
+        taken[0] = lab.plane.pipes.take()
+        return taken[0] is not None
+
+    lab.until(take, "other")  # once nothing waits in it
     lab.until(lambda: len(other.heard) == len(RANDOM), "other")
     assert (bytes(other.heard), lab.one.bulk) == (RANDOM, False)
+    assert taken[0] is not None
+    lab.plane.pipes.give(taken[0])
 
 
 def test_while_memory_is_short_reads_are_small_and_nothing_is_bulk(lab: Lab) -> None:
