@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from proxyd.host.nft import which
-from tests.support.clients import Load, ask, connect, read_all, refused
+from tests.support.clients import Load, answer, ask, connect, read_all, refused
 from tests.support.daemon import Proxyd
 from tests.support.dns import DNS_PORT, echo, listens, programs
 from tests.support.dns import answers as udp_answers
@@ -377,7 +377,7 @@ def test_what_somebody_flushes_comes_back(town: Lab, manifests: Path, proxyd: Ru
         town.node.run(*command)
         wait_for(lambda: routes_and_rules(town.node) == before, f"what `{' '.join(command)}` took")
         for ip in FOREIGN:
-            wait_for(lambda ip=ip: ask(town.client, ip, 80) == "pod-1", f"{ip} after {command}")  # type: ignore[misc]  # as above
+            wait_for(lambda ip=ip: answer(town.client, ip, 80) == "pod-1", f"{ip} after {command}")  # type: ignore[misc]  # as above
 
 
 # Paths with a small MTU
